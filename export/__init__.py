@@ -1,0 +1,1 @@
+"""Fold, quantize and write the artifacts."""

@@ -1,0 +1,244 @@
+"""DenseCheckpoint: a Hugging Face directory, checked when it is opened, its tensors read one at a time.
+
+Teacher, student and any foreign model come through this door, so every later stage may trust names, shapes and files.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from packaging.version import Version
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from lrc_edge.errors import UserError
+from lrc_edge.roles import FAMILIES, HEAD, UNSUPPORTED_SWITCHES, Weight, weights_of
+from lrc_edge.shape import ModelShape
+
+PROVENANCE_FILE = "lrc_edge.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+# What a tokenizer may consist of; a fold and an export carry those that exist.
+TOKENIZER_PARTS = (*TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "vocab.json", "merges.txt", "chat_template.jinja")
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding: base, and the scaling table (its `rope_type` inside) when it is not the plain kind."""
+
+    theta: float
+    scaling: dict[str, Any] | None
+
+
+class DenseCheckpoint:
+    """A dense decoder on disk. Build it with `open`."""
+
+    def __init__(self, path: Path, config: dict[str, Any], shape: ModelShape, files: dict[str, Path], name: str):
+        self.path, self.config, self.shape, self.name = path, config, shape, name
+        self._files = files  # tensor name -> safetensors file
+        self.card = _front_matter(path / "README.md")
+        provenance = path / PROVENANCE_FILE
+        self.provenance: dict[str, str] = json.loads(provenance.read_text()) if provenance.exists() else {}
+
+    @classmethod
+    def open(cls, path: Path | str, name: str | None = None) -> DenseCheckpoint:
+        """Check the directory's config, tensor names, shapes and types, and its tokenizer's presence.
+
+        Reads headers only, no weights. Raises UserError.
+        """
+        path = Path(path)
+        config = _read_config(path)
+        shape = _read_shape(config, path / "config.json")
+        files = _tensor_files(path)
+        _check_tensors(shape, files, path)
+        if not any((path / file).exists() for file in TOKENIZER_FILES):
+            raise UserError(f"{path}: no tokenizer (looked for {' and '.join(TOKENIZER_FILES)}); "
+                            "copy the model's tokenizer files there")
+        return cls(path, config, shape, files, name or _recorded_name(path) or path.resolve().name)
+
+    @property
+    def rope(self) -> Rope:
+        """From either config form: rope_parameters (transformers 5) or rope_theta and rope_scaling (4.x)."""
+        table = dict(self.config.get("rope_parameters") or self.config.get("rope_scaling") or {})
+        theta = table.pop("rope_theta", None) or self.config.get("rope_theta") or 10000.0
+        kind = table.pop("type", None)
+        table.setdefault("rope_type", kind or "default")
+        return Rope(float(theta), None if table["rope_type"] == "default" else table)
+
+    @property
+    def sliding_window(self) -> int | None:
+        """Attention window in tokens when some layer uses one, else None."""
+        if self.shape.family == "mistral":
+            return self.config.get("sliding_window")
+        return self.config.get("sliding_window") if self.config.get("use_sliding_window") else None
+
+    def weights(self) -> Iterator[Weight]:
+        return weights_of(self.shape)
+
+    def weight_files(self) -> list[Path]:
+        return sorted(set(self._files.values()))
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one tensor in its stored type. Raises UserError on NaN or infinity, which no stage could mend."""
+        with safe_open(self._files[name], framework="pt") as handle:
+            tensor = handle.get_tensor(name)
+        if not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise UserError(f"{self._files[name]}: {name} holds {bad} NaN or infinite values of {tensor.numel()}; "
+                            "get an intact copy of the model")
+        return tensor
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        config = self.path / "tokenizer_config.json"
+        kind = json.loads(config.read_text()).get("tokenizer_class") if config.exists() else None
+        # transformers 5 writes a class name that 4.57 does not know; both know the plain fast class.
+        loader = PreTrainedTokenizerFast if kind in (None, "TokenizersBackend") else AutoTokenizer
+        try:
+            return loader.from_pretrained(self.path)
+        except Exception as error:  # the libraries raise many types for a broken file
+            raise UserError(f"{self.path}: the tokenizer does not load ({_one_line(error)}); "
+                            "copy the model's tokenizer files again") from error
+
+    def model(self) -> PreTrainedModel:
+        """The transformers model: float32, CPU, evaluation mode. Every artifact is judged against it."""
+        model = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32, attn_implementation="sdpa")
+        return model.eval()
+
+
+def resolve_model(source: str) -> tuple[Path, str, str]:
+    """A local directory or hub id -> (directory, name, revision). Downloads from the hub when there is no directory."""
+    if Path(source).exists() or source.startswith(("/", ".", "~")):
+        path = Path(source).expanduser()
+        if not path.is_dir():
+            raise UserError(f"{source}: not a directory; give a Hugging Face model directory or a hub id")
+        return path, path.resolve().name, "local"
+    from huggingface_hub import snapshot_download
+
+    try:
+        path = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja",
+                                                              "README.md", "LICENSE*"]))
+    except Exception as error:  # offline, gated, misspelt: the hub client raises many types
+        raise UserError(f"{source}: no such directory, and the hub did not give it ({_one_line(error)}); "
+                        "give a local model directory or a hub id that you can download") from error
+    return path, source.rsplit("/", 1)[-1], path.name
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _front_matter(readme: Path) -> dict[str, Any]:
+    """The YAML block at the top of a model card; {} when there is none or it is not YAML."""
+    if not readme.exists():
+        return {}
+    parts = readme.read_text(errors="replace").split("---\n", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return {}
+    try:
+        table = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return {}
+    return table if isinstance(table, dict) else {}
+
+
+def _recorded_name(path: Path) -> str | None:
+    file = path / PROVENANCE_FILE
+    return json.loads(file.read_text()).get("name") if file.exists() else None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise UserError(f"{path}: not a directory; give a Hugging Face model directory")
+    file = path / "config.json"
+    if not file.exists():
+        raise UserError(f"{path}: no config.json; give a Hugging Face model directory")
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error}); get an intact copy") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{file}: holds a {type(config).__name__}, need a table; get an intact copy")
+    return config
+
+
+def _read_shape(config: dict[str, Any], where: Path) -> ModelShape:
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise UserError(f"{where}: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
+    for switch in UNSUPPORTED_SWITCHES[family]:
+        if config.get(switch):
+            raise UserError(f"{where}: {switch} = true is not supported for {family}; only plain {family} models are")
+    if config.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{where}: hidden_act {config['hidden_act']!r} is not supported; need 'silu'")
+    if config.get("quantization_config"):
+        raise UserError(f"{where}: the checkpoint is quantized already; give the unquantized model")
+    # 4.57 does not read rope_parameters and silently takes its defaults, so teacher and student would both be wrong.
+    if Version(transformers.__version__).major < 5 and "rope_parameters" in config and "rope_theta" not in config:
+        raise UserError(f"{where}: rope_parameters is read by transformers >= 5 only, and this is "
+                        f"{transformers.__version__}, which would use a wrong RoPE; install transformers >= 5")
+    return ModelShape.from_config(config, str(where))
+
+
+def _tensor_files(path: Path) -> dict[str, Path]:
+    """Tensor name -> file, from the index or the single file. Opens every file, which checks that it is whole."""
+    index, single = path / "model.safetensors.index.json", path / "model.safetensors"
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{index}: not a weight index ({error!r}); get an intact copy") from error
+        if outside := [name for name in names if Path(name).name != name]:
+            raise UserError(f"{index}: names a file outside its directory: {outside[0]!r}; get an intact copy")
+    elif single.exists():
+        names = [single.name]
+    else:
+        pickles = [*path.glob("*.bin"), *path.glob("*.pth"), *path.glob("*.pt")]
+        if pickles:
+            raise UserError(f"{path}: only pickled weights ({pickles[0].name}), which can run code when loaded; "
+                            "need model.safetensors: convert the model with transformers' save_pretrained")
+        raise UserError(f"{path}: no weights (looked for {single.name} and {index.name}); get the whole model")
+    files: dict[str, Path] = {}
+    for name in names:
+        file = path / name
+        if not file.exists():
+            raise UserError(f"{file}: missing, though {index.name} names it; get the whole model")
+        try:
+            with safe_open(file, framework="pt") as handle:
+                files |= dict.fromkeys(handle.keys(), file)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: truncated or corrupt ({_one_line(error)}; {file.stat().st_size:,} bytes); "
+                            "download it again") from error
+    return files
+
+
+def _check_tensors(shape: ModelShape, files: dict[str, Path], path: Path) -> None:
+    expected = {weight.name: weight.shape for weight in weights_of(shape)}
+    missing = [name for name in expected if name not in files]
+    if missing:
+        raise UserError(f"{path}: tensor {missing[0]} is missing ({len(missing)} of {len(expected)} are); "
+                        "config.json and the weights disagree: get an intact copy")
+    # Some tied checkpoints store the head as well; old ones store RoPE's frequencies. Neither is a weight of its own.
+    extra = [name for name in files if name not in expected and name != HEAD.weight and "rotary_emb" not in name]
+    if extra:
+        raise UserError(f"{path}: tensor {extra[0]} is not one of a {shape.family} ({len(extra)} such); "
+                        "an adapter or a changed architecture is not supported")
+    for file in sorted(set(files.values())):
+        with safe_open(file, framework="pt") as handle:
+            for name in handle.keys():
+                if name not in expected:
+                    continue
+                view = handle.get_slice(name)
+                if tuple(view.get_shape()) != expected[name]:
+                    raise UserError(f"{file}: {name} has shape {list(view.get_shape())}, config.json says "
+                                    f"{list(expected[name])}; get a config and weights that belong together")
+                if view.get_dtype() not in FLOAT_DTYPES:
+                    raise UserError(f"{file}: {name} has type {view.get_dtype()}, need one of "
+                                    f"{', '.join(FLOAT_DTYPES)}; give the unquantized model")

@@ -1,0 +1,224 @@
+"""The recipe: everything that a build can be told, as frozen dataclasses read from TOML. Defaults live only here.
+
+A key that is not a field is refused with the nearest name. `--set section.key=value` goes through the same door.
+"""
+from __future__ import annotations
+
+import difflib
+import tomllib
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lrc_edge.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    """Shape of the student; what is not named here is the teacher's."""
+
+    hidden_size: int = 0  # residual width; 0: half the teacher's, rounded down to a multiple of 256, 64 or 32
+    name: str = ""  # of the files and the model card; empty: <teacher>-LRC-<hidden_size>
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The text: distilled on, and held out for evaluation and proof."""
+
+    sources: tuple[str, ...] = ()  # .txt, .jsonl, .parquet, a folder of them, or a hub dataset id
+    text_field: str = "text"  # of jsonl and parquet rows
+    held_out_share: float = 0.02  # of the documents, chosen by hash; at most 200,000 tokens are kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Low-Rank Clone. Loss = lm_weight * LM + kl_weight * KL + alpha * clone (arXiv 2505.12781)."""
+
+    tokens: int = 10_000_000  # the budget; passes over the data repeat when it is larger than they are
+    seq_len: int = 2048  # at most the teacher's max_position_embeddings
+    batch_tokens: int = 32_768  # of an optimizer step
+    micro_batch: int = 8  # sequences in one forward pass; the rest is gradient accumulation
+    learning_rate: float = 1e-3
+    warmup_share: float = 0.02  # of the steps, linear; then linear to zero
+    max_grad_norm: float = 1.0
+    init: Literal["selection", "gaussian"] = "selection"
+    alpha: float = 0.2  # weight of the clone terms
+    kl_weight: float = 1.0
+    lm_weight: float = 1.0
+    kl_temperature: float = 1.0  # the KL is per token and scaled by its square
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the processor computes in it
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = 0
+    eval_every: int = 100  # steps between evaluations on held-out text
+    checkpoint_every: int = 200  # steps between checkpoints
+    log_every: int = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """What to write. GGUF encodings are llama.cpp's names; ONNX has fp32 and int4 (the Q4_0 grid)."""
+
+    formats: tuple[str, ...] = ("gguf:f16", "gguf:q8_0", "gguf:q4_0", "onnx:fp32", "onnx:int4")
+    # 0: activations stay float32; 4: onnxruntime rounds them to int8, as llama.cpp does: faster, less exact.
+    onnx_accuracy_level: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """How much the proof looks at."""
+
+    positions: int = 2048  # teacher-forced, prefill and decode each; fewer only where the held-out text is shorter
+    row_len: int = 256  # tokens of one teacher-forced row
+    near_tie: float = 0.01  # top-1 is not judged where the reference's two best logits are closer than this
+    generate_tokens: int = 64  # of each sample text
+    prompts: tuple[str, ...] = ()  # empty: the beginnings of held-out documents
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gates:
+    """Limits of the proof, for a trained student. KL in nats a token."""
+
+    fold_max_abs: float = 1e-4
+    fold_top1: float = 1.0
+    identity_max_abs: float = 1e-4
+    gguf_f32_kl: float = 1e-6
+    gguf_f32_top1: float = 0.999
+    gguf_f16_kl: float = 1e-4
+    gguf_bf16_kl: float = 1e-3
+    gguf_q8_0_kl: float = 5e-3
+    quantized_kl: float = 0.15  # every other type, GGUF and ONNX
+    onnx_fp32_kl: float = 1e-8
+    onnx_fp32_max_abs: float = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    student: Student = field(default_factory=Student)
+    data: Data = field(default_factory=Data)
+    train: Train = field(default_factory=Train)
+    export: Export = field(default_factory=Export)
+    parity: Parity = field(default_factory=Parity)
+    gates: Gates = field(default_factory=Gates)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def load_recipe(file: Path | None = None, settings: Iterable[str] = (), **overrides: Mapping[str, Any]) -> Recipe:
+    """The recipe of a TOML file, then `section.key=value` settings, then `overrides` (section=dict), on the defaults.
+
+    Raises UserError on an unreadable file, an unknown key (with the nearest), a wrong type or an impossible value.
+    """
+    table: dict[str, Any] = {}
+    if file is not None:
+        try:
+            table = tomllib.loads(file.read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{file}: cannot read the recipe ({error}); give a TOML file") from error
+        except tomllib.TOMLDecodeError as error:
+            raise UserError(f"{file}: not TOML: {error}; mend the line") from error
+    where = {key: str(file) for key in table}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        section, dot, name = key.strip().partition(".")
+        if not equals or not dot:
+            raise UserError(f"--set {setting}: need section.key=value, as in --set student.hidden_size=1024")
+        where[section] = f"--set {setting}"
+        if not isinstance(table.setdefault(section, {}), dict):
+            raise UserError(f"{file}: {section} is not a table; write [{section}]")
+        table[section][name] = _parse_value(text.strip())
+    for section, values in overrides.items():
+        table.setdefault(section, {}).update(values)
+    recipe = _build(Recipe, table, lambda key: where.get(key, "recipe"), "")
+    _check(recipe)
+    return recipe
+
+
+def _parse_value(text: str) -> Any:
+    """A TOML value; what is not one is a plain string."""
+    try:
+        return tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _build(cls: type, table: Mapping[str, Any], where: typing.Callable[[str], str], prefix: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    known = {f.name: hints[f.name] for f in fields(cls)}
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key not in known:
+            near = difflib.get_close_matches(prefix + key, [*_all_keys(Recipe), *(f.name for f in fields(Recipe))], n=1,
+                                             cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            raise UserError(f"{where(key)}: unknown recipe key {prefix + key!r}; {hint}")
+        if is_dataclass(known[key]):
+            if not isinstance(value, Mapping):
+                raise UserError(f"{where(key)}: {key} = {value!r}: need a table; write [{key}]")
+            here = where(key)
+            values[key] = _build(typing.cast(type, known[key]), value, lambda _, here=here: here, f"{key}.")
+        else:
+            values[key] = _convert(value, known[key], f"{where(key)}: {prefix + key}")
+    return cls(**values)
+
+
+def _all_keys(cls: type, prefix: str = "") -> list[str]:
+    hints = typing.get_type_hints(cls)
+    keys: list[str] = []
+    for f in fields(cls):
+        hint = hints[f.name]
+        keys += _all_keys(hint, f"{f.name}.") if is_dataclass(hint) else [prefix + f.name]
+    return keys
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            raise UserError(f"{where} = {value!r}: need one of {', '.join(map(str, choices))}")
+        return value
+    if origin is tuple:
+        items = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+        if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
+            raise UserError(f"{where} = {value!r}: need a list of strings")
+        return tuple(items)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    # 10e9 reads well for a token budget.
+    if hint is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise UserError(f"{where} = {value!r}: need {'a whole number' if hint is int else f'a {hint.__name__}'}")
+    return value
+
+
+def _check(recipe: Recipe) -> None:
+    t, p, d = recipe.train, recipe.parity, recipe.data
+    at_least_1 = {"train.tokens": t.tokens, "train.seq_len": t.seq_len, "train.batch_tokens": t.batch_tokens,
+                  "train.micro_batch": t.micro_batch, "train.eval_every": t.eval_every,
+                  "train.checkpoint_every": t.checkpoint_every, "train.log_every": t.log_every,
+                  "parity.positions": p.positions, "parity.row_len": p.row_len,
+                  "parity.generate_tokens": p.generate_tokens}
+    above_0: dict[str, float] = {"train.learning_rate": t.learning_rate, "train.kl_temperature": t.kl_temperature,
+                                 "train.max_grad_norm": t.max_grad_norm}
+    not_negative: dict[str, float] = {"student.hidden_size": recipe.student.hidden_size, "train.alpha": t.alpha,
+                                      "train.kl_weight": t.kl_weight, "train.lm_weight": t.lm_weight,
+                                      "train.warmup_share": t.warmup_share, "parity.near_tie": p.near_tie}
+    for name, count in at_least_1.items():
+        if count < 1:
+            raise UserError(f"recipe: {name} = {count}: need at least 1")
+    for name, value in above_0.items():
+        if not value > 0:
+            raise UserError(f"recipe: {name} = {value}: need more than 0")
+    for name, value in not_negative.items():
+        if not value >= 0:
+            raise UserError(f"recipe: {name} = {value}: need 0 or more")
+    if not 0 < d.held_out_share < 1:
+        raise UserError(f"recipe: data.held_out_share = {d.held_out_share}: need a share between 0 and 1")
+    if t.warmup_share >= 1:
+        raise UserError(f"recipe: train.warmup_share = {t.warmup_share}: need less than 1")
+    if t.lm_weight == t.kl_weight == t.alpha == 0:
+        raise UserError("recipe: train.lm_weight, train.kl_weight and train.alpha are all 0: nothing to train")

@@ -1,0 +1,1 @@
+"""Clone a teacher: projections, losses, data, trainer."""
