@@ -150,9 +150,8 @@ def _build(cls: type, table: Mapping[str, Any], where: typing.Callable[[str], st
     values: dict[str, Any] = {}
     for key, value in table.items():
         if key not in known:
-            near = difflib.get_close_matches(prefix + key, [*_all_keys(Recipe), *(f.name for f in fields(Recipe))], n=1,
-                                             cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            near = difflib.get_close_matches(prefix + key, [*known, *_all_keys(Recipe)], n=1, cutoff=0.7)
+            hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
             raise UserError(f"{where(key)}: unknown recipe key {prefix + key!r}; {hint}")
         if is_dataclass(known[key]):
             if not isinstance(value, Mapping):

@@ -1,0 +1,127 @@
+"""The output directory: which stages ran, on what, with what result; atomic writes; what need not run again."""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lrc_edge.artifact import sha256_of
+from lrc_edge.errors import UserError
+
+MANIFEST = "build.json"
+PARTIAL = ".partial"  # what a stage has not finished; emptied when a build starts
+# Part of each fingerprint. Raise a stage's number when it makes different files of the same inputs.
+STAGE_VERSIONS = {"data": 1, "train": 1, "fold": 1, "gguf": 1, "onnx": 1, "check": 1}
+
+
+class BuildDir:
+    """A build's directory. `build.json` holds, for each stage, its fingerprint, its outputs' hashes and its result."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.manifest: dict[str, Any] = {"stages": {}, "hashes": {}}
+        file = path / MANIFEST
+        if file.exists():
+            try:
+                self.manifest = json.loads(file.read_text())
+                self.manifest["stages"], self.manifest["hashes"]  # noqa: B018  both must be there
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{file}: not a build manifest ({error!r}); delete it to build anew") from error
+
+    @classmethod
+    def create(cls, path: Path) -> BuildDir:
+        """Open or make the directory. Raises UserError when it cannot be written."""
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            probe = path / f"{PARTIAL}-probe"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"{path}: cannot write there ({error.strerror}); give another --out") from error
+        shutil.rmtree(path / PARTIAL, ignore_errors=True)
+        return cls(path)
+
+    def fingerprint(self, stage: str, inputs: Any) -> str:
+        """Digest of the stage's version and of `inputs`, anything that JSON can hold."""
+        text = json.dumps([stage, STAGE_VERSIONS[stage.split(":")[0]], inputs], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def is_done(self, stage: str, fingerprint: str) -> bool:
+        """Whether the stage ran on these inputs and every file that it left is still what it was."""
+        record = self.manifest["stages"].get(stage)
+        return (record is not None and record["fingerprint"] == fingerprint
+                and all(self._is_unchanged(name, digest) for name, digest in record["outputs"].items()))
+
+    def _is_unchanged(self, name: str, digest: str) -> bool:
+        file = self.path / name
+        return file.is_file() and self.hash(file) == digest
+
+    def result(self, stage: str) -> Any:
+        return self.manifest["stages"][stage]["result"]
+
+    def output_hashes(self, stage: str) -> dict[str, str]:
+        outputs: dict[str, str] = self.manifest["stages"][stage]["outputs"]
+        return outputs
+
+    def record(self, stage: str, fingerprint: str, outputs: list[Path], result: Any = None) -> None:
+        """Note a finished stage. `outputs` are files or folders below the directory."""
+        files = sorted(f for path in outputs for f in (path.rglob("*") if path.is_dir() else [path]) if f.is_file())
+        self.manifest["stages"][stage] = {
+            "fingerprint": fingerprint, "result": result,
+            "outputs": {str(file.relative_to(self.path)): self.hash(file) for file in files}}
+        self.save()
+
+    def forget(self, stage: str) -> None:
+        if self.manifest["stages"].pop(stage, None) is not None:
+            self.save()
+
+    def save(self) -> None:
+        write_atomically(self.path / MANIFEST, json.dumps(self.manifest, indent=1) + "\n")
+
+    def hash(self, file: Path) -> str:
+        """SHA-256, remembered for as long as size and modification time stay the same."""
+        stat = file.stat()
+        key, state = str(file.resolve()), [stat.st_size, stat.st_mtime_ns]
+        known = self.manifest["hashes"].get(key)
+        if known is None or known[:2] != state:
+            known = self.manifest["hashes"][key] = [*state, sha256_of(file)]
+        return str(known[2])
+
+    @contextmanager
+    def partial(self, name: str) -> Iterator[Path]:
+        """A path below `.partial` to write to; whatever is left there goes away when the block ends."""
+        path = self.path / PARTIAL / name
+        shutil.rmtree(path, ignore_errors=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield path
+        finally:
+            shutil.rmtree(self.path / PARTIAL, ignore_errors=True)
+
+
+def replace_tree(source: Path, target: Path) -> None:
+    """Put a finished folder where an older one may stand."""
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(source, target)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside, then rename: a reader sees the old text or the new one, never half."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def free_bytes(path: Path) -> int:
+    """Free space of the file system that `path` is, or would be, on."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free

@@ -1,0 +1,36 @@
+"""Projections: their initial values, and the gradient that a composed weight hands back to them.
+
+Shapes: T teacher width, S student width, O out, I in. P_TS is a projection; a composed weight is W_OT P_TS or P_TS^T W_TI
+(lrc_edge.roles.compose).
+"""
+from __future__ import annotations
+
+import torch
+
+from lrc_edge.roles import Role
+
+GAUSSIAN_STD = 0.02  # arXiv 2505.12781, appendix: every P ~ N(0, 0.02)
+
+
+def gaussian(teacher_width: int, student_width: int, generator: torch.Generator) -> torch.Tensor:
+    """P_TS of the published method."""
+    return torch.randn(teacher_width, student_width, generator=generator) * GAUSSIAN_STD
+
+
+def selection(channels_S: torch.Tensor, teacher_width: int) -> torch.Tensor:
+    """P_TS that picks the given residual channels: ones at (channels[s], s). RED, arXiv 2605.29327."""
+    p_TS = torch.zeros(teacher_width, len(channels_S))
+    p_TS[channels_S, torch.arange(len(channels_S))] = 1.0
+    return p_TS
+
+
+def identity(width: int) -> torch.Tensor:
+    return torch.eye(width)
+
+
+def pull_back(role: Role, teacher: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """dL/dP_TS from the gradient of the composed weight.
+
+    W = W_OT P_TS gives W_OT^T dW_OS; W = P_TS^T W_TI gives W_TI dW_SI^T.
+    """
+    return teacher.T @ grad if role.kind == "project_in" else teacher @ grad.T
