@@ -16,7 +16,7 @@ from lrc_edge.errors import UserError
 MANIFEST = "build.json"
 PARTIAL = ".partial"  # what a stage has not finished; emptied when a build starts
 # Part of each fingerprint. Raise a stage's number when it makes different files of the same inputs.
-STAGE_VERSIONS = {"data": 1, "train": 1, "fold": 1, "gguf": 1, "onnx": 1, "check": 1}
+STAGE_VERSIONS = {"data": 1, "identity": 1, "train": 1, "fold": 1, "gguf": 1, "onnx": 1, "check": 1}
 
 
 class BuildDir:
@@ -29,7 +29,7 @@ class BuildDir:
         if file.exists():
             try:
                 self.manifest = json.loads(file.read_text())
-                self.manifest["stages"], self.manifest["hashes"]  # noqa: B018  both must be there
+                self.manifest["stages"], self.manifest["hashes"]
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{file}: not a build manifest ({error!r}); delete it to build anew") from error
 
@@ -48,7 +48,7 @@ class BuildDir:
 
     def fingerprint(self, stage: str, inputs: Any) -> str:
         """Digest of the stage's version and of `inputs`, anything that JSON can hold."""
-        text = json.dumps([stage, STAGE_VERSIONS[stage.split(":")[0]], inputs], sort_keys=True, default=str)
+        text = json.dumps([stage, STAGE_VERSIONS[stage], inputs], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def is_done(self, stage: str, fingerprint: str) -> bool:

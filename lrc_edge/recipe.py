@@ -5,6 +5,7 @@ A key that is not a field is refused with the nearest name. `--set section.key=v
 from __future__ import annotations
 
 import difflib
+import json
 import tomllib
 import typing
 from collections.abc import Iterable, Mapping
@@ -221,3 +222,16 @@ def _check(recipe: Recipe) -> None:
         raise UserError(f"recipe: train.warmup_share = {t.warmup_share}: need less than 1")
     if t.lm_weight == t.kl_weight == t.alpha == 0:
         raise UserError("recipe: train.lm_weight, train.kl_weight and train.alpha are all 0: nothing to train")
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The recipe as TOML that `load_recipe` reads back to the same recipe."""
+    def value(item: Any) -> str:
+        if isinstance(item, tuple):
+            return "[" + ", ".join(json.dumps(part) for part in item) + "]"
+        return json.dumps(item) if isinstance(item, str) else str(item).lower() if isinstance(item, bool) else str(item)
+
+    lines: list[str] = []
+    for section, table in recipe.as_dict().items():
+        lines += [f"[{section}]", *(f"{key} = {value(item)}" for key, item in table.items()), ""]
+    return "\n".join(lines)

@@ -1,0 +1,42 @@
+# make demo   build a student of the embedded teacher, end to end        make check   ruff and mypy
+# make test   the tests                                                  make clean   remove what these made
+# Everything is installed into .venv first; PYTHON=python3.12 chooses another interpreter.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+OPTIMUM = .venv-optimum
+DEMO_OUT ?= demo-out
+
+.PHONY: demo test test-optimum check clean
+
+demo: $(VENV)/installed
+	$(BIN)/lrc-edge build examples/demo/teacher --data examples/demo/stories.jsonl.gz --recipe examples/demo/recipe.toml --out $(DEMO_OUT)
+
+test: $(VENV)/installed
+	$(BIN)/pytest -m "not slow" -n 2
+
+# transformers 4.57 and optimum's ONNX classes, which do not run on transformers 5.
+test-optimum: $(OPTIMUM)/installed
+	$(OPTIMUM)/bin/pytest -m "not slow" -n 2 tests/test_optimum.py tests/test_identity.py tests/test_fold.py tests/test_checkpoint.py
+
+check: $(VENV)/installed
+	$(BIN)/ruff check .
+	rm -rf build/types && mkdir -p build/types
+	cp -rs $(CURDIR)/lrc_edge build/types/ && cp -rs $(CURDIR)/train $(CURDIR)/export $(CURDIR)/targets build/types/lrc_edge/
+	cd build/types && MYPYPATH=. $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p lrc_edge
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(OPTIMUM)/installed: pyproject.toml constraints-optimum.txt
+	$(PYTHON) -m venv $(OPTIMUM)
+	$(OPTIMUM)/bin/pip install --quiet --constraint constraints-optimum.txt torch
+	$(OPTIMUM)/bin/pip install --quiet --constraint constraints-optimum.txt --editable '.[optimum,test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(OPTIMUM) $(DEMO_OUT) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,205 @@
+"""The decoder as an ONNX graph with a KV cache: llama, mistral, qwen2 and qwen3, from the tables of roles.py.
+
+Every weight is placed by its role, never by its shape, and each exactly once. Values are named after the module that makes them.
+Shapes: B batch, T new tokens, P past tokens, S = P + T; O a linear's outputs, I its inputs.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from importlib import import_module
+from typing import Protocol
+
+import numpy as np
+import torch
+from onnx import TensorProto
+from transformers import AutoConfig, PretrainedConfig
+
+from lrc_edge.checkpoint import DenseCheckpoint
+from lrc_edge.errors import UserError
+from lrc_edge.export.onnx_file import MICROSOFT, OnnxFile
+from lrc_edge.roles import Weight
+
+INT64, FLOAT = TensorProto.INT64, TensorProto.FLOAT
+FUSED_ROTARY_MULTIPLE = 16  # GroupQueryAttention rotates by itself only when head_dim is a multiple of this
+FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # whose angles depend on the position alone
+
+
+class WeightFormat(Protocol):
+    """How matrices stand in the graph: float32, or packed."""
+
+    def linear(self, file: OnnxFile, name: str, weight_OI: np.ndarray, x: str, output: str) -> str:
+        """x (..., I) -> x W^T (..., O)."""
+        ...
+
+    def embedding(self, file: OnnxFile, name: str, weight_OI: np.ndarray, ids: str, output: str) -> str:
+        """ids (...) -> rows of W (..., I)."""
+        ...
+
+    def tied_linear(self, file: OnnxFile, name: str, shape_OI: tuple[int, ...], x: str, output: str) -> str:
+        """`linear` with the matrix that `embedding` has stored under the same name."""
+        ...
+
+
+def check_supported(checkpoint: DenseCheckpoint) -> None:
+    """Raise UserError on what the graph cannot say: angles that depend on the length of the text."""
+    scaling = checkpoint.rope.scaling
+    if scaling and scaling["rope_type"] not in FIXED_ROPE_TYPES:
+        raise UserError(f"{checkpoint.path / 'config.json'}: rope_type {scaling['rope_type']!r} has no ONNX form; "
+                        f"supported: {', '.join(FIXED_ROPE_TYPES)}; leave the onnx formats out")
+
+
+class DecoderGraph:
+    """Writes one checkpoint's graph into `file`. Use `write` once."""
+
+    def __init__(self, file: OnnxFile, checkpoint: DenseCheckpoint, weights: WeightFormat,
+                 progress: Callable[[str], None] | None = None):
+        self.file, self.checkpoint, self.shape, self.weights = file, checkpoint, checkpoint.shape, weights
+        self.config: PretrainedConfig = AutoConfig.from_pretrained(checkpoint.path)
+        self.progress = progress or (lambda _: None)
+        self._unplaced = {(weight.role.name, weight.layer): weight for weight in checkpoint.weights()}
+
+    def write(self) -> None:
+        """All inputs, nodes and outputs. Raises ValueError when a weight of the checkpoint has found no place."""
+        self._inputs()
+        self._rope_tables()
+        embedding = self._unplaced[("token_embd", None)]
+        hidden = self.weights.embedding(self.file, embedding.name, self._take("token_embd", None), "input_ids",
+                                        "model.embed_tokens")
+        for layer in range(self.shape.num_hidden_layers):
+            hidden = self._layer(hidden, layer)
+        hidden = self._norm(hidden, "output_norm", None)
+        if self.shape.tied:
+            self.weights.tied_linear(self.file, embedding.name, embedding.shape, hidden, "logits")
+        else:
+            self._linear(hidden, "output", None, "logits")
+        self.file.output("logits", FLOAT, ["batch_size", "sequence_length", self.shape.vocab_size])
+        for layer in range(self.shape.num_hidden_layers):
+            for kind in ("key", "value"):
+                self.file.output(f"present.{layer}.{kind}", FLOAT, self._cache_shape("total_sequence_length"))
+        if self._unplaced:
+            raise ValueError(f"{self.file.path}: no place for {sorted(w.name for w in self._unplaced.values())}")
+
+    def _take(self, role: str, layer: int | None) -> np.ndarray:
+        """The weight of this role as float32; each may be taken once."""
+        weight = self._unplaced.pop((role, layer))
+        self.progress(weight.name)
+        array: np.ndarray = self.checkpoint.tensor(weight.name).float().numpy()
+        return array
+
+    def _name(self, role: str, layer: int | None) -> Weight:
+        return self._unplaced[(role, layer)]
+
+    def _cache_shape(self, length: str) -> list[int | str]:
+        # Numbers, not symbols: transformers.js allocates the first, empty cache from them.
+        return ["batch_size", self.shape.num_key_value_heads, length, self.shape.head_dim]
+
+    def _inputs(self) -> None:
+        file = self.file
+        file.input("input_ids", INT64, ["batch_size", "sequence_length"])
+        mask = file.input("attention_mask", INT64, ["batch_size", "total_sequence_length"])
+        # Key and value alternate: ORTModelForCausalLM pairs them by order.
+        for layer in range(self.shape.num_hidden_layers):
+            for kind in ("key", "value"):
+                file.input(f"past_key_values.{layer}.{kind}", FLOAT, self._cache_shape("past_sequence_length"))
+        # GroupQueryAttention wants each row's S - 1, and S, both as int32.
+        lengths = file.node("ReduceSum", [mask, file.constant([1])], "mask.lengths", keepdims=0)
+        last = file.node("Sub", [lengths, file.constant([1])], "mask.last")
+        file.node("Cast", [last], "seqlens_k", to=TensorProto.INT32)
+        size = file.node("Shape", [mask], "mask.shape", start=1, end=2)
+        total = file.node("Squeeze", [size], "mask.total")
+        file.node("Cast", [total], "total_sequence_length.int32", to=TensorProto.INT32)
+        if self._fused_rotary:
+            return
+        # Positions P .. S-1, the same in every row.
+        new = file.node("Shape", ["input_ids"], "input_ids.shape")
+        count = file.node("Squeeze", [file.node("Slice", [new, file.constant([1]), file.constant([2])], "ids.length")],
+                          "ids.count")
+        first = file.node("Sub", [total, count], "positions.first")
+        row = file.node("Range", [first, total, file.constant(1)], "positions.row")
+        file.node("Expand", [row, new], "position_ids")
+
+    @property
+    def _fused_rotary(self) -> bool:
+        return self.shape.head_dim % FUSED_ROTARY_MULTIPLE == 0
+
+    def _rope_tables(self) -> None:
+        """cos and sin for every position, (max_position_embeddings, head_dim / 2), by transformers' own module."""
+        family = self.config.model_type
+        module = import_module(f"transformers.models.{family}.modeling_{family}")
+        rotary = getattr(module, f"{family.capitalize()}RotaryEmbedding")(self.config)
+        positions = torch.arange(self.shape.max_position_embeddings)[None]
+        for name, table in zip(("cos", "sin"), rotary(torch.zeros(1), positions), strict=True):
+            self.file.weight(f"rope.{name}", table[0, :, :self.shape.head_dim // 2].contiguous().numpy())
+
+    def _layer(self, hidden: str, layer: int) -> str:
+        attention = self._attention(self._norm(hidden, "attn_norm", layer), layer)
+        hidden = self.file.node("Add", [hidden, attention], f"model.layers.{layer}.after_attention")
+        mlp = self._mlp(self._norm(hidden, "ffn_norm", layer), layer)
+        return self.file.node("Add", [hidden, mlp], f"model.layers.{layer}")
+
+    def _linear(self, x: str, role: str, layer: int | None, output: str | None = None) -> str:
+        """x W^T + b, where the family has that bias."""
+        name = self._name(role, layer).name
+        module = output or name.removesuffix(".weight")
+        bias = (f"{role}_bias", layer)
+        y = self.weights.linear(self.file, name, self._take(role, layer), x, module + "/matmul" * (bias in self._unplaced))
+        if bias in self._unplaced:
+            bias_name = self._name(*bias).name
+            y = self.file.node("Add", [y, self.file.weight(bias_name, self._take(*bias))], module)
+        return y
+
+    def _norm(self, x: str, role: str, layer: int | None) -> str:
+        """RMS norm over the last axis, in standard operators: onnxruntime fuses them when it loads the graph."""
+        file, name = self.file, self._name(role, layer).name
+        module = name.removesuffix(".weight")
+        epsilon = file.constant(float(self.config.rms_norm_eps), np.float32)
+        square = file.node("Pow", [x, file.constant(2.0, np.float32)], f"{module}/square")
+        mean = file.node("ReduceMean", [square, file.constant([-1])], f"{module}/mean")
+        root = file.node("Sqrt", [file.node("Add", [mean, epsilon], f"{module}/mean_eps")], f"{module}/root")
+        normal = file.node("Div", [x, root], f"{module}/normal")
+        return file.node("Mul", [normal, file.weight(name, self._take(role, layer))], module)
+
+    def _mlp(self, x: str, layer: int) -> str:
+        """down(silu(gate(x)) * up(x))"""
+        file, module = self.file, f"model.layers.{layer}.mlp"
+        gate = self._linear(x, "ffn_gate", layer)
+        sigmoid = file.node("Sigmoid", [gate], f"{module}.sigmoid")
+        silu = file.node("Mul", [gate, sigmoid], f"{module}.silu")
+        product = file.node("Mul", [silu, self._linear(x, "ffn_up", layer)], f"{module}.product")
+        return self._linear(product, "ffn_down", layer)
+
+    def _attention(self, x: str, layer: int) -> str:
+        shape, module = self.shape, f"model.layers.{layer}.self_attn"
+        query, key, value = (self._linear(x, f"attn_{kind}", layer) for kind in "qkv")
+        query = self._positioned(query, "q", shape.num_attention_heads, layer)
+        key = self._positioned(key, "k", shape.num_key_value_heads, layer)
+        tables = ["rope.cos", "rope.sin"] if self._fused_rotary else []
+        attended = self.file.node(
+            "GroupQueryAttention",
+            [query, key, value, f"past_key_values.{layer}.key", f"past_key_values.{layer}.value", "seqlens_k",
+             "total_sequence_length.int32", *tables],
+            [module + ".attended", f"present.{layer}.key", f"present.{layer}.value"], domain=MICROSOFT,
+            num_heads=shape.num_attention_heads, kv_num_heads=shape.num_key_value_heads,
+            scale=1 / math.sqrt(shape.head_dim), do_rotary=int(self._fused_rotary), rotary_interleaved=0,
+            local_window_size=self._window(layer))
+        return self._linear(attended, "attn_output", layer)
+
+    def _positioned(self, x: str, kind: str, heads: int, layer: int) -> str:
+        """Query or key (B, T, heads * head_dim) after its norm (qwen3) and, where attention does not do it, RoPE."""
+        file, role = self.file, f"attn_{kind}_norm"
+        module = f"model.layers.{layer}.self_attn.{kind}"
+        if (role, layer) in self._unplaced:
+            split = file.node("Reshape", [x, file.constant([0, 0, heads, self.shape.head_dim])], f"{module}.heads")
+            x = file.node("Reshape", [self._norm(split, role, layer), file.constant([0, 0, -1])], f"{module}.normal")
+        if not self._fused_rotary:
+            x = file.node("RotaryEmbedding", [x, "position_ids", "rope.cos", "rope.sin"], f"{module}.rotated",
+                          domain=MICROSOFT, num_heads=heads, interleaved=0)
+        return x
+
+    def _window(self, layer: int) -> int:
+        """Tokens that a query sees, itself included; -1 for all."""
+        kinds = getattr(self.config, "layer_types", None)
+        if kinds is not None and kinds[layer] != "sliding_attention":
+            return -1
+        return getattr(self.config, "sliding_window", None) or -1

@@ -1,0 +1,207 @@
+"""DenseCheckpoint -> GGUF files.
+
+F32, F16 and BF16 are written here, one tensor in memory at a time; every other type is llama.cpp's quantizer's work on
+such a file.
+"""
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from gguf import MODEL_ARCH, MODEL_TENSOR, TENSOR_NAMES, GGMLQuantizationType, GGUFWriter
+from safetensors import safe_open
+
+from lrc_edge.artifact import Artifact, sha256_of
+from lrc_edge.checkpoint import DenseCheckpoint
+from lrc_edge.errors import UserError
+from lrc_edge.roles import Weight
+
+from .gguf_metadata import (
+    architecture,
+    architecture_name,
+    check_rope,
+    llama3_rope_factors,
+    model_size,
+    write_metadata,
+)
+from .modelfile import write_modelfile
+from .quantize import ENCODINGS, Encoding, parse_encoding, quantize_file, read_contents
+from .tokenizer import Vocabulary, read_vocabulary
+
+# Role -> (GGUF tensor, suffix). Total over roles.py: a role that is missing here is an error, not a skipped tensor.
+GGUF_NAMES: dict[str, tuple[MODEL_TENSOR, str]] = {
+    "token_embd": (MODEL_TENSOR.TOKEN_EMBD, ".weight"),
+    "output": (MODEL_TENSOR.OUTPUT, ".weight"),
+    "output_norm": (MODEL_TENSOR.OUTPUT_NORM, ".weight"),
+    "attn_norm": (MODEL_TENSOR.ATTN_NORM, ".weight"),
+    "attn_q": (MODEL_TENSOR.ATTN_Q, ".weight"),
+    "attn_k": (MODEL_TENSOR.ATTN_K, ".weight"),
+    "attn_v": (MODEL_TENSOR.ATTN_V, ".weight"),
+    "attn_output": (MODEL_TENSOR.ATTN_OUT, ".weight"),
+    "attn_q_bias": (MODEL_TENSOR.ATTN_Q, ".bias"),
+    "attn_k_bias": (MODEL_TENSOR.ATTN_K, ".bias"),
+    "attn_v_bias": (MODEL_TENSOR.ATTN_V, ".bias"),
+    "attn_q_norm": (MODEL_TENSOR.ATTN_Q_NORM, ".weight"),
+    "attn_k_norm": (MODEL_TENSOR.ATTN_K_NORM, ".weight"),
+    "ffn_norm": (MODEL_TENSOR.FFN_NORM, ".weight"),
+    "ffn_gate": (MODEL_TENSOR.FFN_GATE, ".weight"),
+    "ffn_up": (MODEL_TENSOR.FFN_UP, ".weight"),
+    "ffn_down": (MODEL_TENSOR.FFN_DOWN, ".weight"),
+}
+_TORCH_TYPES = {GGMLQuantizationType.F32: torch.float32, GGMLQuantizationType.F16: torch.float16,
+                GGMLQuantizationType.BF16: torch.bfloat16}
+_ROPE_FACTORS = TENSOR_NAMES[MODEL_TENSOR.ROPE_FREQS] + ".weight"
+
+
+def export_gguf(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[str],
+                progress: Callable[[str], None] | None = None) -> list[Artifact]:
+    """Write one GGUF file for each encoding, and an Ollama Modelfile, into `folder`.
+
+    Returns the artifacts in the order of `encodings`, their paths relative to folder's parent. A file bears its name
+    only when it is whole. Raises UserError before writing when an encoding, the tokenizer or the RoPE is not possible.
+    """
+    wanted = list(dict.fromkeys(parse_encoding(name) for name in encodings))
+    vocabulary = read_vocabulary(checkpoint)
+    check_rope(checkpoint)
+    say = progress or (lambda _: None)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {encoding: folder / file_name(checkpoint, encoding) for encoding in wanted}
+    for encoding, file in files.items():
+        if encoding.direct:
+            say(f"writing {file.name}")
+            with _whole(file) as partial:
+                _write(checkpoint, vocabulary, encoding, partial)
+    quantized = {encoding: file for encoding, file in files.items() if not encoding.direct}
+    if quantized:
+        with _lossless_file(checkpoint, vocabulary, files, folder) as source:
+            for encoding, file in quantized.items():
+                say(f"quantizing {file.name}")
+                with _whole(file) as partial:
+                    quantize_file(source, partial, encoding)
+    artifacts = [_artifact(checkpoint, encoding, file) for encoding, file in files.items()]
+    if files:
+        write_modelfile(checkpoint, vocabulary, {encoding.name: file for encoding, file in files.items()})
+    return artifacts
+
+
+def file_name(checkpoint: DenseCheckpoint, encoding: Encoding) -> str:
+    """llama.cpp's convention, <Name>-<Size>-<Encoding>.gguf; a name that says its size already is not told it twice."""
+    name = re.sub(r"[^\w.-]+", "-", checkpoint.name, flags=re.ASCII).strip("-.") or "model"
+    stated = [float(number) * {"K": 1e3, "M": 1e6, "B": 1e9}[unit.upper()]
+              for number, unit in re.findall(r"(?<![^-_])(\d+(?:\.\d+)?)([KMB])(?![^-_])", name, re.IGNORECASE)]
+    n_params = checkpoint.shape.n_params
+    size = "" if any(abs(n - n_params) <= n_params / 4 for n in stated) else f"-{model_size(checkpoint)}"
+    return f"{name}{size}-{encoding.name.upper()}.gguf"
+
+
+@contextmanager
+def _whole(file: Path) -> Iterator[Path]:
+    """A name to write under, in the same folder; renamed to `file` when the block ends well, else removed."""
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _lossless_file(checkpoint: DenseCheckpoint, vocabulary: Vocabulary, files: dict[Encoding, Path],
+                   folder: Path) -> Iterator[Path]:
+    """A GGUF that holds the checkpoint exactly: one of `files` when it does, else a temporary one."""
+    stored = ENCODINGS[_stored_encoding(checkpoint)]
+    for encoding in (stored, ENCODINGS["f32"]):
+        if encoding in files:
+            yield files[encoding]
+            return
+    temporary = folder / f".{file_name(checkpoint, stored)}.source"
+    try:
+        _write(checkpoint, vocabulary, stored, temporary)
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _stored_encoding(checkpoint: DenseCheckpoint) -> str:
+    """"bf16" or "f16" when all matrices are stored so, else "f32"."""
+    matrices = {weight.name for weight in checkpoint.weights() if len(weight.shape) > 1}
+    types = set()
+    for file in checkpoint.weight_files():
+        with safe_open(file, framework="pt") as handle:
+            types |= {handle.get_slice(name).get_dtype() for name in matrices.intersection(handle.keys())}
+    return {("BF16",): "bf16", ("F16",): "f16"}.get(tuple(types), "f32")
+
+
+def _write(checkpoint: DenseCheckpoint, vocabulary: Vocabulary, encoding: Encoding, path: Path) -> None:
+    """Write a whole F32, F16 or BF16 file. Vectors (norms, biases) stay F32, as llama.cpp expects them."""
+    writer = GGUFWriter(path, architecture_name(checkpoint))
+    write_metadata(writer, checkpoint, vocabulary, encoding)
+    weights = list(checkpoint.weights())
+    for weight in weights:
+        kind = _tensor_type(weight, encoding)
+        n_bytes = weight.numel * _TORCH_TYPES[kind].itemsize
+        writer.add_tensor_info(gguf_name(weight), weight.shape, np.dtype(np.float32), n_bytes, raw_dtype=kind)
+    factors = llama3_rope_factors(checkpoint)
+    if factors is not None:
+        writer.add_tensor_info(_ROPE_FACTORS, factors.shape, np.dtype(np.float32), factors.numel() * 4)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        permuted = architecture(checkpoint) == MODEL_ARCH.LLAMA
+        for weight in weights:
+            writer.write_tensor_data(_tensor_data(checkpoint, weight, _tensor_type(weight, encoding), permuted))
+        if factors is not None:
+            writer.write_tensor_data(factors.numpy())
+    finally:
+        writer.close()
+
+
+def gguf_name(weight: Weight) -> str:
+    """"blk.3.attn_q.weight". Raises ValueError for a role that GGUF_NAMES lacks."""
+    if weight.role.name not in GGUF_NAMES:
+        raise ValueError(f"gguf: no name for role {weight.role.name} ({weight.name}); extend GGUF_NAMES")
+    tensor, suffix = GGUF_NAMES[weight.role.name]
+    return TENSOR_NAMES[tensor].format(bid=weight.layer) + suffix
+
+
+def _tensor_type(weight: Weight, encoding: Encoding) -> GGMLQuantizationType:
+    return encoding.type if len(weight.shape) > 1 else GGMLQuantizationType.F32
+
+
+def _tensor_data(checkpoint: DenseCheckpoint, weight: Weight, kind: GGMLQuantizationType, permuted: bool) -> np.ndarray:
+    """One tensor as GGUF stores it; BF16 as its bits in int16, since numpy has no such type."""
+    tensor = checkpoint.tensor(weight.name)
+    shape = checkpoint.shape
+    if permuted and weight.role.name in ("attn_q", "attn_q_bias"):
+        tensor = interleave_rotary(tensor, shape.num_attention_heads)
+    if permuted and weight.role.name in ("attn_k", "attn_k_bias"):
+        tensor = interleave_rotary(tensor, shape.num_key_value_heads)
+    tensor = tensor.to(_TORCH_TYPES[kind]).contiguous()
+    if kind == GGMLQuantizationType.F16 and not torch.isfinite(tensor).all():
+        raise UserError(f"{checkpoint.path}: {weight.name} has values beyond F16's largest, 65504; "
+                        "take bf16 or f32 instead of f16")
+    return tensor.view(torch.int16).numpy() if kind == GGMLQuantizationType.BF16 else tensor.numpy()
+
+
+def interleave_rotary(tensor: torch.Tensor, n_heads: int) -> torch.Tensor:
+    """Reorder the rows of q or k for llama.cpp's llama graph.
+
+    Hugging Face rotates row i of a head with row i + head_dim/2; that graph rotates row 2i with row 2i + 1.
+    (n_heads * head_dim, ...) -> the same shape.
+    """
+    halves = tensor.reshape(n_heads, 2, -1, *tensor.shape[1:])
+    return halves.transpose(1, 2).reshape(tensor.shape)
+
+
+def _artifact(checkpoint: DenseCheckpoint, encoding: Encoding, file: Path) -> Artifact:
+    contents = read_contents(file, encoding)
+    return Artifact(
+        path=f"{file.parent.name}/{file.name}", format="gguf", encoding=encoding.name, bytes=file.stat().st_size,
+        bits_per_weight=8 * contents.data_bytes / checkpoint.shape.n_params, sha256=sha256_of(file),
+        fallbacks=contents.fallbacks, tensor_types=contents.tensor_types)

@@ -1,0 +1,186 @@
+"""The command line: verbs only. It parses, calls and prints; heavy imports wait until a command runs."""
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lrc_edge import __version__
+from lrc_edge.errors import UserError
+
+app = typer.Typer(
+    name="lrc-edge", no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""From a Hugging Face teacher to a small on-device student: train a Low-Rank Clone, fold it, write GGUF and
+ONNX, and prove on their real runtimes that each says what the PyTorch student says.
+
+[bold]lrc-edge build[/] does everything; the other commands are its stages alone. Exit status: 0 every gate passed, 1 a
+gate failed (the report says which), 2 a mistake in the input (one line says what).""")
+
+Teacher = Annotated[str, typer.Argument(help="Hugging Face model directory, or hub id (HuggingFaceTB/SmolLM2-360M).")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Directory to build in. Run again to continue what is there.")]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", "-r", help="TOML file; see `lrc-edge recipe` for every key.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE",
+                                                    help="Override one recipe key; may be repeated.")]
+Sources = Annotated[list[str] | None, typer.Option(
+    "--data", "-d", metavar="SRC",
+    help="Text: a .txt, .jsonl or .parquet file, a folder of them, or a hub dataset; may be repeated.")]
+Formats = Annotated[str | None, typer.Option(
+    help="What to write, comma-separated: gguf:f32, gguf:f16, gguf:bf16, gguf:q8_0, gguf:q4_0, gguf:q4_k_m and every other "
+         "llama.cpp type; onnx:fp32, onnx:int4.")]
+BuildDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="The --out directory of a build or an export.")]
+
+
+@app.callback(invoke_without_command=True)
+def _options(show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if show_version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def build(teacher: Teacher, out: Out, recipe: RecipeFile = None, settings: Settings = None, data: Sources = None,
+          formats: Formats = None) -> None:
+    """Everything: teacher in, proved GGUF and ONNX out, with a report.
+
+    [dim]lrc-edge build HuggingFaceTB/SmolLM2-360M --data stories.jsonl --set student.hidden_size=512 --out out[/]
+    """
+    from lrc_edge import pipeline
+
+    _exit(pipeline.build(teacher, out, _recipe(recipe, settings, data, formats), _console()))
+
+
+@app.command()
+def train(teacher: Teacher, out: Out, recipe: RecipeFile = None, settings: Settings = None,
+          data: Sources = None) -> None:
+    """Train the projections only (the GPU's part of a build). `build` or `fold` with the same --out goes on from there."""
+    from lrc_edge import pipeline
+
+    _exit(pipeline.build(teacher, out, _recipe(recipe, settings, data, None), _console(), until="train"))
+
+
+@app.command()
+def fold(directory: BuildDirectory) -> None:
+    """Fold a trained DIR into DIR/student: an ordinary dense Hugging Face checkpoint."""
+    from lrc_edge import pipeline
+
+    _exit(pipeline.fold(directory, _console()))
+
+
+@app.command()
+def export(model: Annotated[str, typer.Argument(metavar="HF_DIR", help="Any dense checkpoint of a supported family.")],
+           out: Out, recipe: RecipeFile = None, settings: Settings = None,
+           data: Annotated[list[str] | None, typer.Option(
+               "--data", "-d", metavar="SRC", help="Text to prove on; default: Python's own documentation.")] = None,
+           formats: Formats = None) -> None:
+    """Write and prove GGUF and ONNX of any dense checkpoint, trained here or not.
+
+    [dim]lrc-edge export Qwen/Qwen3-0.6B --out out --formats gguf:q4_k_m,onnx:int4[/]
+    """
+    from lrc_edge import pipeline
+
+    _exit(pipeline.export(model, out, _recipe(recipe, settings, data, formats), _console()))
+
+
+@app.command()
+def check(directory: BuildDirectory) -> None:
+    """Prove the artifacts of DIR again, from the files, and write the report anew."""
+    from lrc_edge import pipeline
+
+    _exit(pipeline.check(directory, _console()))
+
+
+@app.command()
+def report(directory: BuildDirectory) -> None:
+    """Print the gates of DIR and write report.html again from its report.json."""
+    from lrc_edge import pipeline
+
+    _exit(pipeline.show_report(directory, _console()))
+
+
+@app.command()
+def chat(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A build, or a .gguf file.")],
+         encoding: Annotated[str, typer.Option(help="Which GGUF of a build; default: the smallest.")] = "",
+         temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.7,
+         max_tokens: Annotated[int, typer.Option(min=1, help="Of one answer.")] = 256) -> None:
+    """Talk to the GGUF in the terminal, through llama.cpp. Ctrl-D ends."""
+    from lrc_edge import pipeline
+
+    pipeline.chat(directory, encoding, temperature, max_tokens, _console())
+
+
+@app.command()
+def inspect(path: Annotated[Path, typer.Argument(help="Hugging Face directory, .gguf, .onnx, or a build directory.")],
+            tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False) -> None:
+    """What is in a model: shapes, types, real bits per weight, metadata."""
+    from lrc_edge.inspect_path import print_description
+
+    print_description(path, _console(), tensors=tensors)
+
+
+@app.command("recipe")
+def show_recipe(recipe: RecipeFile = None, settings: Settings = None) -> None:
+    """Print the recipe with every key and its default, as TOML to start from."""
+    from lrc_edge.recipe import to_toml
+
+    print(to_toml(_recipe(recipe, settings, None, None)), end="")
+
+
+def _recipe(file: Path | None, settings: list[str] | None, data: list[str] | None, formats: str | None) -> Any:
+    from lrc_edge.recipe import load_recipe
+
+    overrides: dict[str, dict[str, Any]] = {}
+    if data:
+        overrides["data"] = {"sources": data}
+    if formats is not None:
+        overrides["export"] = {"formats": formats}
+    return load_recipe(file, settings or (), **overrides)
+
+
+def _console() -> Any:
+    """Ours is the only voice on the terminal: libraries' bars and notices are turned off."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import logging
+
+    from rich.console import Console
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    return Console(stderr=False, soft_wrap=False)
+
+
+def _exit(passed: bool) -> None:
+    raise typer.Exit(0 if passed else 1)
+
+
+def main() -> None:
+    """Entry point. A user's mistake is one line and status 2; a bug keeps its traceback."""
+    try:
+        app()
+    except UserError as error:
+        sys.exit(_complain(str(error)))
+    except KeyboardInterrupt:
+        print("\nlrc-edge: interrupted; the same command continues", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        sys.exit(_complain(f"{where}{error.strerror}; finished stages are kept: mend that and run the same command again"))
+
+
+def _complain(text: str) -> int:
+    print(f"lrc-edge: {' '.join(text.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Parity: one model's logits against another's on the same tokens, and the gates that judge the figures.
+
+Distributions are judged, not the largest difference alone: a faithful float32 runtime differs from PyTorch by 3e-4 in
+some logit at a KL divergence of 2e-9. Shapes: N positions, V vocabulary.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from lrc_edge.recipe import Gates
+
+CHUNK_ELEMENTS = 2**23  # logits in float64 at one time: 64 MiB
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """How far a model is from its reference. KL in nats; perplexities over the positions that have a next token."""
+
+    positions: int
+    kl_mean: float  # KL(reference || model)
+    kl_p99: float
+    kl_max: float
+    top1: float  # share of equal argmax, near-ties left out
+    near_ties: int  # positions whose two best reference logits are closer than the margin
+    nmse: float  # squared error of the logits / their variance, both summed over all positions
+    max_abs: float
+    ppl: float
+    delta_ppl: float  # ppl - the reference's
+    delta_ppl_se: float  # its standard error
+
+    def as_dict(self) -> dict[str, Any]:
+        # JSON has no NaN: null, which passes no gate.
+        return {key: None if isinstance(value, float) and not math.isfinite(value) else value
+                for key, value in asdict(self).items()}
+
+
+class Comparison:
+    """Collects row after row, then gives Metrics."""
+
+    def __init__(self, near_tie: float):
+        self.near_tie = near_tie
+        self._kl: list[np.ndarray] = []
+        self._agree: list[np.ndarray] = []
+        self._nll: list[np.ndarray] = []  # (2, n): reference, model
+        self._squares = [0.0, 0.0]  # error, signal
+        self._max_abs = 0.0
+        self._near_ties = 0
+
+    def update(self, reference_NV: np.ndarray, model_NV: np.ndarray, next_ids_N: np.ndarray) -> None:
+        """Add the logits of one row; `next_ids_N` are the tokens that follow, -1 where none does.
+
+        Raises ValueError when the shapes differ: the caller compares different models.
+        """
+        if reference_NV.shape != model_NV.shape or len(next_ids_N) != len(reference_NV):
+            raise ValueError(f"parity: logits {model_NV.shape} against {reference_NV.shape}, {len(next_ids_N)} labels")
+        step = max(1, CHUNK_ELEMENTS // reference_NV.shape[1])
+        for i in range(0, len(reference_NV), step):
+            self._update(reference_NV[i:i + step].astype(np.float64), model_NV[i:i + step].astype(np.float64),
+                         next_ids_N[i:i + step])
+
+    def _update(self, ref: np.ndarray, got: np.ndarray, next_ids: np.ndarray) -> None:
+        error = got - ref
+        self._squares[0] += float((error**2).sum())
+        self._squares[1] += float(((ref - ref.mean(-1, keepdims=True)) ** 2).sum())
+        self._max_abs = float(np.maximum(self._max_abs, np.abs(error).max()))
+        log_p, log_q = _log_softmax(ref), _log_softmax(got)
+        # Rounding can leave a tiny negative sum; NaN must stay NaN.
+        self._kl.append(np.maximum((np.exp(log_p) * (log_p - log_q)).sum(-1), 0.0))
+        best = np.partition(ref, -2, axis=-1)
+        clear = best[:, -1] - best[:, -2] >= self.near_tie
+        self._near_ties += int((~clear).sum())
+        self._agree.append((ref.argmax(-1) == got.argmax(-1))[clear])
+        known = np.flatnonzero(next_ids >= 0)
+        self._nll.append(-np.stack([log_p[known, next_ids[known]], log_q[known, next_ids[known]]]))
+
+    def metrics(self) -> Metrics:
+        kl, agree = np.concatenate(self._kl), np.concatenate(self._agree)
+        nll = np.concatenate(self._nll, axis=1)
+        ppl_ref, ppl = np.exp(nll.mean(1))
+        # Error propagation through exp of the two means, which are correlated: the tokens are the same.
+        gradient = np.array([-ppl_ref, ppl])
+        variance = gradient @ (np.cov(nll) / nll.shape[1]) @ gradient if nll.shape[1] > 1 else np.nan
+        return Metrics(
+            positions=len(kl), kl_mean=float(kl.mean()), kl_p99=float(np.quantile(kl, 0.99)), kl_max=float(kl.max()),
+            top1=float(agree.mean()) if len(agree) else math.nan, near_ties=self._near_ties,
+            nmse=self._squares[0] / self._squares[1] if self._squares[1] else math.nan, max_abs=self._max_abs,
+            ppl=float(ppl), delta_ppl=float(ppl - ppl_ref), delta_ppl_se=math.sqrt(max(0.0, variance))
+            if math.isfinite(variance) else math.nan)
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(-1, keepdims=True)
+    result: np.ndarray = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return result
+
+
+def compare(reference_NV: np.ndarray, model_NV: np.ndarray, ids_N: np.ndarray, near_tie: float = 0.01) -> Metrics:
+    """Metrics of one row of logits, `ids_N` being the tokens that both models read."""
+    comparison = Comparison(near_tie)
+    comparison.update(reference_NV, model_NV, next_ids(ids_N))
+    return comparison.metrics()
+
+
+def next_ids(ids_N: np.ndarray) -> np.ndarray:
+    """The labels of a row: each position's next token, -1 at the end."""
+    return np.append(ids_N[1:], -1)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One judged figure. A value that is not a number never passes."""
+
+    name: str
+    artifact: str
+    metric: str
+    value: float | None
+    limit: float
+    relation: Literal["<=", ">=", "=="]
+
+    @property
+    def passed(self) -> bool:
+        if self.value is None:
+            return False
+        return {"<=": self.value <= self.limit, ">=": self.value >= self.limit, "==": self.value == self.limit
+                }[self.relation]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "passed": self.passed}
+
+
+def gates_of_fold(metrics: Metrics, limits: Gates) -> list[Gate]:
+    table = metrics.as_dict()
+    return [Gate("folded vs clone", "student", "max_abs", table["max_abs"], limits.fold_max_abs, "<="),
+            Gate("folded vs clone", "student", "top1", table["top1"], limits.fold_top1, ">=")]
+
+
+def gates_of_identity(metrics: Metrics, limits: Gates) -> list[Gate]:
+    table = metrics.as_dict()
+    return [Gate("identity vs teacher", "teacher", "max_abs", table["max_abs"], limits.identity_max_abs, "<="),
+            Gate("identity vs teacher", "teacher", "top1", table["top1"], limits.fold_top1, ">=")]
+
+
+def gates_of_artifact(artifact: str, kind: str, mode: str, metrics: Metrics, limits: Gates) -> list[Gate]:
+    """`kind` is "gguf:q8_0", "onnx:fp32", ...; `mode` is "prefill" or "decode"."""
+    table = metrics.as_dict()
+
+    def gate(metric: str, limit: float, relation: Literal["<=", ">="] = "<=") -> Gate:
+        return Gate(f"{mode} vs student", artifact, metric, table[metric], limit, relation)
+
+    if kind == "gguf:f32":
+        return [gate("kl_mean", limits.gguf_f32_kl), gate("top1", limits.gguf_f32_top1, ">=")]
+    if kind == "onnx:fp32":
+        return [gate("kl_mean", limits.onnx_fp32_kl), gate("max_abs", limits.onnx_fp32_max_abs)]
+    by_kind = {"gguf:f16": limits.gguf_f16_kl, "gguf:bf16": limits.gguf_bf16_kl, "gguf:q8_0": limits.gguf_q8_0_kl}
+    return [gate("kl_mean", by_kind.get(kind, limits.quantized_kl))]

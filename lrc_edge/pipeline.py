@@ -1,0 +1,470 @@
+"""The pipeline: data, identity check, train, fold, write, prove, report. The one module that joins the stages.
+
+Each stage reads files and leaves files; it is skipped when its fingerprint (inputs, recipe part, version) is that of
+the run that left them.
+"""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lrc_edge import __version__, preflight
+from lrc_edge.artifact import Artifact
+from lrc_edge.build import MANIFEST, BuildDir, replace_tree
+from lrc_edge.checkpoint import TOKENIZER_PARTS, DenseCheckpoint, resolve_model
+from lrc_edge.console import Task, running, stage_line
+from lrc_edge.corpus import HeldOut, built_in_text, documents, local_files
+from lrc_edge.errors import UserError
+from lrc_edge.parity import Gate, gates_of_fold, gates_of_identity
+from lrc_edge.recipe import Recipe, load_recipe
+from lrc_edge.report import verdict, write_report
+
+# Settings that change how training runs, not what it makes.
+RUN_SETTINGS = ("device", "log_every", "checkpoint_every")
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher as the user named it, and what is behind the name."""
+
+    source: str
+    revision: str
+    checkpoint: DenseCheckpoint
+
+    @classmethod
+    def of(cls, source: str) -> Teacher:
+        path, name, revision = resolve_model(source)
+        return cls(source, revision, DenseCheckpoint.open(path, name))
+
+
+class Pipeline:
+    """One output directory being built. The methods are the stages, in their order."""
+
+    def __init__(self, out: Path, recipe: Recipe, console: Console, teacher: Teacher | None = None):
+        self.recipe, self.console, self.teacher = recipe, console, teacher
+        self.dir = BuildDir.create(out)
+        self.out = out
+        self.threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._stage_work = 0  # stages that really ran
+
+    def _stage(self, name: str, inputs: Any, outputs: list[Path], work: Callable[[Task], tuple[Any, str]],
+               total: int | None = None) -> None:
+        """Run `work` unless it is done. It returns the stage's result and the line that tells of it."""
+        fingerprint = self.dir.fingerprint(name, inputs)
+        if self.dir.is_done(name, fingerprint):
+            stage_line(self.console, name, "unchanged, nothing to do")
+            return
+        self.dir.forget(name)
+        started = time.monotonic()
+        with running(self.console, name, total) as task:
+            result, line = work(task)
+        self.dir.record(name, fingerprint, outputs, result)
+        self._stage_work += 1
+        stage_line(self.console, name, line, time.monotonic() - started)
+
+    def describe_job(self, **facts: Any) -> None:
+        """Remember what this directory is of, for commands that are given the directory alone."""
+        self.dir.manifest["job"] = {"recipe": self.recipe.as_dict(), **facts}
+        self.dir.manifest["lrc_edge"] = __version__
+        self.dir.save()
+
+    # -- stages of a clone ---------------------------------------------------------------------------------------------
+
+    @property
+    def _teacher(self) -> DenseCheckpoint:
+        assert self.teacher is not None
+        return self.teacher.checkpoint
+
+    @property
+    def hidden_size(self) -> int:
+        return preflight.student_width(self.recipe, self._teacher.shape)
+
+    def _teacher_hashes(self) -> list[str]:
+        files = [self._teacher.path / "config.json", *self._teacher.weight_files()]
+        return [self.dir.hash(file) for file in files]
+
+    def _tokenizer_hashes(self, checkpoint: DenseCheckpoint) -> list[str]:
+        return [self.dir.hash(checkpoint.path / n) for n in TOKENIZER_PARTS if (checkpoint.path / n).exists()]
+
+    def data(self) -> None:
+        from lrc_edge.train.data import prepare
+
+        recipe, folder = self.recipe, self.out / "data"
+        seq_len = min(recipe.train.seq_len, self._teacher.shape.max_position_embeddings)
+        files = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in local_files(recipe.data.sources)]
+
+        def work(task: Task) -> tuple[Any, str]:
+            with self.dir.partial("data") as partial:
+                partial.mkdir()
+                n_tokens = prepare(documents(recipe.data.sources, recipe.data.text_field), self._teacher.tokenizer(),
+                                   partial, held_out_share=recipe.data.held_out_share, max_tokens=recipe.train.tokens,
+                                   seq_len=seq_len, progress=lambda n: task.update(f"{n:,} tokens", n))
+                replace_tree(partial, folder)
+            held_out = HeldOut.load(folder / "held_out.npz")
+            return None, f"{n_tokens:,} training tokens, {len(held_out.ids):,} held out"
+
+        self._stage("data", [asdict(recipe.data), files, recipe.train.tokens, seq_len,
+                             self._tokenizer_hashes(self._teacher)], [folder], work, recipe.train.tokens)
+
+    def identity(self) -> None:
+        """Before any training: a clone with P = I, folded, must be the teacher. Catches a wrong RoPE, eps or role."""
+        def work(task: Task) -> tuple[Any, str]:
+            from lrc_edge.targets.reference import HeldOutRows, Reference
+
+            ids = self.held_out_rows(self._teacher)
+            task.update("teacher logits")
+            expected = HeldOutRows.of(Reference(self._teacher.model()), ids)
+            task.update("folding P = I")
+            with self.dir.partial("identity") as partial:
+                folded = fold_identity(self._teacher, partial)
+                metrics = expected.compare(Reference(folded.model()).prefill, self.recipe.parity.near_tie)
+            gates = gates_of_identity(metrics, self.recipe.gates)
+            return self._gates(gates), f"P = I folds to the teacher: max abs difference {metrics.max_abs:.1e}"
+
+        self._stage("identity", [self._teacher_hashes(), self._check_settings(), self.dir.output_hashes("data")], [],
+                    work)
+
+    def train(self) -> None:
+        from lrc_edge.train.stage import METRICS_FILE, PROJECTIONS_FILE, SUMMARY_FILE, Plan, train
+
+        recipe, folder = self.recipe, self.out / "train"
+        plan = Plan.of(recipe, self._teacher, self.hidden_size)
+        settings = {k: v for k, v in asdict(recipe.train).items() if k not in RUN_SETTINGS}
+        inputs = [settings, self.hidden_size, str(plan.dtype), self._teacher_hashes(), self.dir.output_hashes("data")]
+
+        def work(task: Task) -> tuple[Any, str]:
+            # Checkpoints of other inputs would be continued as if they were ours.
+            mark, fingerprint = folder / "fingerprint", self.dir.fingerprint("train", inputs)
+            if not mark.exists() or mark.read_text() != fingerprint:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                mark.write_text(fingerprint)
+            train(self._teacher, recipe, plan, self.out / "data", folder, lambda row: _show_training(task, row))
+            summary = json.loads((folder / SUMMARY_FILE).read_text())
+            return summary, (f"{summary['tokens']:,} tokens on {summary['device']} in {summary['precision']}: held-out "
+                             f"loss {summary['student_held_out_loss']:.3f} (teacher's "
+                             f"{summary['teacher_held_out_loss']:.3f}) nats a token")
+
+        total = plan.schedule.steps * plan.schedule.tokens_per_step
+        self._stage("train", inputs, [folder / PROJECTIONS_FILE, folder / METRICS_FILE, folder / SUMMARY_FILE], work,
+                    total)
+
+    def fold(self) -> None:
+        from lrc_edge.export.fold import fold
+        from lrc_edge.targets.reference import Reference, compare_models
+        from lrc_edge.train.stage import PROJECTIONS_FILE, load_clone
+
+        projections, folder = self.out / "train" / PROJECTIONS_FILE, self.out / "student"
+        provenance = self._provenance()
+
+        def work(task: Task) -> tuple[Any, str]:
+            with self.dir.partial("student") as partial:
+                student = fold(self._teacher, projections, partial, provenance, task.update)
+                task.update("folded vs clone")
+                clone = load_clone(self._teacher, self.hidden_size, projections=projections)
+                metrics = compare_models(Reference(clone.student), Reference(student.model()),
+                                         self.held_out_rows(self._teacher), self.recipe.parity.near_tie)
+                replace_tree(partial, folder)
+            return (self._gates(gates_of_fold(metrics, self.recipe.gates)),
+                    f"{provenance['name']}: {student.shape.n_params:,} parameters, "
+                    f"max abs difference to the clone {metrics.max_abs:.1e}")
+
+        self._stage("fold", [provenance, self._teacher_hashes(), self._tokenizer_hashes(self._teacher),
+                             self.dir.output_hashes("train"), self._check_settings()], [folder], work)
+
+    def _provenance(self) -> dict[str, str]:
+        assert self.teacher is not None
+        training = self.dir.result("train")
+        return {
+            "name": preflight.student_name(self.recipe, self._teacher),
+            # A path of this machine means nothing elsewhere, and may say what its owner would not.
+            "teacher": self.teacher.source if self.teacher.revision != "local" else self._teacher.name,
+            "teacher_revision": self.teacher.revision,
+            "teacher_sha256": self.dir.fingerprint("fold", self._teacher_hashes()),
+            "method": "Low-Rank Clone (arXiv 2505.12781)",
+            "teacher_hidden_size": str(self._teacher.shape.hidden_size),
+            "student_hidden_size": str(self.hidden_size),
+            "init": training["init"],
+            "training_tokens": str(training["tokens"]),
+            "recipe_sha256": self.dir.fingerprint("train", self.recipe.as_dict()),
+            "tool": f"lrc-edge {__version__}",
+        }
+
+    # -- stages of any dense checkpoint --------------------------------------------------------------------------------
+
+    def export(self, student: DenseCheckpoint) -> list[Artifact]:
+        """Write every format of the recipe; one stage a family of formats."""
+        wanted: dict[str, list[str]] = {}
+        for text in self.recipe.export.formats:
+            format_, encoding = preflight.parse_format(text)
+            wanted.setdefault(format_, []).append(encoding)
+        student_hashes = [self.dir.hash(f) for f in sorted(student.path.iterdir()) if f.is_file()]
+        for format_, encodings in wanted.items():
+            self._write(format_, encodings, student, student_hashes)
+        for stale in {"gguf", "onnx"} - wanted.keys():
+            self.dir.forget(stale)
+            shutil.rmtree(self.out / stale, ignore_errors=True)
+        return [Artifact.from_dict(table) for format_ in wanted for table in self.dir.result(format_)]
+
+    def _write(self, format_: str, encodings: list[str], student: DenseCheckpoint, student_hashes: list[str]) -> None:
+        level = self.recipe.export.onnx_accuracy_level
+
+        def work(task: Task) -> tuple[Any, str]:
+            with self.dir.partial(format_) as partial:
+                if format_ == "gguf":
+                    from lrc_edge.export.to_gguf import export_gguf
+
+                    artifacts = export_gguf(student, partial, encodings, task.update)
+                else:
+                    from lrc_edge.export.to_onnx import export_onnx
+
+                    artifacts = export_onnx(student, partial, encodings, task.update, accuracy_level=level)
+                replace_tree(partial, self.out / format_)
+            sizes = ", ".join(f"{a.encoding} {a.bytes / 1e6:.1f} MB" for a in artifacts)
+            return [a.as_dict() for a in artifacts], sizes
+
+        inputs = [encodings, student.name, student_hashes, level if format_ == "onnx" else None]
+        self._stage(format_, inputs, [self.out / format_], work)
+
+    def check(self, student: DenseCheckpoint, artifacts: list[Artifact], again: bool = False) -> None:
+        """Prove every artifact in its runtime. `again` proves even what is already proved."""
+        if again:
+            self.dir.forget("check")
+
+        def work(task: Task) -> tuple[Any, str]:
+            from lrc_edge.targets.prove import prove
+
+            prompts = list(self.recipe.parity.prompts or self._held_out(student).openings[:2] or ["The"])
+            proof = prove(artifacts, self.out, student, self.held_out_rows(student), prompts, self.recipe, self.threads,
+                          self.teacher.checkpoint if self.teacher else None, task.update)
+            gates = self._gates(proof.gates)
+            table = {key: value for key, value in vars(proof).items() if key != "gates"}
+            return {**table, "gates": gates}, f"{sum(g['passed'] for g in gates)} of {len(gates)} gates passed"
+
+        self._stage("check", [[a.as_dict() for a in artifacts], self._check_settings(),
+                              [self.dir.hash(file) for file in student.weight_files()]], [], work)
+
+    def report(self, student: DenseCheckpoint) -> dict[str, Any]:
+        """Write report.json and report.html from what the stages left, and return the report."""
+        check = self.dir.result("check")
+        stages = self.dir.manifest["stages"]
+        training = stages["train"]["result"] if "train" in stages else None
+        gates = [gate for stage in ("identity", "fold") if stage in stages for gate in stages[stage]["result"]]
+        table: dict[str, Any] = {
+            "lrc_edge": __version__, "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "versions": {name: version(name) for name in ("torch", "transformers", "gguf", "llama-cpp-python", "onnx",
+                                                          "onnxruntime", "onnxruntime-genai")},
+            "machine": f"{self.threads} CPU threads",
+            "teacher": _describe(self.teacher.checkpoint) if self.teacher else None,
+            "student": _describe(student), "artifacts": check["artifacts"], "gates": gates + check["gates"],
+            "tokenizer": check["tokenizer"], "chat_template": check["chat_template"], "samples": check["samples"]}
+        if training is not None:
+            from lrc_edge.train.stage import METRICS_FILE, read_metrics
+
+            curve = read_metrics(self.out / "train" / METRICS_FILE)
+            table["student"]["training"] = {**training, "curve": curve}
+            for who in ("teacher", "student"):
+                table[who]["held_out"] = _held_out_figures(training[f"{who}_held_out_loss"],
+                                                           training["bytes_per_token"])
+        write_report(table, self.out)
+        return table
+
+    # -- shared --------------------------------------------------------------------------------------------------------
+
+    def _check_settings(self) -> list[Any]:
+        return [asdict(self.recipe.parity), asdict(self.recipe.gates)]
+
+    def _held_out(self, model: DenseCheckpoint) -> HeldOut:
+        """The build's held-out text; for a model that came without a build, --data or Python's own documentation."""
+        if (self.out / "data" / "held_out.npz").exists():
+            return HeldOut.load(self.out / "data" / "held_out.npz")
+        sources = self.recipe.data.sources
+        texts = list(documents(sources, self.recipe.data.text_field)) if sources else built_in_text()
+        return HeldOut.from_texts(texts, model.tokenizer(), 4 * self.recipe.parity.positions)
+
+    def held_out_rows(self, model: DenseCheckpoint) -> Any:
+        tokenizer = model.tokenizer()
+        adds_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+        row_len = min(self.recipe.parity.row_len, model.shape.max_position_embeddings)
+        return self._held_out(model).rows(row_len, self.recipe.parity.positions,
+                                          tokenizer.bos_token_id if adds_bos else None)
+
+    @staticmethod
+    def _gates(gates: list[Gate]) -> list[dict[str, Any]]:
+        return [gate.as_dict() for gate in gates]
+
+
+def fold_identity(teacher: DenseCheckpoint, folder: Path) -> DenseCheckpoint:
+    """Fold the teacher through P = I at full width: what comes out must be the teacher."""
+    import torch
+    from safetensors.torch import save_file
+
+    from lrc_edge.export.fold import fold
+
+    width = teacher.shape.hidden_size
+    folder.mkdir(parents=True)
+    save_file({w.name: teacher.tensor(w.name).float() if w.role.kind == "norm" else torch.eye(width, dtype=torch.bfloat16)
+               for w in teacher.weights() if w.role.kind != "copy"}, folder / "identity.safetensors")
+    return fold(teacher, folder / "identity.safetensors", folder / "student",
+                {"name": teacher.name, "teacher": teacher.name})
+
+
+def _show_training(task: Task, row: dict[str, float]) -> None:
+    if "loss" in row:
+        task.update(f"step {row['step']:.0f}  loss {row['loss']:.3f} = lm {row['lm']:.3f}, kl {row['kl']:.3f}, clone "
+                    f"{row['clone']:.3f}  {row['tokens_per_second']:,.0f} tok/s", int(row["tokens"]))
+
+
+def _describe(model: DenseCheckpoint) -> dict[str, Any]:
+    shape = model.shape.as_dict()
+    family = shape.pop("family")
+    return {"name": model.name, "path": model.path.name, "family": family, "shape": shape,
+            "n_params": model.shape.n_params, "license": model.card.get("license")}
+
+
+def _held_out_figures(loss: float, bytes_per_token: float) -> dict[str, float]:
+    import math
+
+    return {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": loss / math.log(2) / bytes_per_token}
+
+
+# -- what the commands call ----------------------------------------------------------------------------------------------
+
+
+def build(source: str, out: Path, recipe: Recipe, console: Console, until: str = "report") -> bool:
+    """The whole pipeline, or up to the stage `until` ("train", "fold"). Returns whether every gate passed."""
+    teacher = Teacher.of(source)
+    preflight.check_build(teacher.checkpoint, recipe, out)
+    pipeline = Pipeline(out, recipe, console, teacher)
+    pipeline.describe_job(teacher=str(Path(source).resolve()) if teacher.revision == "local" else source)
+    pipeline.data()
+    pipeline.identity()
+    if not all(gate["passed"] for gate in pipeline.dir.result("identity")):
+        console.print("identity gate failed: this teacher's clone would not be the teacher; not trained",
+                      style="red", soft_wrap=True)
+        return False
+    pipeline.train()
+    if until == "train":
+        return True
+    pipeline.fold()
+    if until == "fold":
+        return all(gate["passed"] for gate in pipeline.dir.result("fold"))
+    student = DenseCheckpoint.open(out / "student")
+    return _prove_and_report(pipeline, student, console)
+
+
+def export(source: str, out: Path, recipe: Recipe, console: Console) -> bool:
+    """Write and prove the artifacts of any dense checkpoint of a supported family."""
+    path, name, _ = resolve_model(source)
+    student = DenseCheckpoint.open(path, name)
+    preflight.check_export(student, recipe, out)
+    pipeline = Pipeline(out, recipe, console)
+    pipeline.describe_job(student=str(path.resolve()))
+    return _prove_and_report(pipeline, student, console)
+
+
+def _prove_and_report(pipeline: Pipeline, student: DenseCheckpoint, console: Console) -> bool:
+    artifacts = pipeline.export(student)
+    pipeline.check(student, artifacts)
+    report = pipeline.report(student)
+    show_verdict(report, pipeline.out, console)
+    return all(gate["passed"] for gate in report["gates"])
+
+
+def _reopen(out: Path, console: Console) -> tuple[Pipeline, dict[str, Any]]:
+    """A build directory as an earlier command left it, and what it is of. Raises UserError when it is none."""
+    if not (out / MANIFEST).exists():
+        raise UserError(f"{out}: no {MANIFEST}; give the --out directory of a build or an export")
+    job: dict[str, Any] = BuildDir(out).manifest.get("job", {})
+    recipe = load_recipe(None, (), **job.get("recipe", {}))
+    return Pipeline(out, recipe, console, Teacher.of(job["teacher"]) if "teacher" in job else None), job
+
+
+def check(out: Path, console: Console) -> bool:
+    """Prove the artifacts of a build again, from the files, whatever was proved before."""
+    pipeline, job = _reopen(out, console)
+    student = DenseCheckpoint.open(job.get("student") or out / "student")
+    stages = pipeline.dir.manifest["stages"]
+    artifacts = [Artifact.from_dict(t) for name in ("gguf", "onnx") if name in stages for t in stages[name]["result"]]
+    if not artifacts:
+        raise UserError(f"{out}: no artifacts to check; run lrc-edge build or export first")
+    for artifact in artifacts:
+        if not (out / artifact.path).exists():
+            raise UserError(f"{out / artifact.path}: missing, though the build wrote it; run the build again")
+    pipeline.check(student, artifacts, again=True)
+    report = pipeline.report(student)
+    show_verdict(report, out, console)
+    return all(gate["passed"] for gate in report["gates"])
+
+
+def show_verdict(report: dict[str, Any], out: Path, console: Console) -> None:
+    from lrc_edge.report import gate_table
+
+    for sample in report["samples"][:1]:
+        console.print(f"\nPrompt: {sample['prompt']}", highlight=False, markup=False)
+        for output in sample["outputs"]:
+            console.print(f"  {output['who']}: {' '.join(output['text'].split())}", highlight=False, markup=False)
+    console.print()
+    console.print(gate_table(report))
+    passed = all(gate["passed"] for gate in report["gates"])
+    console.print(verdict(report), style="bold green" if passed else "bold red", soft_wrap=True)
+    console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def fold(out: Path, console: Console) -> bool:
+    """Fold what `train` left in `out`. Returns whether the fold's gates passed."""
+    pipeline, _ = _reopen(out, console)
+    if pipeline.teacher is None or "train" not in pipeline.dir.manifest["stages"]:
+        raise UserError(f"{out}: nothing trained here to fold; run lrc-edge train or build first")
+    pipeline.fold()
+    return all(gate["passed"] for gate in pipeline.dir.result("fold"))
+
+
+def show_report(out: Path, console: Console) -> bool:
+    """Render report.html again from report.json, and print the gates."""
+    file = out / "report.json"
+    if not file.exists():
+        raise UserError(f"{out}: no report.json; run lrc-edge build, export or check first")
+    report: dict[str, Any] = json.loads(file.read_text())
+    write_report(report, out)
+    show_verdict(report, out, console)
+    return all(gate["passed"] for gate in report["gates"])
+
+
+def chat(path: Path, encoding: str, temperature: float, max_tokens: int, console: Console) -> None:
+    """A conversation on the terminal with one GGUF, until end of input."""
+    from lrc_edge.targets.chat import Chat
+
+    file = _gguf_of(path, encoding)
+    conversation = Chat(file, n_ctx=0, threads=len(os.sched_getaffinity(0)))
+    console.print(f"{file.name} on llama.cpp; Ctrl-D ends", style="dim", highlight=False)
+    while True:
+        try:
+            text = console.input("[bold]> [/]")
+        except EOFError:
+            return
+        if text.strip():
+            for piece in conversation.reply(text, temperature, max_tokens):
+                console.print(piece, end="", highlight=False, markup=False, soft_wrap=True)
+            console.print()
+
+
+def _gguf_of(path: Path, encoding: str) -> Path:
+    if path.is_file():
+        return path
+    wanted = encoding.lower()
+    files = sorted((f for f in path.rglob("*.gguf") if f.stem.lower().endswith(wanted)), key=lambda f: f.stat().st_size)
+    if not files:
+        raise UserError(f"{path}: no GGUF {f'in {encoding} ' if encoding else ''}here; "
+                        "build or export one with --formats gguf:q8_0")
+    return files[0]

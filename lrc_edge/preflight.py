@@ -1,0 +1,136 @@
+"""What can be known before hours of work: widths, formats, tokenizer, data, disk. Nothing here writes."""
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from lrc_edge.build import free_bytes
+from lrc_edge.checkpoint import DenseCheckpoint
+from lrc_edge.corpus import SUFFIXES
+from lrc_edge.errors import UserError
+from lrc_edge.recipe import Recipe
+from lrc_edge.shape import ModelShape
+
+ONNX_ENCODINGS = {"fp32": 1, "int4": 32}  # name -> elements of a block, which a row must be a multiple of
+
+
+def gguf_encodings() -> dict[str, int]:
+    """GGUF encoding -> elements of its block (1, 32 or 256)."""
+    from lrc_edge.export.quantize import ENCODINGS
+
+    return {name: encoding.block for name, encoding in ENCODINGS.items()}
+
+
+def parse_format(text: str) -> tuple[str, str]:
+    """`gguf:q4_k_m` -> ("gguf", "q4_k_m"). Raises UserError with the nearest known name."""
+    format_, _, encoding = text.lower().partition(":")
+    known = [f"onnx:{name}" for name in ONNX_ENCODINGS] + [f"gguf:{name}" for name in gguf_encodings()]
+    if f"{format_}:{encoding}" not in known:
+        near = difflib.get_close_matches(text.lower(), known, n=1, cutoff=0.0)[0]
+        raise UserError(f"format {text!r} is unknown; did you mean {near}? Known: {', '.join(known)}")
+    return format_, encoding
+
+
+def student_width(recipe: Recipe, teacher: ModelShape) -> int:
+    """The recipe's hidden_size, or half the teacher's in the roundest number that quantizes well."""
+    if recipe.student.hidden_size:
+        return recipe.student.hidden_size
+    half = teacher.hidden_size // 2
+    return next((half // unit * unit for unit in (256, 64, 32) if half >= unit), max(1, half))
+
+
+def student_name(recipe: Recipe, teacher: DenseCheckpoint) -> str:
+    return recipe.student.name or f"{teacher.name}-LRC-{student_width(recipe, teacher.shape)}"
+
+
+def check_build(teacher: DenseCheckpoint, recipe: Recipe, out: Path) -> None:
+    """Everything that would stop a build later. Raises UserError."""
+    from lrc_edge.train.trainer import choose_device
+
+    _check_width(teacher, recipe)
+    _check_name(recipe)
+    choose_device(recipe.train.device)
+    _check_sources(recipe)
+    _check_tokenizer(teacher, recipe)
+    _check_disk(out, _build_bytes(teacher.shape, recipe))
+
+
+def check_export(student: DenseCheckpoint, recipe: Recipe, out: Path) -> None:
+    """The same for an export. Widths of a finished model are what they are: tensors that do not fit are reported."""
+    for text in recipe.export.formats:
+        parse_format(text)
+    _check_tokenizer(student, recipe)
+    _check_disk(out, _export_bytes(student.shape, recipe))
+
+
+def _check_width(teacher: DenseCheckpoint, recipe: Recipe) -> None:
+    width, where = student_width(recipe, teacher.shape), "student.hidden_size"
+    if width >= teacher.shape.hidden_size:
+        raise UserError(f"{where} = {width}: the teacher {teacher.name} is {teacher.shape.hidden_size} wide; "
+                        "need a smaller student")
+    encodings = {"gguf": gguf_encodings(), "onnx": ONNX_ENCODINGS}
+    for text in recipe.export.formats:
+        format_, encoding = parse_format(text)
+        block = encodings[format_][encoding]
+        if width % block:
+            remain = [f"{f}:{name}" for f, table in encodings.items() for name, b in table.items() if width % b == 0]
+            raise UserError(f"{where} = {width}: {text} stores rows in blocks of {block}, which do not divide it; "
+                            f"take a multiple of {block}, or of the formats that remain: {', '.join(remain)}")
+
+
+def _check_name(recipe: Recipe) -> None:
+    name = recipe.student.name
+    if any(c in name for c in "/\\\0\n") or name.startswith("."):
+        raise UserError(f"student.name = {name!r}: it names files; need a name without / and \\ that starts with no dot")
+
+
+def _check_sources(recipe: Recipe) -> None:
+    if not recipe.data.sources:
+        raise UserError("no data: the student learns from text; give --data with a .txt, .jsonl or .parquet file, "
+                        "a folder of them, or a hub dataset id")
+    for source in recipe.data.sources:
+        path = Path(source).expanduser()
+        if not path.exists() and (path.suffix in SUFFIXES or source.startswith(("/", ".", "~"))):
+            raise UserError(f"--data {source}: no such file or folder; give a .txt, .jsonl or .parquet file, "
+                            "a folder of them, or a hub dataset id")
+
+
+def _check_tokenizer(model: DenseCheckpoint, recipe: Recipe) -> None:
+    rows = len(model.tokenizer())
+    if rows > model.shape.vocab_size:
+        raise UserError(f"{model.path}: the tokenizer has {rows} tokens, the embedding {model.shape.vocab_size} rows; "
+                        "get a tokenizer and weights that belong together")
+    if any(text.lower().startswith("gguf:") for text in recipe.export.formats):
+        from lrc_edge.export.tokenizer import check_tokenizer
+
+        check_tokenizer(model)
+
+
+# Bytes a weight of the encodings, near enough to reserve disk.
+_BYTES = {"f32": 4.0, "fp32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 1.1}
+_OTHER_BYTES = 0.9
+
+
+def _export_bytes(shape: ModelShape, recipe: Recipe) -> float:
+    """Artifacts, and the float32 intermediates that writing them takes."""
+    formats = [parse_format(text) for text in recipe.export.formats]
+    kept = sum(_BYTES.get(encoding, _OTHER_BYTES) for _, encoding in formats)
+    # A quantized GGUF is made from a float32 one; the ONNX builder writes its own copy before ours.
+    return shape.n_params * (kept + 4.0 * len({format_ for format_, _ in formats}))
+
+
+def _build_bytes(teacher: ModelShape, recipe: Recipe) -> float:
+    width = student_width(recipe, teacher)
+    student = teacher.with_hidden_size(width)
+    projections = 4 * teacher.hidden_size * width * (7 * teacher.num_hidden_layers + 2)
+    training = 7 * projections  # two checkpoints with both Adam moments, and the result
+    identity = 4 * teacher.n_params  # the teacher folded through P = I; gone before training
+    tokens = recipe.train.tokens * (2 if teacher.vocab_size <= 2**16 else 4)
+    return tokens + max(identity, training + 4 * student.n_params + _export_bytes(student, recipe))
+
+
+def _check_disk(out: Path, needed: float) -> None:
+    free = free_bytes(out.resolve())
+    if free < needed:
+        raise UserError(f"{out}: needs about {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free; "
+                        "free some space or give an --out on another disk")

@@ -1,0 +1,49 @@
+"""What a runtime must answer to be proved against the PyTorch student.
+
+A runtime holds one loaded artifact. Logits always have the model's vocab_size columns, padding rows included.
+"""
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+
+@runtime_checkable
+class Runtime(Protocol):
+    """A model that turns token ids into logits."""
+
+    label: str  # "llama.cpp (llama-cpp-python 0.3.36)"
+
+    def prefill(self, ids: np.ndarray) -> np.ndarray:
+        """Logits of a whole row at once: (T,) integers -> (T, V) float32."""
+        ...
+
+    def decode(self, ids: np.ndarray) -> np.ndarray:
+        """The same logits, one token at a time through the KV cache: (T,) integers -> (T, V) float32."""
+        ...
+
+    def generate(self, ids: list[int], n_tokens: int, stop: set[int]) -> list[int]:
+        """Greedy continuation of the prompt `ids`: at most n_tokens, without the prompt and without the stop token."""
+        ...
+
+    def close(self) -> None:
+        """Free the model. Calling it again does nothing."""
+        ...
+
+
+@runtime_checkable
+class TextRuntime(Runtime, Protocol):
+    """A runtime that also carries the tokenizer and the chat template."""
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of a user's prompt: with the BOS/EOS that the model asks for, special tokens in the text parsed."""
+        ...
+
+    def detokenize(self, ids: list[int]) -> str:
+        """Text of generated ids, special tokens left out."""
+        ...
+
+    def render_chat(self, messages: list[dict[str, str]]) -> tuple[str, list[int]]:
+        """Messages through the artifact's own chat template, with generation prompt: the string and its ids."""
+        ...

@@ -1,0 +1,65 @@
+"""Does a runtime read text as the Hugging Face tokenizer does? Token ids and rendered chats, string by string."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from .awkward_text import awkward_strings
+from .runtime import TextRuntime
+
+SHOWN = 10  # mismatches kept for the report
+
+
+@dataclass(frozen=True)
+class TokenMismatch:
+    text: str
+    expected: list[int]  # Hugging Face's ids
+    got: list[int]
+
+
+@dataclass(frozen=True)
+class TokenParity:
+    """Result of comparing ids over a corpus."""
+
+    n_strings: int
+    n_normalized: int  # strings that the tokenizer's Unicode normalizer changes; compared in normalized form
+    n_mismatches: int
+    mismatches: tuple[TokenMismatch, ...]  # the first of them
+
+    @property
+    def share_equal(self) -> float:
+        return 1 - self.n_mismatches / self.n_strings if self.n_strings else 1.0
+
+
+def compare_token_ids(tokenizer: PreTrainedTokenizerBase, runtime: TextRuntime,
+                      strings: Sequence[str] | None = None) -> TokenParity:
+    """Compare ids on `strings`, or on the awkward corpus with the tokenizer's own special tokens.
+
+    The counterpart of a runtime's tokenize() is `tokenizer.encode(text)`: BOS and EOS as the model adds them, special
+    tokens in the text parsed.
+
+    Runtimes tokenize text as it comes. A tokenizer with a Unicode normalizer (Qwen's NFC) reads a decomposed "é" as
+    the composed one, and no GGUF can say so; for such a string the runtime is given the normalized text, and the
+    result says for how many.
+    """
+    if strings is None:
+        strings = awkward_strings([str(token) for token in tokenizer.get_added_vocab()])
+    normalized = 0
+    wrong: list[TokenMismatch] = []
+    for text in strings:
+        composed = normalize(tokenizer, text)
+        normalized += composed != text
+        expected, got = list(tokenizer.encode(text)), list(runtime.tokenize(composed))
+        if expected != got:
+            wrong.append(TokenMismatch(text, expected, got))
+    return TokenParity(len(strings), normalized, len(wrong), tuple(wrong[:SHOWN]))
+
+
+def normalize(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """Text after the tokenizer's Unicode normalizer (NFC, NFKC, NFD, NFKD); other normalizers are the runtime's."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    normalizer = backend.normalizer if backend is not None else None
+    unicode_form = type(normalizer).__name__ in ("NFC", "NFKC", "NFD", "NFKD")
+    return str(normalizer.normalize_str(text)) if unicode_form else text

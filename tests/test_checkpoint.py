@@ -1,0 +1,181 @@
+"""Every way in which a model directory can be wrong is one UserError that names file, finding and remedy."""
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from safetensors.torch import load_file, save_file
+
+from lrc_edge.checkpoint import DenseCheckpoint, resolve_model
+from lrc_edge.errors import UserError
+
+
+def change_config(path: Path, **fields: Any) -> None:
+    file = path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+def change_weights(path: Path, change: Any) -> None:
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors")
+
+
+def refused(path: Path, *parts: str) -> None:
+    with pytest.raises(UserError) as caught:
+        DenseCheckpoint.open(path)
+    assert "\n" not in str(caught.value)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_a_whole_checkpoint_opens(tiny_llama: Path) -> None:
+    model = DenseCheckpoint.open(tiny_llama)
+    assert (model.shape.hidden_size, model.shape.head_dim, model.shape.tied) == (64, 24, True)
+    reference = model.model()
+    assert model.shape.n_params == sum(p.numel() for p in reference.parameters())
+    for weight in model.weights():
+        torch.testing.assert_close(model.tensor(weight.name), reference.get_parameter(weight.name).detach())
+
+
+def test_truncated_safetensors(llama_copy: Path) -> None:
+    file = llama_copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    refused(llama_copy, "model.safetensors", "truncated or corrupt", "download it again")
+
+
+def test_empty_safetensors(llama_copy: Path) -> None:
+    (llama_copy / "model.safetensors").write_bytes(b"")
+    refused(llama_copy, "truncated or corrupt", "0 bytes")
+
+
+def test_missing_safetensors(llama_copy: Path) -> None:
+    (llama_copy / "model.safetensors").unlink()
+    refused(llama_copy, "no weights")
+
+
+def test_missing_shard(llama_copy: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (llama_copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(llama_copy, "model-00001-of-00002.safetensors", "missing")
+
+
+def test_index_that_points_outside(llama_copy: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": "../../etc/passwd"}}
+    (llama_copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(llama_copy, "outside its directory")
+
+
+def test_pickle_only(llama_copy: Path) -> None:
+    (llama_copy / "model.safetensors").rename(llama_copy / "pytorch_model.bin")
+    refused(llama_copy, "pickled", "pytorch_model.bin", "save_pretrained")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_weight(llama_copy: Path, bad: float) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    change_weights(llama_copy, lambda tensors: tensors[name].view(-1)[7:9].fill_(bad))
+    model = DenseCheckpoint.open(llama_copy)
+    with pytest.raises(UserError, match=r"up_proj.weight holds 2 NaN or infinite values"):
+        model.tensor(name)
+
+
+def test_config_that_disagrees_with_shapes(llama_copy: Path) -> None:
+    change_config(llama_copy, intermediate_size=128)
+    refused(llama_copy, "mlp.", "has shape", "config.json says", "128")
+
+
+def test_more_layers_than_weights(llama_copy: Path) -> None:
+    change_config(llama_copy, num_hidden_layers=3)
+    refused(llama_copy, "model.layers.2", "is missing")
+
+
+def test_fewer_layers_than_weights(llama_copy: Path) -> None:
+    change_config(llama_copy, num_hidden_layers=1)
+    refused(llama_copy, "model.layers.1", "is not one of a llama")
+
+
+def test_missing_tokenizer(llama_copy: Path) -> None:
+    (llama_copy / "tokenizer.json").unlink()
+    refused(llama_copy, "no tokenizer", "tokenizer.json")
+
+
+def test_broken_tokenizer(llama_copy: Path) -> None:
+    (llama_copy / "tokenizer.json").write_text('{"version": "1.0"')
+    with pytest.raises(UserError, match="the tokenizer does not load"):
+        DenseCheckpoint.open(llama_copy).tokenizer()
+
+
+def test_unknown_family(llama_copy: Path) -> None:
+    change_config(llama_copy, model_type="gemma3_text")
+    refused(llama_copy, "gemma3_text", "llama, mistral, qwen2, qwen3")
+
+
+def test_quantized_and_biased_models(llama_copy: Path) -> None:
+    change_config(llama_copy, attention_bias=True)
+    refused(llama_copy, "attention_bias")
+    change_config(llama_copy, attention_bias=False, quantization_config={"quant_method": "gptq"})
+    refused(llama_copy, "quantized already")
+
+
+def test_no_directory_no_config_bad_config(llama_copy: Path, tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", "not a directory")
+    (llama_copy / "config.json").write_text("{")
+    refused(llama_copy, "not JSON")
+    (llama_copy / "config.json").unlink()
+    refused(llama_copy, "no config.json")
+
+
+def test_nonsense_in_config(llama_copy: Path) -> None:
+    change_config(llama_copy, num_attention_heads="eight")
+    refused(llama_copy, "num_attention_heads = 'eight'")
+
+
+@pytest.mark.skipif(Version(transformers.__version__).major >= 5, reason="about transformers 4")
+def test_rope_parameters_are_refused_by_transformers_4(llama_copy: Path) -> None:
+    config = json.loads((llama_copy / "config.json").read_text())
+    config.pop("rope_theta")
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 500000.0}
+    (llama_copy / "config.json").write_text(json.dumps(config))
+    refused(llama_copy, "rope_parameters", "install transformers >= 5")
+
+
+def test_rope_of_both_config_forms(llama_copy: Path) -> None:
+    model = DenseCheckpoint.open(llama_copy)
+    scaling = {"rope_type": "llama3", "factor": 8.0}
+    model.config = {"rope_parameters": {"rope_theta": 5e5, **scaling}}
+    assert (model.rope.theta, model.rope.scaling) == (5e5, scaling)
+    model.config = {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", "factor": 8.0}}
+    assert (model.rope.theta, model.rope.scaling) == (5e5, scaling)
+    model.config = {"rope_theta": 1e4, "rope_scaling": None}
+    assert (model.rope.theta, model.rope.scaling) == (1e4, None)
+
+
+def test_front_matter_and_hub_names(llama_copy: Path, tmp_path: Path) -> None:
+    (llama_copy / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Hello\n")
+    assert DenseCheckpoint.open(llama_copy).card == {"license": "apache-2.0"}
+    (llama_copy / "README.md").write_text("---\n: [broken\n---\n")
+    assert DenseCheckpoint.open(llama_copy).card == {}
+    with pytest.raises(UserError, match="not a directory"):
+        resolve_model(str(tmp_path / "missing"))
+
+
+def test_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="no such directory, and the hub did not give it"):
+        resolve_model("no-such-owner/no-such-model")
+
+
+def test_sharded_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
+    model = DenseCheckpoint.open(tiny_llama).model()
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
+    shutil.copy(tiny_llama / "tokenizer.json", tmp_path / "sharded")
+    sharded = DenseCheckpoint.open(tmp_path / "sharded")
+    assert len(sharded.weight_files()) > 1
+    torch.testing.assert_close(sharded.tensor("model.norm.weight"), model.model.norm.weight.detach())

@@ -1,0 +1,129 @@
+"""The clone: composed weights, their gradients, the seven terms, initial values."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES
+from tiny_models import make_tiny
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from lrc_edge.checkpoint import DenseCheckpoint
+from lrc_edge.roles import compose
+from lrc_edge.train import initialize
+from lrc_edge.train.clone import RESIDUAL_WRITERS, SAME_COORDINATES, Clone
+
+
+def make_clone(path: Path, hidden_size: int, **options: object) -> Clone:
+    teacher = DenseCheckpoint.open(make_tiny(path, **options))  # type: ignore[arg-type]
+    return Clone(teacher.model(), teacher.shape, hidden_size)
+
+
+def some_ids(seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 500, (2, 33), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_full_width_identity_has_no_loss_but_the_teachers(name: str, tmp_path: Path) -> None:
+    clone = make_clone(tmp_path / "t", 64, **FAMILIES[name])
+    clone.initialize(initialize.identity_values(clone))
+    losses = clone(some_ids())
+    logits = clone.teacher(some_ids()).logits
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), some_ids()[:, 1:].flatten())
+    assert losses.clone.item() < 1e-8 and losses.kl.item() < 1e-8
+    assert losses.lm.item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "qwen2-untied", "qwen3-tied", "mistral-untied"])
+def test_losses_are_those_of_two_plain_forward_passes(name: str, tmp_path: Path) -> None:
+    """Hooks on transformers' own whole-model forward passes give the same LM, KL and clone losses."""
+    clone = make_clone(tmp_path / "t", 32, **FAMILIES[name])
+    clone.initialize(initialize.gaussian_values(clone, seed=1))
+    ids, temperature = some_ids(), 2.0
+    taken: list[dict[str, torch.Tensor]] = []
+    for model in (clone.teacher, clone.student):
+        found: dict[str, torch.Tensor] = {}
+        for module_name, module in model.named_modules():
+            if module_name.endswith(SAME_COORDINATES + RESIDUAL_WRITERS):
+                module.register_forward_hook(lambda m, i, o, n=module_name, f=found: f.__setitem__(n, o.detach()))
+        found["logits"] = model(ids).logits.detach()
+        taken.append(found)
+    theirs, mine = taken
+    terms = []
+    for key in theirs.keys() - {"logits"}:
+        target = theirs[key]
+        if key.endswith(RESIDUAL_WRITERS):
+            target = target @ clone.projection(f"{key}.weight").detach()
+        terms.append((mine[key] - target).square().mean())
+    p, q = (F.log_softmax(side["logits"] / temperature, -1) for side in taken)
+    losses = clone(ids, temperature)
+    assert len(terms) == 7 * clone.shape.num_hidden_layers
+    assert losses.clone.item() == pytest.approx(sum(terms).item(), rel=1e-4)  # type: ignore[union-attr]
+    assert losses.kl.item() == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item() * temperature**2, rel=1e-3)
+    lm = F.cross_entropy(mine["logits"][:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert losses.lm.item() == pytest.approx(lm.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "llama-untied", "qwen2-untied", "qwen3-tied"])
+def test_pulled_back_gradients_equal_autograd_through_the_composition(name: str, tmp_path: Path) -> None:
+    """Two micro-batches, composed once: the same gradients as autograd through W = f(P) in every forward pass."""
+    clone = make_clone(tmp_path / "t", 32, **FAMILIES[name])
+    clone.initialize(initialize.gaussian_values(clone, seed=1))
+    batches = [some_ids(1), some_ids(2)]
+    for ids in batches:
+        losses = clone(ids)
+        (losses.lm + losses.kl + 0.2 * losses.clone).backward()
+    clone.pull_back_()
+    got = {name: p.grad.clone() for name, p in clone.trainable().items() if p.grad is not None}
+    assert all(weight.grad is None for _, _, weight in clone._projected())
+    clone.zero_grad(set_to_none=True)
+
+    trained = clone.trainable()
+    composed = {f"student.{w.name}": compose(w.role, theirs, trained[w.name]) for w, theirs, _ in clone._projected()}
+    if clone.shape.tied:
+        composed["student.lm_head.weight"] = composed["student.model.embed_tokens.weight"]
+    for ids in batches:
+        # The clone looks its head up among these, not among the modules.
+        clone.student_weights = {w.name: composed.get(f"student.{w.name}", clone.student_weights[w.name])
+                                 for w in clone.weights}
+        losses = functional_call(clone, composed, (ids,))
+        (losses.lm + losses.kl + 0.2 * losses.clone).backward(retain_graph=True)
+    assert got.keys() == trained.keys()
+    for name_, p in trained.items():
+        assert p.grad is not None
+        torch.testing.assert_close(got[name_], p.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_selection_picks_channels_and_starts_nearer_than_gaussian(tmp_path: Path) -> None:
+    clone = make_clone(tmp_path / "t", 60)  # random weights carry little: leave out only four channels of 64
+    values = initialize.selection_values(clone, some_ids())
+    p = values["model.embed_tokens.weight"]
+    assert set(p.unique().tolist()) == {0.0, 1.0} and (p.sum(0) == 1).all() and (p.sum(1) <= 1).all()
+    clone.initialize(values)
+    near = clone(some_ids()).kl.item()
+    clone.initialize(initialize.gaussian_values(clone, 0))
+    assert near < clone(some_ids()).kl.item()
+
+
+def test_selection_at_full_width_is_the_identity(tmp_path: Path) -> None:
+    clone = make_clone(tmp_path / "t", 64)
+    selected, identity = initialize.selection_values(clone, some_ids()), initialize.identity_values(clone)
+    for name, value in identity.items():
+        torch.testing.assert_close(selected[name], value)
+
+
+def test_sliding_window_is_kept(tmp_path: Path) -> None:
+    clone = make_clone(tmp_path / "t", 64, family="mistral", tied=False, tokenizer="spm", sliding_window=8)
+    clone.initialize(initialize.identity_values(clone))
+    losses = clone(some_ids())
+    logits = clone.teacher(some_ids()).logits
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), some_ids()[:, 1:].flatten())
+    assert losses.lm.item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_initialize_refuses_other_names(tmp_path: Path) -> None:
+    clone = make_clone(tmp_path / "t", 32)
+    with pytest.raises(ValueError, match="names differ"):
+        clone.initialize({"x": torch.zeros(1)})

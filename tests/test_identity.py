@@ -1,0 +1,29 @@
+"""Identity projections at full width, folded, are the teacher: every family, against transformers' own logits."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES
+from safetensors.torch import save_file
+from tiny_models import make_tiny
+
+from lrc_edge.checkpoint import DenseCheckpoint
+from lrc_edge.export.fold import fold
+from lrc_edge.recipe import Gates
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_identity_folds_to_the_teacher(name: str, tmp_path: Path) -> None:
+    teacher = DenseCheckpoint.open(make_tiny(tmp_path / "teacher", **FAMILIES[name]))
+    width = teacher.shape.hidden_size
+    save_file({w.name: teacher.tensor(w.name) if w.role.kind == "norm" else torch.eye(width)
+               for w in teacher.weights() if w.role.kind != "copy"}, tmp_path / "identity.safetensors")
+    student = fold(teacher, tmp_path / "identity.safetensors", tmp_path / "student", {"name": "s", "teacher": "t"})
+    ids = torch.randint(0, 500, (4, 128), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected, got = teacher.model()(ids).logits, student.model()(ids).logits
+    assert expected.std() > 0.1, "the model says nothing: the comparison would prove nothing"
+    assert (expected - got).abs().max() <= Gates().identity_max_abs
+    assert (expected.argmax(-1) == got.argmax(-1)).all()
