@@ -12,16 +12,17 @@ from gguf import GGML_QUANT_VERSION, MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, R
 import lrc_edge
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
+from lrc_edge.export.quantize import Encoding
+from lrc_edge.export.tokenizer import Vocabulary
 
-from .quantize import Encoding
-from .tokenizer import Vocabulary
-
-# What each rope_type may say; anything else would be dropped in silence.
+# What each rope_type says, all of it but attention_factor needed; anything else would be dropped in silence.
 _ROPE_FIELDS = {
     "linear": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-    "yarn": {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "truncate"},
+    "yarn": {"factor", "original_max_position_embeddings", "attention_factor"},
 }
+# Yarn's settings that llama.cpp reads for other architectures only: for ours its own values hold.
+_YARN_FIXED = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
 _SAMPLING = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
              "repetition_penalty": "penalty_repeat"}  # generation_config.json -> GGUFWriter.add_sampling_*
 
@@ -48,17 +49,21 @@ def check_rope(checkpoint: DenseCheckpoint) -> None:
     """Raise UserError when llama.cpp cannot rotate as the checkpoint asks."""
     scaling = dict(checkpoint.rope.scaling or {"rope_type": "default"})
     kind = scaling.pop("rope_type")
-    config = checkpoint.config
-    if config.get("partial_rotary_factor", 1.0) != 1.0 or scaling.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"{checkpoint.path}: partial_rotary_factor other than 1 is not supported in GGUF")
+    scaling.pop("partial_rotary_factor", None)
+    tables = (checkpoint.config, checkpoint.config.get("rope_parameters"), checkpoint.config.get("rope_scaling"))
+    if any(table.get("partial_rotary_factor", 1) != 1 for table in tables if table):
+        raise UserError(f"{checkpoint.path}: partial_rotary_factor other than 1 is not supported in GGUF; "
+                        "leave gguf out of --formats")
     if kind != "default" and kind not in _ROPE_FIELDS:
         raise UserError(f"{checkpoint.path}: RoPE scaling {kind!r} is not supported in GGUF; "
                         f"supported: {', '.join(_ROPE_FIELDS)}")
-    extra = {key for key, value in scaling.items() if value is not None} - _ROPE_FIELDS.get(kind, set())
-    if extra or scaling.get("truncate") is False:
-        name = min(extra) if extra else "truncate"
-        raise UserError(f"{checkpoint.path}: {name} = {scaling[name]!r} of RoPE scaling {kind!r} is not supported in "
-                        "GGUF; leave gguf out of --formats")
+    if missing := _ROPE_FIELDS.get(kind, set()) - {"attention_factor"} - scaling.keys():
+        raise UserError(f"{checkpoint.path}: RoPE scaling {kind!r} lacks {min(missing)}; mend the config")
+    for name, value in scaling.items():
+        said = value is None or name in _ROPE_FIELDS.get(kind, ()) or (kind == "yarn" and value == _YARN_FIXED.get(name))
+        if not said:
+            raise UserError(f"{checkpoint.path}: {name} = {value!r} of RoPE scaling {kind!r} is not supported in GGUF; "
+                            "leave gguf out of --formats")
 
 
 def llama3_rope_factors(checkpoint: DenseCheckpoint) -> torch.Tensor | None:
@@ -110,17 +115,13 @@ def _write_rope(writer: GGUFWriter, checkpoint: DenseCheckpoint) -> None:
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(scaling["factor"])
     if scaling.get("rope_type") == "yarn":
-        longest = checkpoint.shape.max_position_embeddings
         writer.add_rope_scaling_type(RopeScalingType.YARN)
         writer.add_rope_scaling_factor(scaling["factor"])
-        writer.add_rope_scaling_orig_ctx_len(scaling.get("original_max_position_embeddings") or longest)
+        writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
         if scaling.get("attention_factor") is not None:
             # llama.cpp multiplies this by the default factor; Hugging Face's replaces it.
             default = 0.1 * math.log(scaling["factor"]) + 1
             writer.add_rope_scaling_attn_factors(scaling["attention_factor"] / default)
-        for key in ("beta_fast", "beta_slow"):
-            if scaling.get(key) is not None:
-                getattr(writer, f"add_rope_scaling_yarn_{key}")(scaling[key])
 
 
 def write_identity(writer: GGUFWriter, checkpoint: DenseCheckpoint) -> None:

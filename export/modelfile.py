@@ -8,8 +8,7 @@ from pathlib import Path
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lrc_edge.checkpoint import DenseCheckpoint
-
-from .tokenizer import Vocabulary
+from lrc_edge.export.tokenizer import Vocabulary
 
 # The file that a user most likely wants, first: small, and close to the original at any model size.
 PREFERRED = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "f16", "bf16", "f32")

@@ -29,6 +29,7 @@ class OnnxFile:
     def __init__(self, path: Path):
         self.path = path
         self.data_path = path.with_name(path.name + "_data")
+        self.written: dict[str, int] = {}  # name of each weight in the data file -> bytes
         self._data = self.data_path.open("wb")
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, TensorProto] = {}
@@ -67,6 +68,7 @@ class OnnxFile:
             tensor.external_data.add(key=key, value=str(value))
         self._data.write(np.ascontiguousarray(array).data)
         self._add(tensor)
+        self.written[name] = array.nbytes
         return name
 
     def constant(self, value: int | float | Sequence[int], dtype: type = np.int64) -> str:

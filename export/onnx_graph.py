@@ -1,6 +1,7 @@
 """The decoder as an ONNX graph with a KV cache: llama, mistral, qwen2 and qwen3, from the tables of roles.py.
 
-Every weight is placed by its role, never by its shape, and each exactly once. Values are named after the module that makes them.
+Every weight is placed by its role, never by its shape, and each exactly once. Values are named after the module that
+makes them. Rows of a batch may be padded on the right only: GroupQueryAttention counts a row's tokens from its start.
 Shapes: B batch, T new tokens, P past tokens, S = P + T; O a linear's outputs, I its inputs.
 """
 from __future__ import annotations
@@ -18,10 +19,10 @@ from transformers import AutoConfig, PretrainedConfig
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
 from lrc_edge.export.onnx_file import MICROSOFT, OnnxFile
-from lrc_edge.roles import Weight
 
 INT64, FLOAT = TensorProto.INT64, TensorProto.FLOAT
-FUSED_ROTARY_MULTIPLE = 16  # GroupQueryAttention rotates by itself only when head_dim is a multiple of this
+ROPE_TABLES = ("rope.cos", "rope.sin")
+HEAD_DIM_MULTIPLE = 8  # GroupQueryAttention takes no other head_dim
 FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # whose angles depend on the position alone
 
 
@@ -42,10 +43,14 @@ class WeightFormat(Protocol):
 
 
 def check_supported(checkpoint: DenseCheckpoint) -> None:
-    """Raise UserError on what the graph cannot say: angles that depend on the length of the text."""
+    """Raise UserError on what the graph cannot say: odd heads, angles that depend on the length of the text."""
+    where = checkpoint.path / "config.json"
+    if checkpoint.shape.head_dim % HEAD_DIM_MULTIPLE:
+        raise UserError(f"{where}: head_dim {checkpoint.shape.head_dim} has no ONNX form: onnxruntime's attention needs "
+                        f"a multiple of {HEAD_DIM_MULTIPLE}; leave the onnx formats out")
     scaling = checkpoint.rope.scaling
     if scaling and scaling["rope_type"] not in FIXED_ROPE_TYPES:
-        raise UserError(f"{checkpoint.path / 'config.json'}: rope_type {scaling['rope_type']!r} has no ONNX form; "
+        raise UserError(f"{where}: rope_type {scaling['rope_type']!r} has no ONNX form; "
                         f"supported: {', '.join(FIXED_ROPE_TYPES)}; leave the onnx formats out")
 
 
@@ -87,8 +92,9 @@ class DecoderGraph:
         array: np.ndarray = self.checkpoint.tensor(weight.name).float().numpy()
         return array
 
-    def _name(self, role: str, layer: int | None) -> Weight:
-        return self._unplaced[(role, layer)]
+    def _name(self, role: str, layer: int | None) -> str:
+        """Hugging Face's name of a weight that is still to be taken."""
+        return self._unplaced[(role, layer)].name
 
     def _cache_shape(self, length: str) -> list[int | str]:
         # Numbers, not symbols: transformers.js allocates the first, empty cache from them.
@@ -98,6 +104,7 @@ class DecoderGraph:
         file = self.file
         file.input("input_ids", INT64, ["batch_size", "sequence_length"])
         mask = file.input("attention_mask", INT64, ["batch_size", "total_sequence_length"])
+        file.input("position_ids", INT64, ["batch_size", "sequence_length"])
         # Key and value alternate: ORTModelForCausalLM pairs them by order.
         for layer in range(self.shape.num_hidden_layers):
             for kind in ("key", "value"):
@@ -109,19 +116,6 @@ class DecoderGraph:
         size = file.node("Shape", [mask], "mask.shape", start=1, end=2)
         total = file.node("Squeeze", [size], "mask.total")
         file.node("Cast", [total], "total_sequence_length.int32", to=TensorProto.INT32)
-        if self._fused_rotary:
-            return
-        # Positions P .. S-1, the same in every row.
-        new = file.node("Shape", ["input_ids"], "input_ids.shape")
-        count = file.node("Squeeze", [file.node("Slice", [new, file.constant([1]), file.constant([2])], "ids.length")],
-                          "ids.count")
-        first = file.node("Sub", [total, count], "positions.first")
-        row = file.node("Range", [first, total, file.constant(1)], "positions.row")
-        file.node("Expand", [row, new], "position_ids")
-
-    @property
-    def _fused_rotary(self) -> bool:
-        return self.shape.head_dim % FUSED_ROTARY_MULTIPLE == 0
 
     def _rope_tables(self) -> None:
         """cos and sin for every position, (max_position_embeddings, head_dim / 2), by transformers' own module."""
@@ -129,8 +123,8 @@ class DecoderGraph:
         module = import_module(f"transformers.models.{family}.modeling_{family}")
         rotary = getattr(module, f"{family.capitalize()}RotaryEmbedding")(self.config)
         positions = torch.arange(self.shape.max_position_embeddings)[None]
-        for name, table in zip(("cos", "sin"), rotary(torch.zeros(1), positions), strict=True):
-            self.file.weight(f"rope.{name}", table[0, :, :self.shape.head_dim // 2].contiguous().numpy())
+        for name, table in zip(ROPE_TABLES, rotary(torch.zeros(1), positions), strict=True):
+            self.file.weight(name, table[0, :, :self.shape.head_dim // 2].contiguous().numpy())
 
     def _layer(self, hidden: str, layer: int) -> str:
         attention = self._attention(self._norm(hidden, "attn_norm", layer), layer)
@@ -140,18 +134,18 @@ class DecoderGraph:
 
     def _linear(self, x: str, role: str, layer: int | None, output: str | None = None) -> str:
         """x W^T + b, where the family has that bias."""
-        name = self._name(role, layer).name
+        name = self._name(role, layer)
         module = output or name.removesuffix(".weight")
-        bias = (f"{role}_bias", layer)
-        y = self.weights.linear(self.file, name, self._take(role, layer), x, module + "/matmul" * (bias in self._unplaced))
-        if bias in self._unplaced:
-            bias_name = self._name(*bias).name
-            y = self.file.node("Add", [y, self.file.weight(bias_name, self._take(*bias))], module)
-        return y
+        bias = f"{role}_bias"
+        if (bias, layer) not in self._unplaced:
+            return self.weights.linear(self.file, name, self._take(role, layer), x, module)
+        product = self.weights.linear(self.file, name, self._take(role, layer), x, f"{module}/product")
+        bias_name = self._name(bias, layer)
+        return self.file.node("Add", [product, self.file.weight(bias_name, self._take(bias, layer))], module)
 
     def _norm(self, x: str, role: str, layer: int | None) -> str:
         """RMS norm over the last axis, in standard operators: onnxruntime fuses them when it loads the graph."""
-        file, name = self.file, self._name(role, layer).name
+        file, name = self.file, self._name(role, layer)
         module = name.removesuffix(".weight")
         epsilon = file.constant(float(self.config.rms_norm_eps), np.float32)
         square = file.node("Pow", [x, file.constant(2.0, np.float32)], f"{module}/square")
@@ -174,32 +168,33 @@ class DecoderGraph:
         query, key, value = (self._linear(x, f"attn_{kind}", layer) for kind in "qkv")
         query = self._positioned(query, "q", shape.num_attention_heads, layer)
         key = self._positioned(key, "k", shape.num_key_value_heads, layer)
-        tables = ["rope.cos", "rope.sin"] if self._fused_rotary else []
         attended = self.file.node(
             "GroupQueryAttention",
             [query, key, value, f"past_key_values.{layer}.key", f"past_key_values.{layer}.value", "seqlens_k",
-             "total_sequence_length.int32", *tables],
+             "total_sequence_length.int32"],
             [module + ".attended", f"present.{layer}.key", f"present.{layer}.value"], domain=MICROSOFT,
             num_heads=shape.num_attention_heads, kv_num_heads=shape.num_key_value_heads,
-            scale=1 / math.sqrt(shape.head_dim), do_rotary=int(self._fused_rotary), rotary_interleaved=0,
-            local_window_size=self._window(layer))
+            scale=1 / math.sqrt(shape.head_dim), local_window_size=self._window(layer))
         return self._linear(attended, "attn_output", layer)
 
     def _positioned(self, x: str, kind: str, heads: int, layer: int) -> str:
-        """Query or key (B, T, heads * head_dim) after its norm (qwen3) and, where attention does not do it, RoPE."""
+        """Query or key (B, T, heads * head_dim) after its norm (qwen3) and RoPE.
+
+        Attention could rotate by itself, but only heads of a multiple of 16, and it is no faster (measured).
+        """
         file, role = self.file, f"attn_{kind}_norm"
         module = f"model.layers.{layer}.self_attn.{kind}"
         if (role, layer) in self._unplaced:
             split = file.node("Reshape", [x, file.constant([0, 0, heads, self.shape.head_dim])], f"{module}.heads")
             x = file.node("Reshape", [self._norm(split, role, layer), file.constant([0, 0, -1])], f"{module}.normal")
-        if not self._fused_rotary:
-            x = file.node("RotaryEmbedding", [x, "position_ids", "rope.cos", "rope.sin"], f"{module}.rotated",
-                          domain=MICROSOFT, num_heads=heads, interleaved=0)
-        return x
+        return file.node("RotaryEmbedding", [x, "position_ids", *ROPE_TABLES], f"{module}.rotated",
+                         domain=MICROSOFT, num_heads=heads, interleaved=0)
 
     def _window(self, layer: int) -> int:
         """Tokens that a query sees, itself included; -1 for all."""
-        kinds = getattr(self.config, "layer_types", None)
+        if self.shape.family == "llama":  # ignores the field, should its config hold one
+            return -1
+        kinds = getattr(self.config, "layer_types", None)  # mistral's layers are all of one kind
         if kinds is not None and kinds[layer] != "sliding_attention":
             return -1
-        return getattr(self.config, "sliding_window", None) or -1
+        return self.config.sliding_window or -1

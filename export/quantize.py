@@ -5,15 +5,14 @@ import ctypes
 import difflib
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import llama_cpp
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
-from llama_cpp import _logger as llama_logger
 
+from lrc_edge import llama_log
 from lrc_edge.artifact import Fallback
 from lrc_edge.errors import UserError
 
@@ -102,11 +101,11 @@ def quantize_file(source: Path, target: Path, encoding: Encoding, threads: int |
     overrides = _overrides(source, encoding)
     if overrides is not None:
         params.tt_overrides = ctypes.cast(overrides, type(params.tt_overrides))
-    with _captured_errors() as errors:
-        status = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params))
+    llama_log.listen()
+    status = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params))
     if status:
-        reason = " ".join("".join(errors).split()) or f"status {status}"
-        raise UserError(f"{target.name}: llama.cpp could not quantize to {encoding.name}: {reason}")
+        raise UserError(f"{target.name}: llama.cpp could not quantize to {encoding.name}: "
+                        f"{llama_log.errors() or f'status {status}'}")
 
 
 def _overrides(source: Path, encoding: Encoding) -> ctypes.Array | None:
@@ -118,23 +117,6 @@ def _overrides(source: Path, encoding: Encoding) -> ctypes.Array | None:
     kind = llama_cpp.llama_cpp.llama_model_tensor_override
     # The list ends with an entry without a pattern.
     return (kind * (len(names) + 1))(*(kind(f"^{name}$".encode(), QType.F16) for name in names))
-
-
-@contextmanager
-def _captured_errors() -> Iterator[list[str]]:
-    """llama.cpp's log: error lines are collected, the rest is dropped; then llama_cpp's own callback again."""
-    errors: list[str] = []
-
-    @llama_cpp.llama_log_callback
-    def collect(level: int, text: bytes, _: ctypes.c_void_p) -> None:
-        if llama_logger.GGML_LOG_LEVEL_TO_LOGGING_LEVEL.get(level) == llama_logger.logging.ERROR:
-            errors.append(text.decode(errors="replace"))
-
-    llama_cpp.llama_log_set(collect, ctypes.c_void_p(0))
-    try:
-        yield errors
-    finally:
-        llama_cpp.llama_log_set(llama_logger.llama_log_callback, ctypes.c_void_p(0))
 
 
 @dataclass(frozen=True)

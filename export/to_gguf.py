@@ -19,9 +19,7 @@ from safetensors import safe_open
 from lrc_edge.artifact import Artifact, sha256_of
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
-from lrc_edge.roles import Weight
-
-from .gguf_metadata import (
+from lrc_edge.export.gguf_metadata import (
     architecture,
     architecture_name,
     check_rope,
@@ -29,9 +27,10 @@ from .gguf_metadata import (
     model_size,
     write_metadata,
 )
-from .modelfile import write_modelfile
-from .quantize import ENCODINGS, Encoding, parse_encoding, quantize_file, read_contents
-from .tokenizer import Vocabulary, read_vocabulary
+from lrc_edge.export.modelfile import write_modelfile
+from lrc_edge.export.quantize import ENCODINGS, Encoding, parse_encoding, quantize_file, read_contents
+from lrc_edge.export.tokenizer import Vocabulary, check_tokenizer, read_vocabulary
+from lrc_edge.roles import Weight
 
 # Role -> (GGUF tensor, suffix). Total over roles.py: a role that is missing here is an error, not a skipped tensor.
 GGUF_NAMES: dict[str, tuple[MODEL_TENSOR, str]] = {
@@ -66,8 +65,8 @@ def export_gguf(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[s
     only when it is whole. Raises UserError before writing when an encoding, the tokenizer or the RoPE is not possible.
     """
     wanted = list(dict.fromkeys(parse_encoding(name) for name in encodings))
+    check_gguf(checkpoint)
     vocabulary = read_vocabulary(checkpoint)
-    check_rope(checkpoint)
     say = progress or (lambda _: None)
     folder.mkdir(parents=True, exist_ok=True)
     files = {encoding: folder / file_name(checkpoint, encoding) for encoding in wanted}
@@ -87,6 +86,13 @@ def export_gguf(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[s
     if files:
         write_modelfile(checkpoint, vocabulary, {encoding.name: file for encoding, file in files.items()})
     return artifacts
+
+
+def check_gguf(checkpoint: DenseCheckpoint) -> None:
+    """Raise UserError when llama.cpp cannot run the checkpoint, or a student of it. Takes seconds; call it early."""
+    architecture(checkpoint)
+    check_rope(checkpoint)
+    check_tokenizer(checkpoint)
 
 
 def file_name(checkpoint: DenseCheckpoint, encoding: Encoding) -> str:

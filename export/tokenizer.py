@@ -126,9 +126,10 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase, checkpoint: DenseCheckpoint
     config = checkpoint.config
 
     def declared(name: str) -> int | None:
-        found = getattr(tokenizer, f"{name}_token_id", None)
-        found = config.get(f"{name}_token_id") if found is None else found
-        return found[0] if isinstance(found, list) and found else found
+        for found in (getattr(tokenizer, f"{name}_token_id", None), config.get(f"{name}_token_id")):
+            if found is not None:
+                return int(found[0] if isinstance(found, list) else found)
+        return None
 
     ids = {name: declared(name) for name in ("bos", "eos", "unk", "pad")}
     ids["bos"] = prefix[0] if prefix else ids["bos"]

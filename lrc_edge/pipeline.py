@@ -107,14 +107,14 @@ class Pipeline:
             with self.dir.partial("data") as partial:
                 partial.mkdir()
                 n_tokens = prepare(documents(recipe.data.sources, recipe.data.text_field), self._teacher.tokenizer(),
-                                   partial, held_out_share=recipe.data.held_out_share, max_tokens=recipe.train.tokens,
+                                   partial, held_out_share=recipe.data.held_out_share, max_tokens=recipe.train.tokens or None,
                                    seq_len=seq_len, progress=lambda n: task.update(f"{n:,} tokens", n))
                 replace_tree(partial, folder)
             held_out = HeldOut.load(folder / "held_out.npz")
             return None, f"{n_tokens:,} training tokens, {len(held_out.ids):,} held out"
 
         self._stage("data", [asdict(recipe.data), files, recipe.train.tokens, seq_len,
-                             self._tokenizer_hashes(self._teacher)], [folder], work, recipe.train.tokens)
+                             self._tokenizer_hashes(self._teacher)], [folder], work, recipe.train.tokens or None)
 
     def identity(self) -> None:
         """Before any training: a clone with P = I, folded, must be the teacher. Catches a wrong RoPE, eps or role."""
@@ -138,7 +138,7 @@ class Pipeline:
         from lrc_edge.train.stage import METRICS_FILE, PROJECTIONS_FILE, SUMMARY_FILE, Plan, train
 
         recipe, folder = self.recipe, self.out / "train"
-        plan = Plan.of(recipe, self._teacher, self.hidden_size)
+        plan = Plan.of(recipe, self._teacher, self.hidden_size, self.out / "data")
         settings = {k: v for k, v in asdict(recipe.train).items() if k not in RUN_SETTINGS}
         inputs = [settings, self.hidden_size, str(plan.dtype), self._teacher_hashes(), self.dir.output_hashes("data")]
 

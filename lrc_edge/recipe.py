@@ -37,14 +37,15 @@ class Data:
 class Train:
     """Low-Rank Clone. Loss = lm_weight * LM + kl_weight * KL + alpha * clone (arXiv 2505.12781)."""
 
-    tokens: int = 10_000_000  # the budget; passes over the data repeat when it is larger than they are
+    tokens: int = 0  # the budget; 0: one pass over the data; more than the data holds: several passes
     seq_len: int = 2048  # at most the teacher's max_position_embeddings
     batch_tokens: int = 32_768  # of an optimizer step
     micro_batch: int = 8  # sequences in one forward pass; the rest is gradient accumulation
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     warmup_share: float = 0.02  # of the steps, linear; then linear to zero
     max_grad_norm: float = 1.0
-    init: Literal["selection", "gaussian"] = "selection"
+    # pca: principal components of the residual stream; selection: its strongest channels (RED); gaussian: as published
+    init: Literal["pca", "selection", "gaussian"] = "pca"
     alpha: float = 0.2  # weight of the clone terms
     kl_weight: float = 1.0
     lm_weight: float = 1.0
@@ -151,9 +152,7 @@ def _build(cls: type, table: Mapping[str, Any], where: typing.Callable[[str], st
     values: dict[str, Any] = {}
     for key, value in table.items():
         if key not in known:
-            near = difflib.get_close_matches(prefix + key, [*known, *_all_keys(Recipe)], n=1, cutoff=0.7)
-            hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
-            raise UserError(f"{where(key)}: unknown recipe key {prefix + key!r}; {hint}")
+            raise UserError(f"{where(key)}: unknown recipe key {prefix + key!r}; {_hint(key, list(known))}")
         if is_dataclass(known[key]):
             if not isinstance(value, Mapping):
                 raise UserError(f"{where(key)}: {key} = {value!r}: need a table; write [{key}]")
@@ -164,13 +163,14 @@ def _build(cls: type, table: Mapping[str, Any], where: typing.Callable[[str], st
     return cls(**values)
 
 
-def _all_keys(cls: type, prefix: str = "") -> list[str]:
-    hints = typing.get_type_hints(cls)
-    keys: list[str] = []
-    for f in fields(cls):
-        hint = hints[f.name]
-        keys += _all_keys(hint, f"{f.name}.") if is_dataclass(hint) else [prefix + f.name]
-    return keys
+def _hint(key: str, known_here: list[str]) -> str:
+    """The nearest key of any section, for a slip of the pen or of the section."""
+    sections = typing.get_type_hints(Recipe)
+    full_names = {f.name: f"{section}.{f.name}" for section, cls in sections.items() for f in fields(cls)}
+    near = difflib.get_close_matches(key, [*known_here, *full_names], n=1, cutoff=0.7)
+    if not near:
+        return f"known here: {', '.join(known_here)}"
+    return f"did you mean {full_names.get(near[0], near[0])}?"
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
@@ -197,14 +197,14 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
 
 def _check(recipe: Recipe) -> None:
     t, p, d = recipe.train, recipe.parity, recipe.data
-    at_least_1 = {"train.tokens": t.tokens, "train.seq_len": t.seq_len, "train.batch_tokens": t.batch_tokens,
+    at_least_1 = {"train.seq_len": t.seq_len, "train.batch_tokens": t.batch_tokens,
                   "train.micro_batch": t.micro_batch, "train.eval_every": t.eval_every,
                   "train.checkpoint_every": t.checkpoint_every, "train.log_every": t.log_every,
                   "parity.positions": p.positions, "parity.row_len": p.row_len,
                   "parity.generate_tokens": p.generate_tokens}
     above_0: dict[str, float] = {"train.learning_rate": t.learning_rate, "train.kl_temperature": t.kl_temperature,
                                  "train.max_grad_norm": t.max_grad_norm}
-    not_negative: dict[str, float] = {"student.hidden_size": recipe.student.hidden_size, "train.alpha": t.alpha,
+    not_negative: dict[str, float] = {"train.tokens": t.tokens, "student.hidden_size": recipe.student.hidden_size, "train.alpha": t.alpha,
                                       "train.kl_weight": t.kl_weight, "train.lm_weight": t.lm_weight,
                                       "train.warmup_share": t.warmup_share, "parity.near_tie": p.near_tie}
     for name, count in at_least_1.items():

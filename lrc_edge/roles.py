@@ -104,6 +104,21 @@ def weights_of(shape: ModelShape) -> Iterator[Weight]:
         yield weight(HEAD, None)
 
 
+# What reads the residual stream, and the norm that it reads it through.
+_READS_THROUGH = {"attn_q": "attn_norm", "attn_k": "attn_norm", "attn_v": "attn_norm",
+                  "ffn_gate": "ffn_norm", "ffn_up": "ffn_norm"}
+
+
+def norm_before(weight: Weight, shape: ModelShape) -> str | None:
+    """Name of the norm's weight whose output this weight multiplies; None for a weight that reads the stream raw."""
+    if weight.role is HEAD:
+        return FINAL_NORM.weight
+    norm = _READS_THROUGH.get(weight.role.name)
+    if norm is None:
+        return None
+    return next(role.weight for role in FAMILIES[shape.family] if role.name == norm).format(i=weight.layer)
+
+
 def compose(role: Role, teacher: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
     """The student's weight from the teacher's and its projection P (teacher width x student width).
 

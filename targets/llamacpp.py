@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ import llama_cpp
 import numpy as np
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
+from lrc_edge import llama_log
 from lrc_edge.errors import UserError
 
 CHUNK = 512  # tokens in one llama_decode; llama.cpp keeps logits for all of them, V * 4 bytes each
@@ -29,14 +29,13 @@ class LlamaCpp:
         self.path = Path(path)
         self.label = f"llama.cpp (llama-cpp-python {llama_cpp.__version__})"
         self._context: llama_cpp.llama_context_p | None = None
-        # llama.cpp tells about every tensor; only its errors are for the user.
-        logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
+        llama_log.listen()
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = 0
         model = llama_cpp.llama_model_load_from_file(os.fsencode(self.path), params)
         if model is None:
-            raise UserError(f"{self.path}: llama.cpp cannot load this file; see its message above, or export it again")
+            raise UserError(f"{self.path}: llama.cpp cannot load this file ({llama_log.errors()}); export it again")
         self._model = model
         self._vocab = llama_cpp.llama_model_get_vocab(model)
         self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
@@ -55,7 +54,8 @@ class LlamaCpp:
         context = llama_cpp.llama_init_from_model(self._model, params)
         if context is None:
             llama_cpp.llama_model_free(self._model)
-            raise UserError(f"{self.path}: llama.cpp has no memory for a context of {n_ctx} tokens; ask for fewer")
+            raise UserError(f"{self.path}: llama.cpp cannot make a context of {n_ctx} tokens ({llama_log.errors()}); "
+                            "ask for fewer")
         return context
 
     # Logits
@@ -113,7 +113,7 @@ class LlamaCpp:
             batch.logits[i] = all_logits or i == len(tokens) - 1
         status = llama_cpp.llama_decode(self._context, batch)
         if status:
-            raise RuntimeError(f"{self.path}: llama_decode failed with status {status}")
+            raise RuntimeError(f"{self.path}: llama_decode failed with status {status}: {llama_log.errors()}")
         self._position += len(tokens)
 
     def _logits(self, i: int) -> np.ndarray:

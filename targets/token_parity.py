@@ -2,14 +2,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from .awkward_text import awkward_strings
-from .runtime import TextRuntime
+from lrc_edge.targets.awkward_text import awkward_strings
+from lrc_edge.targets.runtime import TextRuntime
 
-SHOWN = 10  # mismatches kept for the report
+SHOWN = 10  # examples kept for the report
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,9 @@ class TokenMismatch:
     text: str
     expected: list[int]  # Hugging Face's ids
     got: list[int]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class TokenParity:
     n_strings: int
     n_normalized: int  # strings that the tokenizer's Unicode normalizer changes; compared in normalized form
     n_mismatches: int
-    mismatches: tuple[TokenMismatch, ...]  # the first of them
+    examples: tuple[TokenMismatch, ...]  # the first mismatches
 
     @property
     def share_equal(self) -> float:
@@ -61,5 +65,6 @@ def normalize(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """Text after the tokenizer's Unicode normalizer (NFC, NFKC, NFD, NFKD); other normalizers are the runtime's."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     normalizer = backend.normalizer if backend is not None else None
-    unicode_form = type(normalizer).__name__ in ("NFC", "NFKC", "NFD", "NFKD")
-    return str(normalizer.normalize_str(text)) if unicode_form else text
+    if normalizer is None or type(normalizer).__name__ not in ("NFC", "NFKC", "NFD", "NFKD"):
+        return text
+    return str(normalizer.normalize_str(text))

@@ -114,6 +114,32 @@ def test_selection_at_full_width_is_the_identity(tmp_path: Path) -> None:
         torch.testing.assert_close(selected[name], value)
 
 
+@pytest.mark.parametrize("name", ["llama-untied", "qwen2-untied", "qwen3-untied", "mistral-untied"])
+def test_pca_at_full_width_is_the_teacher(name: str, tmp_path: Path) -> None:
+    """An untied model is only turned by a full basis: RMSNorm without gain does not see rotations."""
+    clone = make_clone(tmp_path / "t", 64, **FAMILIES[name])
+    clone.initialize(initialize.pca_values(clone, some_ids()))
+    with torch.inference_mode():
+        torch.testing.assert_close(clone.student(some_ids()).logits, clone.teacher(some_ids()).logits,
+                                   rtol=1e-3, atol=1e-3)
+
+
+def test_pca_starts_nearer_than_selection_on_a_stream_of_low_rank(tmp_path: Path) -> None:
+    clone = make_clone(tmp_path / "t", 32)
+    with torch.no_grad():  # everything that writes into the stream writes into the same 24 directions of 64
+        basis = torch.linalg.qr(torch.randn(64, 24, generator=torch.Generator().manual_seed(0))).Q
+        for weight, theirs, _ in clone._projected():
+            if weight.role.kind == "project_out":
+                theirs.copy_(basis @ basis.T @ theirs)
+            elif weight.name == "model.embed_tokens.weight":
+                theirs.copy_(theirs @ basis @ basis.T)
+    kl = {}
+    for init in (initialize.pca_values, initialize.selection_values):
+        clone.initialize(init(clone, some_ids()))
+        kl[init.__name__] = clone(some_ids()).kl.item()
+    assert kl["pca_values"] < 0.2 * kl["selection_values"], kl
+
+
 def test_sliding_window_is_kept(tmp_path: Path) -> None:
     clone = make_clone(tmp_path / "t", 64, family="mistral", tied=False, tokenizer="spm", sliding_window=8)
     clone.initialize(initialize.identity_values(clone))

@@ -31,8 +31,8 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
 
 
 def prepare(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, folder: Path, *, held_out_share: float,
-            max_tokens: int, seq_len: int, progress: Callable[[int], None]) -> int:
-    """Write `tokens.npy` (at most about max_tokens) and `held_out.npz` into `folder`; return the training tokens.
+            max_tokens: int | None, seq_len: int, progress: Callable[[int], None]) -> int:
+    """Write `tokens.npy` (about max_tokens, or all) and `held_out.npz` into `folder`; return the training tokens.
 
     Raises UserError when the text is empty or too short to fill one row and hold some of it out.
     """
@@ -61,7 +61,7 @@ def prepare(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, folder: Pa
             batch.append(text)
             if len(batch) == BATCH_DOCUMENTS:
                 flush()
-                if n_tokens >= max_tokens:
+                if max_tokens is not None and n_tokens >= max_tokens:
                     break
         flush()
     _check(n_documents, n_tokens, len(held_out), seq_len, held_out_share)

@@ -1,4 +1,8 @@
-"""Initial values of a clone: published Gaussian, channel selection (RED), and the identity that proves the algebra."""
+"""Initial values of a clone: principal components, channel selection (RED), published Gaussian, and the identity.
+
+D teacher width, S student width. A norm of the student divides by the RMS of S numbers where the teacher's divides by
+that of D, so both data-aware inits scale its gain by the ratio of the two, measured on the calibration rows.
+"""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
@@ -6,6 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+from lrc_edge.roles import norm_before
 from lrc_edge.train import lowrank
 from lrc_edge.train.clone import Clone
 
@@ -22,14 +27,14 @@ def gaussian_values(clone: Clone, seed: int) -> dict[str, torch.Tensor]:
 def identity_values(clone: Clone) -> dict[str, torch.Tensor]:
     """P = I and the teacher's norms, for a student as wide as its teacher: it must be the teacher."""
     return _values(clone, lambda: lowrank.identity(clone.teacher_width),
-                   lambda name: clone.teacher_weights[name].detach().float())
+                   lambda name: _gain(clone, name))
 
 
 def selection_values(clone: Clone, rows: torch.Tensor) -> dict[str, torch.Tensor]:
     """P picks the residual channels that carry most on `rows` (B, L); norms keep the scale that the teacher's had.
 
     A channel's weight is its mean absolute value relative to the RMS of the stream, averaged over the places where a
-    norm reads it. A student norm divides by the RMS of the picked channels alone, so its gain is scaled by their ratio.
+    norm reads it (arXiv 2605.29327).
     """
     streams = _norm_inputs(clone, rows)
     weight = sum((h / h.square().mean(-1, keepdim=True).sqrt()).abs().mean((0, 1)) for h in streams.values())
@@ -38,10 +43,46 @@ def selection_values(clone: Clone, rows: torch.Tensor) -> dict[str, torch.Tensor
     def norm_gain(name: str) -> torch.Tensor:
         h = streams[name]
         ratio = h[..., channels].square().mean(-1).sqrt() / h.square().mean(-1).sqrt()
-        return clone.teacher_weights[name].detach().float().cpu()[channels] * ratio.mean()
+        return _gain(clone, name)[channels] * ratio.mean()
 
     p = lowrank.selection(channels, clone.teacher_width)
     return _values(clone, lambda: p, norm_gain)
+
+
+def pca_values(clone: Clone, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """P spans the S principal components of the residual stream on `rows` (B, L): what the student loses is least.
+
+    With U (D x S) their basis, whatever writes into the stream or reads it raw takes P = U. Whatever reads it through a
+    norm takes P = diag(gain) U, and the student's own gain starts at 1. A tied head shares the embedding's U, so there
+    the gain stays in the norm, as near to U^T diag(gain) U as a diagonal can be.
+    """
+    streams = _norm_inputs(clone, rows)
+    covariance = sum(_covariance(h) for h in streams.values())
+    u_DS = torch.linalg.eigh(covariance).eigenvectors[:, -clone.shape.hidden_size:].contiguous()
+    values: dict[str, torch.Tensor] = {}
+    for weight in clone.weights:
+        norm = norm_before(weight, clone.shape)
+        if weight.role.kind == "norm":
+            h = streams[weight.name]
+            ratio = ((h @ u_DS).square().mean(-1).sqrt() / h.square().mean(-1).sqrt()).mean()
+            keeps_gain = weight.layer is None and clone.shape.tied
+            gain = (u_DS.square() * _gain(clone, weight.name)[:, None]).sum(0) if keeps_gain else torch.ones(len(u_DS.T))
+            values[weight.name] = gain * ratio
+        elif norm is not None:
+            values[weight.name] = _gain(clone, norm)[:, None] * u_DS
+        elif weight.role.kind != "copy":
+            values[weight.name] = u_DS
+    return values
+
+
+def _covariance(stream: torch.Tensor) -> torch.Tensor:
+    """(D, D) second moment of the stream at unit RMS, so that no depth outweighs the others."""
+    h = (stream / stream.square().mean(-1, keepdim=True).sqrt()).flatten(0, 1)
+    return h.T @ h / len(h)
+
+
+def _gain(clone: Clone, norm: str) -> torch.Tensor:
+    return clone.teacher_weights[norm].detach().float().cpu()
 
 
 def _values(clone: Clone, projection: Callable[[], torch.Tensor], norm: Callable[[str], torch.Tensor]

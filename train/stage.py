@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
@@ -45,9 +46,10 @@ class Plan:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, recipe: Recipe, teacher: DenseCheckpoint, hidden_size: int) -> Plan:
+    def of(cls, recipe: Recipe, teacher: DenseCheckpoint, hidden_size: int, data: Path) -> Plan:
         device = choose_device(recipe.train.device)
-        return cls(hidden_size, Schedule.of(recipe.train, teacher.shape.max_position_embeddings), device,
+        n_tokens = len(np.load(data / TOKENS_FILE, mmap_mode="r"))
+        return cls(hidden_size, Schedule.of(recipe.train, teacher.shape.max_position_embeddings, n_tokens), device,
                    choose_precision(recipe.train.precision, device))
 
 
@@ -99,7 +101,8 @@ def _initialize(clone: Clone, init: str, rows: PackedRows, seed: int) -> None:
         return
     picked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[: initialize.CALIBRATION_ROWS]
     sample = torch.stack([rows[int(i)]["input_ids"] for i in picked]).to(next(clone.parameters()).device)
-    clone.initialize(initialize.selection_values(clone, sample))
+    values = initialize.pca_values if init == "pca" else initialize.selection_values
+    clone.initialize(values(clone, sample))
 
 
 def _adds_bos(teacher: DenseCheckpoint) -> bool:

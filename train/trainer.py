@@ -39,11 +39,12 @@ class Schedule:
     steps: int
 
     @classmethod
-    def of(cls, train: recipes.Train, max_position_embeddings: int) -> Schedule:
+    def of(cls, train: recipes.Train, max_position_embeddings: int, n_tokens: int) -> Schedule:
+        """`n_tokens`: what the data holds, which is the budget when the recipe names none."""
         seq_len = min(train.seq_len, max_position_embeddings)
         rows = max(1, round(train.batch_tokens / seq_len))
         micro = math.gcd(rows, train.micro_batch) if rows % train.micro_batch else train.micro_batch
-        return cls(seq_len, micro, rows // micro, max(1, round(train.tokens / (rows * seq_len))))
+        return cls(seq_len, micro, rows // micro, max(1, round((train.tokens or n_tokens) / (rows * seq_len))))
 
     @property
     def tokens_per_step(self) -> int:

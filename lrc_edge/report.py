@@ -1,0 +1,93 @@
+"""The report of a build: report.json for machines, report.html for people, a table of gates for the terminal."""
+from __future__ import annotations
+
+import json
+import math
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined, Template
+from markupsafe import Markup
+from rich.table import Table
+from rich.text import Text
+
+from lrc_edge import report_charts as charts
+from lrc_edge import report_view as view
+from lrc_edge.build import write_atomically
+from lrc_edge.figures import visible
+from lrc_edge.report_view import Names, Report, gate_cells, ordered_gates
+
+NAMED_IN_VERDICT = 3  # failed gates; the table has the others
+
+
+def verdict(report: Report) -> str:
+    """One line: "All 23 gates passed", or how many failed and which."""
+    gates, names = report["gates"], Names(report)
+    failed = [gate_cells(gate, names) for gate in gates if gate.get("passed") is not True]
+    if not gates:
+        return "No gate was judged: nothing is proved"
+    if not failed:
+        return "The one gate passed" if len(gates) == 1 else f"All {len(gates)} gates passed"
+    told = [f"{g['artifact']} {g['name']}: {g['metric']} {g['value']} {g['relation']} {g['limit']}"
+            for g in failed[:NAMED_IN_VERDICT]]
+    if len(failed) > NAMED_IN_VERDICT:
+        told.append(f"and {len(failed) - NAMED_IN_VERDICT} more")
+    return f"{len(failed)} of {len(gates)} gates FAILED: {'; '.join(told)}"
+
+
+def gate_table(report: Report) -> Table:
+    """Every gate, failed ones first."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name, justify in (("", "left"), ("artifact", "left"), ("gate", "left"), ("metric", "left"), ("value", "right"),
+                          ("limit", "left")):
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    names = Names(report)
+    for gate in ordered_gates(report):
+        cells = gate_cells(gate, names)
+        # Text, not str: names from a teacher's files may look like rich's markup.
+        row = (cells["artifact"], cells["name"], cells["metric"], cells["value"], f"{cells['asked']} {cells['limit']}")
+        style = "" if cells["passed"] else "bold red"
+        mark = Text("pass", "green") if cells["passed"] else Text("FAIL", style)
+        table.add_row(mark, *(Text(cell, style) for cell in row))
+    return table
+
+
+def render_report(report: Report) -> str:
+    """One HTML page that needs nothing beside it. Every text in it is escaped."""
+    names = Names(report)
+    state = "failed" if any(g.get("passed") is not True for g in report["gates"]) else "passed"
+    return _template().render(
+        css=Markup((files("lrc_edge") / "report.css").read_text("utf-8")), report=report, verdict=verdict(report),
+        state=state if report["gates"] else "unjudged", title=visible(report["student"]["name"]),
+        teacher=visible(report["teacher"]["name"]) if report.get("teacher") else "",
+        tiles=view.tiles(report, names), models=view.models(report), shape=view.shape_rows(report),
+        training=view.training_facts(report), artifacts=view.artifact_rows(report, names),
+        loss_charts=charts.loss_charts(report), kl_chart=charts.kl_chart(report, names),
+        size_chart=charts.size_chart(report, names), samples=view.sample_rows(report, names),
+        fallbacks=view.fallback_groups(report, names), tokenizer=view.tokenizer_rows(report, names),
+        templates=view.template_rows(report, names),
+        gates=[gate_cells(gate, names) for gate in ordered_gates(report)], facts=view.build_facts(report))
+
+
+def write_report(report: Report, out: Path) -> None:
+    """Write out/report.json and out/report.html, each whole or not at all."""
+    page = render_report(report)
+    write_atomically(out / "report.json", json.dumps(_finite(report), indent=1, allow_nan=False) + "\n")
+    write_atomically(out / "report.html", page)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string((files("lrc_edge") / "report.html.jinja").read_text("utf-8"))

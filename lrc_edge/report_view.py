@@ -1,0 +1,273 @@
+"""What the report page shows, worked out from the report's figures: words and their order, no markup.
+
+Every key that a report may lack is settled here, so the template only places what it is given.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lrc_edge.figures import NONE, duration, figure, human_bytes, human_count, is_number, percent, prose, visible
+
+Report = dict[str, Any]
+SHAPE_NAMES = {
+    "hidden_size": "residual width", "num_hidden_layers": "layers", "num_attention_heads": "query heads",
+    "num_key_value_heads": "key/value heads", "head_dim": "head size", "intermediate_size": "FFN width",
+    "vocab_size": "vocabulary", "max_position_embeddings": "context", "tied": "tied embeddings"}
+METRIC_NAMES = {"kl_mean": "KL mean", "kl_p99": "KL p99", "kl_max": "KL max", "top1": "top-1", "nmse": "NMSE",
+                "max_abs": "max abs", "delta_ppl": "Δ perplexity"}
+RELATIONS = {"<=": ("≤", ">"), ">=": ("≥", "<"), "==": ("=", "≠")}  # as asked, as missed
+
+
+class Names:
+    """Short names of artifacts: "gguf:q8_0", as --formats calls them; the path where two would share one."""
+
+    def __init__(self, report: Report):
+        paths: dict[str, list[str]] = {}
+        for artifact in report["artifacts"]:
+            paths.setdefault(f"{artifact['format']}:{artifact['encoding']}", []).append(artifact["path"])
+        self._short = {path: name if len(group) == 1 else path for name, group in paths.items() for path in group}
+
+    def __call__(self, artifact: Any) -> str:
+        """Also of "<path> (<runtime>)". What is no artifact ("student") keeps its name."""
+        text = str(artifact)
+        for path in sorted(self._short, key=len, reverse=True):
+            if text == path or text.startswith(path + " "):
+                return visible(self._short[path] + text[len(path):])
+        return visible(text)
+
+
+def ordered_gates(report: Report) -> list[dict[str, Any]]:
+    """The gates, failed ones first, otherwise as they were judged. Only an explicit pass is one."""
+    return sorted(report["gates"], key=lambda gate: gate.get("passed") is True)
+
+
+def gate_cells(gate: dict[str, Any], names: Names) -> dict[str, Any]:
+    passed, metric = gate.get("passed") is True, str(gate["metric"])
+    asked, missed = RELATIONS.get(gate["relation"], (visible(gate["relation"]),) * 2)
+    return {"passed": passed, "name": visible(gate["name"]), "artifact": names(gate["artifact"]),
+            "path": visible(gate["artifact"]), "metric": METRIC_NAMES.get(metric, visible(metric)),
+            "value": _judged(metric, gate["value"]), "exact": visible(gate["value"]), "asked": asked,
+            "relation": asked if passed else missed, "limit": _judged(metric, gate["limit"], whole=True)}
+
+
+def _judged(metric: str, value: Any, whole: bool = False) -> str:
+    if value is None:
+        return "not a number"
+    if metric != "top1":
+        return figure(value, 4)
+    return f"{100 * value:.10g} %" if whole else percent(value)
+
+
+# -- header ---------------------------------------------------------------------------------------------------------------
+
+
+def tiles(report: Report, names: Names) -> list[dict[str, str]]:
+    """The figures that a reader wants first: name, value, and what to hold it against."""
+    student, teacher, artifacts = report["student"], report.get("teacher"), report["artifacts"]
+    found = [{"name": "Parameters", "value": human_count(student["n_params"]),
+              "note": _ratio_note(teacher, student) if teacher else visible(student["family"])}]
+    if artifacts:
+        smallest = min(artifacts, key=lambda a: a["bytes"])
+        found.append({"name": "Smallest artifact", "value": human_bytes(smallest["bytes"]),
+                      "note": f"{names(smallest['path'])}, {figure(smallest['bits_per_weight'])} bits a weight"})
+    if student.get("held_out"):
+        theirs = (teacher or {}).get("held_out")
+        found.append({"name": "Held-out perplexity", "value": figure(student["held_out"]["perplexity"]),
+                      "note": f"teacher's: {figure(theirs['perplexity'])}" if theirs else "student"})
+    elif (perplexity := student_perplexity(report)) is not None:
+        found.append({"name": "Perplexity", "value": figure(perplexity), "note": "student, on the proof's text"})
+    worst = max(((worst_kl(a), a) for a in artifacts if worst_kl(a) is not None), key=lambda pair: pair[0] or 0, default=None)
+    if worst:
+        found.append({"name": "Largest KL", "value": figure(worst[0]), "note": f"nats a token, {names(worst[1]['path'])}"})
+    return found
+
+
+def _ratio_note(teacher: dict[str, Any], student: dict[str, Any]) -> str:
+    ratio = teacher["n_params"] / student["n_params"]
+    return f"{figure(ratio)}× fewer than the teacher's {human_count(teacher['n_params'])}"
+
+
+def worst_kl(artifact: dict[str, Any]) -> float | None:
+    """The larger mean KL of prefill and decode."""
+    found = [m["kl_mean"] for m in (artifact.get("parity") or {}).values() if m and is_number(m.get("kl_mean"))]
+    return max(found, default=None)
+
+
+def student_perplexity(report: Report) -> float | None:
+    """The student's own on the proof's text: what an artifact has, less what it differs by."""
+    for artifact in report["artifacts"]:
+        m = (artifact.get("parity") or {}).get("prefill")
+        if m and is_number(m.get("ppl")) and is_number(m.get("delta_ppl")):
+            return float(m["ppl"] - m["delta_ppl"])
+    return None
+
+
+# -- what was made --------------------------------------------------------------------------------------------------------
+
+
+def models(report: Report) -> list[dict[str, Any]]:
+    found = [("Teacher", report.get("teacher")), ("Student" if report.get("teacher") else "Model", report["student"])]
+    return [{"who": who, "name": visible(m["name"]), "family": visible(m["family"]), "path": visible(m["path"]),
+             "license": _license(m.get("license"))} for who, m in found if m]
+
+
+def _license(value: Any) -> str:
+    names = value if isinstance(value, list) else [value]
+    return ", ".join(visible(name) for name in names if name) or "not stated"
+
+
+def shape_rows(report: Report) -> list[dict[str, str]]:
+    """One row a shape field and held-out figure: teacher's, student's, how many times smaller."""
+    student, teacher = report["student"], report.get("teacher")
+    rows = []
+    for field in [*SHAPE_NAMES, *(set(student["shape"]) - SHAPE_NAMES.keys())]:
+        if field in student["shape"]:
+            rows.append(_row(SHAPE_NAMES.get(field, visible(field)), student["shape"][field],
+                             teacher["shape"].get(field) if teacher else None, lambda n: f"{n:,}"))
+    rows.append(_row("parameters", student["n_params"], teacher["n_params"] if teacher else None, lambda n: f"{n:,}"))
+    for key, name in (("loss", "held-out loss, nats a token"), ("perplexity", "held-out perplexity"),
+                      ("bits_per_byte", "held-out bits a byte")):
+        mine, theirs = (((m or {}).get("held_out") or {}).get(key) for m in (student, teacher))
+        if mine is not None:
+            rows.append({**_row(name, mine, theirs, lambda x: figure(x, 4)), "ratio": ""})
+    return rows
+
+
+def _row(name: str, mine: Any, theirs: Any, write: Callable[[Any], str]) -> dict[str, str]:
+    def cell(value: Any) -> str:
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        return str(write(value)) if is_number(value) else NONE if value is None else visible(value)
+
+    differs = is_number(mine) and is_number(theirs) and mine > 0 and mine != theirs
+    return {"name": name, "teacher": cell(theirs), "student": cell(mine),
+            "ratio": f"÷ {figure(theirs / mine)}" if differs else "", "same": "same" if mine == theirs else ""}
+
+
+def training_facts(report: Report) -> list[tuple[str, str]]:
+    training = report["student"].get("training")
+    if not training:
+        return []
+    facts = [("tokens", f"{training['tokens']:,}"), ("steps", f"{training['steps']:,}"),
+             ("time", duration(training["seconds"])), ("device", training["device"]),
+             ("precision", training["precision"]), ("initialization", training["init"])]
+    if training["seconds"]:
+        facts.insert(3, ("speed", f"{training['tokens'] / training['seconds']:,.0f} tokens/s"))
+    return [(name, visible(value)) for name, value in facts]
+
+
+# -- artifacts ------------------------------------------------------------------------------------------------------------
+
+
+def artifact_rows(report: Report, names: Names) -> list[dict[str, Any]]:
+    rows = []
+    for a in report["artifacts"]:
+        gates = [gate for gate in report["gates"] if gate["artifact"] == a["path"]]
+        failed = sum(gate.get("passed") is not True for gate in gates)
+        rows.append({
+            "name": names(a["path"]), "path": visible(a["path"]), "runtime": visible(a.get("runtime") or ""),
+            "size": human_bytes(a["bytes"]), "bytes": f"{a['bytes']:,} bytes", "bits": figure(a["bits_per_weight"]),
+            "sha256": visible(a["sha256"]), "failed": failed, "gates": len(gates),
+            "types": ", ".join(f"{n} × {visible(kind)}" for kind, n in sorted(a["tensor_types"].items())),
+            "parity": [_parity_cells(what, m) for what, m in (a.get("parity") or {}).items() if m]})
+    return rows
+
+
+def _parity_cells(what: str, m: dict[str, Any]) -> dict[str, str]:
+    error = f" ± {figure(m.get('delta_ppl_se'), 2)}" if is_number(m.get("delta_ppl_se")) else ""
+    delta = m.get("delta_ppl")
+    sign = "+" if is_number(delta) and delta > 0 else ""
+    note = (f"{m.get('positions', 0):,} positions; KL p99 {figure(m.get('kl_p99'))}, max {figure(m.get('kl_max'))}; "
+            f"NMSE {figure(m.get('nmse'))}; max abs {figure(m.get('max_abs'))}; perplexity {figure(m.get('ppl'), 4)}; "
+            f"{m.get('near_ties', 0):,} near-ties left out of top-1")
+    return {"what": visible(what), "kl": figure(m.get("kl_mean")), "delta": f"{sign}{figure(delta)}{error}",
+            "top1": percent(m.get("top1")), "note": note}
+
+
+def fallback_groups(report: Report, names: Names) -> list[dict[str, Any]]:
+    """Tensors that got another type than asked for: a group an artifact, alike ones together."""
+    groups = []
+    for a in report["artifacts"]:
+        alike: dict[tuple[str, str, str], list[str]] = {}
+        for f in a["fallbacks"]:
+            key = (visible(f["wanted"]), visible(f["got"]), visible(f["reason"]))
+            alike.setdefault(key, []).append(visible(f["tensor"]))
+        rows = [{"wanted": key[0], "got": key[1], "reason": key[2], "tensors": tensors}
+                for key, tensors in alike.items()]
+        if rows:
+            groups.append({"artifact": names(a["path"]), "n": len(a["fallbacks"]), "rows": rows,
+                           "n_tensors": sum(a["tensor_types"].values()), "bits": figure(a["bits_per_weight"])})
+    return groups
+
+
+# -- texts ----------------------------------------------------------------------------------------------------------------
+
+
+def sample_rows(report: Report, names: Names) -> list[dict[str, Any]]:
+    """Each prompt's continuations; an artifact's is compared with the student's, whose runtime copy it is."""
+    samples = report.get("samples") or [
+        {"prompt": a["generation"]["prompt"], "outputs": [{"who": a["path"], "text": a["generation"]["text"]}]}
+        for a in report["artifacts"] if a.get("generation")]
+    merged: dict[str, list[dict[str, Any]]] = {}
+    for sample in samples:
+        merged.setdefault(prose(sample["prompt"]), []).extend(sample["outputs"])
+    return [{"prompt": prompt, "outputs": _outputs(outputs, names)} for prompt, outputs in merged.items()]
+
+
+def _outputs(outputs: list[dict[str, Any]], names: Names) -> list[dict[str, Any]]:
+    student = next((prose(o["text"]) for o in outputs if o["who"] == "student"), None)
+    rows = []
+    for output in outputs:
+        text, compared = prose(output["text"]), student is not None and output["who"] not in ("teacher", "student")
+        same, differs, rest = split_at_difference(text, student) if compared and student is not None else (text, "", "")
+        rows.append({"who": names(output["who"]), "same": same, "differs": differs, "rest": rest, "compared": compared,
+                     "equal": compared and text == student})
+    return rows
+
+
+def split_at_difference(text: str, reference: str) -> tuple[str, str, str]:
+    """(what both share, the first differing word, the rest). A text that only stops earlier differs by "∎"."""
+    if text == reference:
+        return text, "", ""
+    at = next((i for i, (a, b) in enumerate(zip(text, reference, strict=False)) if a != b),
+              min(len(text), len(reference)))
+    if at == len(text):
+        return text, "∎", ""
+    start = at
+    while start > 0 and not text[start - 1].isspace() and not text[at].isspace():
+        start -= 1
+    end = max(at + 1, next((i for i in range(at, len(text)) if text[i].isspace()), len(text)))
+    return text[:start], text[start:end], text[end:]
+
+
+def tokenizer_rows(report: Report, names: Names) -> list[dict[str, Any]]:
+    return [{"artifact": names(t["artifact"]), "n": f"{t['n_strings']:,}", "bad": t["n_mismatches"],
+             "examples": [{"text": visible(e["text"]), "expected": _ids(e["expected"], e["got"]),
+                           "got": _ids(e["got"], e["expected"])} for e in t.get("examples") or []]}
+            for t in report.get("tokenizer") or []]
+
+
+def _ids(ids: list[int], other: list[int]) -> dict[str, str]:
+    """Ids as text, split where the lists part."""
+    at = next((i for i, (a, b) in enumerate(zip(ids, other, strict=False)) if a != b), min(len(ids), len(other)))
+    return {"same": " ".join(map(str, ids[:at])), "rest": " ".join(map(str, ids[at:])) or "∎"}
+
+
+def template_rows(report: Report, names: Names) -> list[dict[str, Any]]:
+    rows = []
+    for t in report.get("chat_template") or []:
+        expected, got = prose(t["expected"]), prose(t["got"])
+        same, differs, rest = split_at_difference(got, expected)
+        rows.append({"artifact": names(t["artifact"]), "equal": t["equal"], "expected": expected, "same": same,
+                     "differs": differs, "rest": rest})
+    return rows
+
+
+def build_facts(report: Report) -> list[tuple[str, str]]:
+    """How the report came to be: for the page's foot."""
+    versions = ", ".join(f"{name} {number}" for name, number in (report.get("versions") or {}).items())
+    facts = [("made", report["created"]), ("command", report.get("command")), ("machine", report.get("machine")),
+             ("versions", versions)]
+    facts += [(key.replace("_", " "), value) for key, value in (report["student"].get("provenance") or {}).items()]
+    return [(visible(name), visible(value)) for name, value in facts if value]

@@ -1,0 +1,83 @@
+"""The build directory: what is done, what must run again, what a failure leaves behind."""
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lrc_edge.build import PARTIAL, BuildDir, free_bytes, replace_tree, write_atomically
+from lrc_edge.errors import UserError
+
+
+def test_a_stage_is_done_until_its_inputs_or_outputs_change(tmp_path: Path) -> None:
+    build = BuildDir.create(tmp_path / "out")
+    file = build.path / "gguf" / "a.gguf"
+    file.parent.mkdir()
+    file.write_text("one")
+    fingerprint = build.fingerprint("gguf", {"x": 1})
+    assert not build.is_done("gguf", fingerprint)
+    build.record("gguf", fingerprint, [build.path / "gguf"], result={"n": 3})
+
+    again = BuildDir.create(tmp_path / "out")
+    assert again.is_done("gguf", fingerprint) and again.result("gguf") == {"n": 3}
+    assert not again.is_done("gguf", again.fingerprint("gguf", {"x": 2}))
+    assert again.fingerprint("onnx", {"x": 1}) != fingerprint
+    file.write_text("two")
+    assert not again.is_done("gguf", fingerprint)
+    file.write_text("one")
+    assert again.is_done("gguf", fingerprint)
+    file.unlink()
+    assert not again.is_done("gguf", fingerprint)
+
+
+def test_a_change_of_the_same_size_and_time_is_noticed_by_a_new_process(tmp_path: Path) -> None:
+    """The remembered hash is trusted for the same size and nanosecond only."""
+    build = BuildDir.create(tmp_path)
+    file = tmp_path / "a"
+    file.write_text("one")
+    first = build.hash(file)
+    os.utime(file, ns=(1, 1))
+    file.write_text("two")
+    assert build.hash(file) != first
+
+
+def test_partial_work_disappears_when_it_fails_or_was_killed(tmp_path: Path) -> None:
+    build = BuildDir.create(tmp_path)
+    with pytest.raises(RuntimeError), build.partial("gguf") as partial:
+        partial.mkdir()
+        (partial / "half").write_text("x")
+        raise RuntimeError
+    assert not (tmp_path / PARTIAL).exists()
+    (tmp_path / PARTIAL / "left-by-a-kill").mkdir(parents=True)
+    BuildDir.create(tmp_path)
+    assert not (tmp_path / PARTIAL).exists()
+
+
+def test_replace_tree_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    replace_tree(tmp_path / "new", tmp_path / "old")
+    assert [f.name for f in (tmp_path / "old").iterdir()] == ["new"]
+
+
+def test_atomic_write_keeps_the_old_text_on_failure(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    write_atomically(file, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(file, "\ud800")
+    assert file.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_unwritable_and_broken_directories(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write there"):
+        BuildDir.create(tmp_path / "file" / "out")
+    (tmp_path / "build.json").write_text("{}")
+    with pytest.raises(UserError, match="not a build manifest"):
+        BuildDir.create(tmp_path)
+
+
+def test_free_bytes_of_a_path_that_is_not_there_yet(tmp_path: Path) -> None:
+    assert free_bytes(tmp_path / "a" / "b") > 0
