@@ -60,8 +60,8 @@ def check_rope(checkpoint: DenseCheckpoint) -> None:
     if missing := _ROPE_FIELDS.get(kind, set()) - {"attention_factor"} - scaling.keys():
         raise UserError(f"{checkpoint.path}: RoPE scaling {kind!r} lacks {min(missing)}; mend the config")
     for name, value in scaling.items():
-        said = value is None or name in _ROPE_FIELDS.get(kind, ()) or (kind == "yarn" and value == _YARN_FIXED.get(name))
-        if not said:
+        usual = kind == "yarn" and value == _YARN_FIXED.get(name)
+        if value is not None and name not in _ROPE_FIELDS.get(kind, ()) and not usual:
             raise UserError(f"{checkpoint.path}: {name} = {value!r} of RoPE scaling {kind!r} is not supported in GGUF; "
                             "leave gguf out of --formats")
 
@@ -163,8 +163,9 @@ def _write_base_models(writer: GGUFWriter, checkpoint: DenseCheckpoint) -> None:
         if hub_id:
             writer.add_base_model_organization(i, hub_id[1])
             writer.add_base_model_repo_url(i, f"https://huggingface.co/{model}")
-        if teacher and checkpoint.provenance.get("teacher_revision"):
-            writer.add_base_model_version(i, checkpoint.provenance["teacher_revision"])
+        revision = checkpoint.provenance.get("teacher_revision", "local")
+        if teacher and revision != "local":
+            writer.add_base_model_version(i, revision)
 
 
 def _write_sampling(writer: GGUFWriter, checkpoint: DenseCheckpoint) -> None:

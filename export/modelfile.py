@@ -31,10 +31,10 @@ def _llama3(messages: list[dict[str, str]]) -> str:
 
 # What a chat template may render, and the Go template that renders it in Ollama.
 _GO_TEMPLATES: tuple[tuple[Callable[[list[dict[str, str]]], str], str], ...] = (
-    (_chatml, "{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}"
-              "<|im_start|>assistant\n"),
-    (_llama3, "{{ range .Messages }}<|start_header_id|>{{ .Role }}<|end_header_id|>\n\n{{ .Content }}<|eot_id|>{{ end }}"
-              "<|start_header_id|>assistant<|end_header_id|>\n\n"),
+    (_chatml, "{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n"
+              "{{ end }}<|im_start|>assistant\n"),
+    (_llama3, "{{ range .Messages }}<|start_header_id|>{{ .Role }}<|end_header_id|>\n\n{{ .Content }}<|eot_id|>"
+              "{{ end }}<|start_header_id|>assistant<|end_header_id|>\n\n"),
 )
 
 
@@ -47,7 +47,8 @@ def write_modelfile(checkpoint: DenseCheckpoint, vocabulary: Vocabulary, files: 
         lines.append(f'TEMPLATE """{template}"""')
     elif vocabulary.chat_template is not None:
         lines.append("# No TEMPLATE: this chat template has no checked Go form; Ollama may know it from the GGUF.")
-    for token in dict.fromkeys(vocabulary.special_ids[name] for name in ("eos", "eot") if name in vocabulary.special_ids):
+    ids = vocabulary.special_ids
+    for token in dict.fromkeys(ids[name] for name in ("eos", "eot") if name in ids):
         lines.append(f'PARAMETER stop "{_quoted(vocabulary.tokens[token])}"')
     if licence := _licence(checkpoint):
         lines.append(f'LICENSE """{licence}"""')

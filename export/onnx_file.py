@@ -73,7 +73,7 @@ class OnnxFile:
 
     def constant(self, value: int | float | Sequence[int], dtype: type = np.int64) -> str:
         """A small constant inside the graph; equal ones are one."""
-        array = np.asarray(value, dtype=dtype)
+        array: np.ndarray = np.asarray(value, dtype=dtype)
         name = f"const.{array.dtype}.{'x'.join(map(str, array.reshape(-1).tolist()))}" + (".scalar" * (array.ndim == 0))
         if name not in self._initializers:
             self._add(numpy_helper.from_array(array, name))

@@ -46,8 +46,8 @@ def check_supported(checkpoint: DenseCheckpoint) -> None:
     """Raise UserError on what the graph cannot say: odd heads, angles that depend on the length of the text."""
     where = checkpoint.path / "config.json"
     if checkpoint.shape.head_dim % HEAD_DIM_MULTIPLE:
-        raise UserError(f"{where}: head_dim {checkpoint.shape.head_dim} has no ONNX form: onnxruntime's attention needs "
-                        f"a multiple of {HEAD_DIM_MULTIPLE}; leave the onnx formats out")
+        raise UserError(f"{where}: head_dim {checkpoint.shape.head_dim} has no ONNX form: onnxruntime's attention "
+                        f"needs a multiple of {HEAD_DIM_MULTIPLE}; leave the onnx formats out")
     scaling = checkpoint.rope.scaling
     if scaling and scaling["rope_type"] not in FIXED_ROPE_TYPES:
         raise UserError(f"{where}: rope_type {scaling['rope_type']!r} has no ONNX form; "

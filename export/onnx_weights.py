@@ -80,8 +80,8 @@ def pack_q4_0(weight_OI: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Quantize to Q4_0 and order the nibbles as MatMulNBits wants them.
 
     Returns bytes (O, N, 16) uint8 and scales (O, N) float32, each of them a float16's value. A row that is no multiple
-    of 32 is padded with zeros, which the grid holds exactly. ggml's block_q4_0 keeps weights 0-15 in the low nibbles and
-    16-31 in the high ones; MatMulNBits keeps neighbours in one byte, the even one low.
+    of 32 is padded with zeros, which the grid holds exactly. ggml's block_q4_0 keeps weights 0-15 in the low nibbles
+    and 16-31 in the high ones; MatMulNBits keeps neighbours in one byte, the even one low.
     """
     n_outputs, n_inputs = weight_OI.shape
     n_blocks = -(-n_inputs // BLOCK)

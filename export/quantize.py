@@ -59,7 +59,7 @@ class Encoding:
 
 
 def _encodings() -> dict[str, Encoding]:
-    """From the llama_ftype constants of llama_cpp; those whose tensor type the gguf package cannot read are left out."""
+    """From the llama_ftype constants of llama_cpp, without those whose tensor type the gguf package cannot read."""
     table = {}
     for constant, ftype in vars(llama_cpp.llama_cpp).items():
         for prefix in ("LLAMA_FTYPE_ALL_", "LLAMA_FTYPE_MOSTLY_"):

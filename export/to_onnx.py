@@ -128,7 +128,8 @@ def _write_sidecars(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequen
     try:
         generation = json.loads(generation_file.read_text()) if generation_file.exists() else {}
     except ValueError as error:
-        raise UserError(f"{checkpoint.path / generation_file.name}: not JSON ({error}); mend it or delete it") from error
+        where = checkpoint.path / generation_file.name
+        raise UserError(f"{where}: not JSON ({error}); mend it or delete it") from error
     _write_json(folder / "genai_config.json", genai_config(checkpoint, tokenizer, generation, FILES[encodings[0]]))
 
 

@@ -34,6 +34,7 @@ PRE_TOKENIZERS: dict[tuple[tuple[tuple[Any, ...], ...], bool], str] = {
 _END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<end_of_utterance>", "<EOT>")
 _END_OF_MESSAGE = ("<|eom_id|>",)
 _SPACE = "▁"  # SentencePiece's mark of a space
+_BYTE_TOKENS = {f"<0x{byte:02X}>" for byte in range(256)}
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ def read_vocabulary(checkpoint: DenseCheckpoint) -> Vocabulary:
     if model.get("byte_fallback"):
         space_prefix = _sentencepiece_prefix(table, where)
         kind, pre, scores, merge_lines = "llama", "default", _scores(tokens, merges), None
-        tokens, types = _sentencepiece_types(tokens, table["added_tokens"], by_id, ids, where)
+        _check_sentencepiece(tokens, table["added_tokens"], space_prefix, where)
+        tokens, types = _sentencepiece_types(tokens, table["added_tokens"], by_id, ids)
     else:
         space_prefix = False
         kind, pre, scores = "gpt2", _pre_tokenizer_name(table, where), None
@@ -157,9 +159,10 @@ def _pre_tokenizer_name(table: dict[str, Any], where: str) -> str:
     ignore_merges = bool(table["model"].get("ignore_merges"))
     name = PRE_TOKENIZERS.get((steps, ignore_merges))
     if name is None:
+        known = ", ".join(PRE_TOKENIZERS.values())
         raise UserError(f"{where} splits text with {_brief(table['pre_tokenizer'])} (ignore_merges = {ignore_merges}), "
-                        f"for which no llama.cpp pre-tokenizer is known here; known: those of llama 3 "
-                        f"({', '.join(PRE_TOKENIZERS.values())}); leave gguf out of --formats")
+                        f"for which lrc-edge knows no llama.cpp pre-tokenizer; known: {known}; "
+                        "leave gguf out of --formats")
     return name
 
 
@@ -181,7 +184,7 @@ def _steps(pre_tokenizer: dict[str, Any] | None) -> tuple[tuple[Any, ...], ...]:
 
 def _brief(part: Any) -> str:
     text = json.dumps(part, ensure_ascii=False)
-    return text if len(text) <= 300 else text[:300] + "..."
+    return text if len(text) <= 600 else text[:600] + "..."
 
 
 def _sentencepiece_prefix(table: dict[str, Any], where: str) -> bool:
@@ -198,7 +201,8 @@ def _sentencepiece_prefix(table: dict[str, Any], where: str) -> bool:
     raise UserError(
         f"{where} prepares text with normalizer {_brief(normalizer)} and pre-tokenizer {_brief(splitter)}; llama.cpp "
         "puts one space before every stretch of text, also where it begins with a space or follows a special token, "
-        "or none at all: its ids would differ; leave gguf out of --formats or save a legacy tokenizer.json")
+        "or none at all: the ids would differ; leave gguf out of --formats, or give the model a tokenizer.json with "
+        f"the normalizer Prepend {_SPACE!r}, which reads such text as llama.cpp does")
 
 
 def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
@@ -210,13 +214,20 @@ def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
     return [-float(ranks.get(token, len(merges))) for token in tokens]
 
 
-def _sentencepiece_types(tokens: list[str], added: list[dict[str, Any]], by_id: dict[int, str], ids: dict[str, int],
-                         where: str) -> tuple[list[str], list[int]]:
-    byte_tokens = {f"<0x{byte:02X}>" for byte in range(256)}
-    if missing := byte_tokens - set(tokens):
+def _check_sentencepiece(tokens: list[str], added: list[dict[str, Any]], space_prefix: bool, where: str) -> None:
+    if missing := _BYTE_TOKENS - set(tokens):
         raise UserError(f"{where} lacks {len(missing)} of 256 byte tokens ({min(missing)}), which llama.cpp needs; "
                         "leave gguf out of --formats")
-    types = [TokenType.BYTE if token in byte_tokens else TokenType.NORMAL if i in by_id else TokenType.UNUSED
+    for token in added:
+        if space_prefix and token["normalized"]:
+            # Its text is normalized, too, so Hugging Face finds it only behind a space; llama.cpp everywhere.
+            raise UserError(f"{where} has normalized = true on {token['content']!r}, which GGUF cannot say; "
+                            "set it to false in tokenizer.json")
+
+
+def _sentencepiece_types(tokens: list[str], added: list[dict[str, Any]], by_id: dict[int, str],
+                         ids: dict[str, int]) -> tuple[list[str], list[int]]:
+    types = [TokenType.BYTE if token in _BYTE_TOKENS else TokenType.NORMAL if i in by_id else TokenType.UNUSED
              for i, token in enumerate(tokens)]
     tokens = list(tokens)
     for token in added:
@@ -225,7 +236,8 @@ def _sentencepiece_types(tokens: list[str], added: list[dict[str, Any]], by_id: 
             types[i] = TokenType.UNKNOWN if i == ids.get("unk") else TokenType.CONTROL
         else:
             types[i] = TokenType.USER_DEFINED
-            tokens[i] = tokens[i].replace(_SPACE, " ")  # looked for in the text before spaces are marked
+        if token["normalized"]:
+            tokens[i] = tokens[i].replace(_SPACE, " ")  # llama.cpp looks for it before it marks the spaces
     return tokens, [int(kind) for kind in types]
 
 

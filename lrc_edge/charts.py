@@ -40,12 +40,14 @@ class Bar:
 
 @dataclass(frozen=True)
 class Point:
-    label: str
+    label: str  # beside the point
+    name: str  # in the tooltip, with the note
     x: float
     y: float
     css: str
-    note: str  # the tooltip
+    note: str
     y_error: float = 0.0
+    radius: float = 5.0
 
 
 class Scale:
@@ -90,9 +92,8 @@ def _linear(low: float, high: float) -> list[float]:
 
 
 def _svg(height: float, name: str) -> ET.Element:
-    svg = ET.Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "viewBox": f"0 0 {WIDTH} {height:g}", "role": "img",
-                             "class": "chart", "aria-label": visible(name)})
-    return svg
+    return ET.Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "viewBox": f"0 0 {WIDTH} {height:g}",
+                              "role": "img", "class": "chart", "aria-label": visible(name)})
 
 
 def _add(parent: ET.Element, tag: str, css: str, title: str = "", **attributes: float | str) -> ET.Element:
@@ -202,7 +203,7 @@ def bar_chart(name: str, bars: Sequence[Bar], *, value_name: str, limit_name: st
 
 
 def _bar(svg: ET.Element, bar: Bar, whats: list[str], x: Scale, y: float, row: float, label_chars: int) -> None:
-    left, right = x.pixels
+    left = x.pixels[0]
     limit = f", limit {figure(bar.limit)}" if bar.limit is not None else ""
     _text(svg, left - 8, y + row / 2 + 4, shortened(bar.label, label_chars), "label" + " bad" * bar.failed, "end",
           title=bar.label)
@@ -225,7 +226,7 @@ def _bar(svg: ET.Element, bar: Bar, whats: list[str], x: Scale, y: float, row: f
 def point_chart(name: str, points: Sequence[Point], *, x_name: str, y_name: str, x_tick: Callable[[float], str],
                 log_y: bool = False) -> str:
     """Labelled points over a logarithmic x; `y_error` draws a whisker. y must be positive when log_y."""
-    height = 320 + 4 * max(0, len(points) - 8)
+    height = 320 + 5 * max(0, len(points) - 8)
     svg = _svg(height, name)
     ends = [p.y + sign * p.y_error for p in points for sign in (-1, 1)]
     x = Scale([p.x for p in points], (52, WIDTH - 14), log=True, pad=0.12)
@@ -238,10 +239,10 @@ def point_chart(name: str, points: Sequence[Point], *, x_name: str, y_name: str,
         if p.y_error:
             _add(svg, "line", f"whisker {p.css}", x1=sx, x2=sx, y1=y.at(max(p.y - p.y_error, 1e-300) if log_y else
                  p.y - p.y_error), y2=y.at(p.y + p.y_error))
-        _label(svg, shortened(p.label, 30), p.label, (sx, sy), taken, (54, 20, WIDTH - 4, height - 48))
-        mark = _add(svg, "circle", f"dot {p.css}", f"{p.label}: {p.note}", cx=sx, cy=sy, r=5)
-        marks.append(mark)
-    for mark in marks:  # above every leader line
+        _label(svg, shortened(p.label, 30), p.name, (sx, sy), taken, (54, 20, WIDTH - 4, height - 48))
+        marks.append(_add(svg, "circle", f"dot {p.css}", f"{p.name}: {p.note}", cx=sx, cy=sy, r=p.radius))
+    # Above every leader line, and the small above the large: two artifacts may share one spot.
+    for mark in sorted(marks, key=lambda mark: -float(mark.attrib["r"])):
         svg.remove(mark)
         svg.append(mark)
     return ET.tostring(svg, encoding="unicode")

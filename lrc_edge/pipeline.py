@@ -9,7 +9,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -77,6 +78,16 @@ class Pipeline:
         self.dir.manifest["job"] = {"recipe": self.recipe.as_dict(), **facts}
         self.dir.manifest["lrc_edge"] = __version__
         self.dir.save()
+
+    def weights(self, model: DenseCheckpoint) -> None:
+        """Read every weight of the input once: NaN or infinity found now costs no training."""
+        def work(task: Task) -> tuple[Any, str]:
+            for weight in model.weights():
+                task.update(weight.name)
+                model.tensor(weight.name)
+            return None, f"{model.name}: {model.shape.n_params:,} {model.shape.family} parameters, all finite"
+
+        self._stage("weights", [self.dir.hash(file) for file in model.weight_files()], [], work)
 
     # -- stages of a clone ---------------------------------------------------------------------------------------------
 
@@ -345,9 +356,11 @@ def build(source: str, out: Path, recipe: Recipe, console: Console, until: str =
     """The whole pipeline, or up to the stage `until` ("train", "fold"). Returns whether every gate passed."""
     teacher = Teacher.of(source)
     preflight.check_build(teacher.checkpoint, recipe, out)
-    pipeline = Pipeline(out, recipe, console, teacher)
-    pipeline.describe_job(teacher=str(Path(source).resolve()) if teacher.revision == "local" else source)
-    pipeline.data()
+    with _leaving_nothing_of_a_mistake(out):
+        pipeline = Pipeline(out, recipe, console, teacher)
+        pipeline.describe_job(teacher=str(Path(source).resolve()) if teacher.revision == "local" else source)
+        pipeline.weights(teacher.checkpoint)
+        pipeline.data()
     pipeline.identity()
     if not all(gate["passed"] for gate in pipeline.dir.result("identity")):
         console.print("identity gate failed: this teacher's clone would not be the teacher; not trained",
@@ -368,9 +381,24 @@ def export(source: str, out: Path, recipe: Recipe, console: Console) -> bool:
     path, name, _ = resolve_model(source)
     student = DenseCheckpoint.open(path, name)
     preflight.check_export(student, recipe, out)
-    pipeline = Pipeline(out, recipe, console)
-    pipeline.describe_job(student=str(path.resolve()))
+    with _leaving_nothing_of_a_mistake(out):
+        pipeline = Pipeline(out, recipe, console)
+        pipeline.describe_job(student=str(path.resolve()))
+        pipeline.weights(student)
+        pipeline.held_out_rows(student)  # too little --data is said before the files are written
     return _prove_and_report(pipeline, student, console)
+
+
+@contextmanager
+def _leaving_nothing_of_a_mistake(out: Path) -> Iterator[None]:
+    """Remove `out` again when this run made it and a mistake in the input stopped it before anything was finished."""
+    existed = out.exists()
+    try:
+        yield
+    except UserError:
+        if not existed:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
 
 
 def _prove_and_report(pipeline: Pipeline, student: DenseCheckpoint, console: Console) -> bool:

@@ -16,7 +16,7 @@ from rich.text import Text
 from lrc_edge import report_charts as charts
 from lrc_edge import report_view as view
 from lrc_edge.build import write_atomically
-from lrc_edge.figures import visible
+from lrc_edge.figures import prose, visible
 from lrc_edge.report_view import Names, Report, gate_cells, ordered_gates
 
 NAMED_IN_VERDICT = 3  # failed gates; the table has the others
@@ -87,7 +87,13 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _shown(value: Any) -> Any:
+    """What the template prints: charts as they are, all else without hidden characters (and then escaped)."""
+    return value if isinstance(value, Markup) else prose(value)
+
+
 @cache
 def _template() -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(autoescape=True, finalize=_shown, undefined=StrictUndefined, trim_blocks=True,
+                              lstrip_blocks=True)
     return environment.from_string((files("lrc_edge") / "report.html.jinja").read_text("utf-8"))

@@ -17,15 +17,17 @@ BINS = 120  # points of one loss curve; longer ones are averaged
 def loss_charts(report: Report) -> list[dict[str, Any]]:
     """Cross entropy of training and held-out text, and the parts of the objective."""
     curve = (report["student"].get("training") or {}).get("curve") or []
-    theirs = ((report.get("teacher") or {}).get("held_out") or {}).get("loss")
-    entropy = [_series(curve, "lm", "training (LM loss)", "c1"), _series(curve, "held_out_loss", "held-out", "c2", dots=True)]
+    theirs: Any = ((report.get("teacher") or {}).get("held_out") or {}).get("loss")
+    level = ("teacher, held-out", float(theirs)) if is_number(theirs) else None
+    entropy = [_series(curve, "lm", "training (LM loss)", "c1"),
+               _series(curve, "held_out_loss", "held-out", "c2", dots=True)]
     parts = [_series(curve, key, name, css) for key, name, css in (
         ("loss", "total", "c4 thick"), ("lm", "LM", "c1"), ("kl", "KL", "c2"), ("clone", "clone", "c3"))]
     charts = []
     if any(s.points for s in entropy):
         charts.append({"title": "Cross entropy", "note": "nats a token", "svg": Markup(line_chart(
             "Cross entropy over training", [s for s in entropy if s.points], x_name="training tokens",
-            y_name="nats a token", x_tick=lambda n: tick(human_count(n)), level=("teacher, held-out", theirs) if is_number(theirs) else None))})
+            y_name="nats a token", x_tick=lambda n: tick(human_count(n)), level=level))})
     if any(s.points for s in parts):
         charts.append({"title": "The objective and its parts", "note": "logarithmic", "svg": Markup(line_chart(
             "Parts of the training objective", [s for s in parts if s.points], x_name="training tokens", y_name="loss",
@@ -61,38 +63,39 @@ def kl_chart(report: Report, names: Names) -> Markup | None:
 def size_chart(report: Report, names: Names) -> dict[str, Any] | None:
     """Size against perplexity, or against KL where no perplexity was measured."""
     points = list(_perplexity_points(report, names))
-    if points:
-        svg = point_chart("Size against perplexity", points, x_name="size, bytes", y_name="perplexity",
-                          x_tick=lambda n: tick(human_bytes(n)))
-        return {"note": "perplexity, lower is better", "svg": Markup(svg), "with_teacher": any(
-            p.label == "teacher" for p in points)}
-    points = [Point(names(a["path"]), a["bytes"], kl, _css(a), f"{human_bytes(a['bytes'])}, KL {figure(kl)}")
-              for a in report["artifacts"] if (kl := worst_kl(a))]
+    against = "perplexity"
+    if not points:
+        against = "KL"
+        points = [_point(a, names, kl, f"KL {figure(kl)}") for a in report["artifacts"] if (kl := worst_kl(a))]
     if not points:
         return None
-    svg = point_chart("Size against KL", points, x_name="size, bytes", y_name="mean KL, nats a token", log_y=True,
+    svg = point_chart(f"Size against {against}", points, x_name="size, bytes", log_y=against == "KL",
+                      y_name="perplexity" if against == "perplexity" else "mean KL, nats a token",
                       x_tick=lambda n: tick(human_bytes(n)))
-    return {"note": "KL divergence, lower is better", "svg": Markup(svg), "with_teacher": False}
+    return {"against": against, "svg": Markup(svg), "with_teacher": points[-1].name == "teacher"}
+
+
+def _point(artifact: dict[str, Any], names: Names, y: float, note: str, error: float = 0.0) -> Point:
+    """The colour says the format, so the encoding is label enough."""
+    name = names(artifact["path"])
+    label = name.rpartition("/")[2].removeprefix(f"{artifact['format']}:")
+    css, radius = ("c1", 5.5) if artifact["format"] == "gguf" else ("c2", 3.6)  # the same grid: the same spot
+    return Point(label, name, artifact["bytes"], y, css, f"{human_bytes(artifact['bytes'])}, {note}", error, radius)
 
 
 def _perplexity_points(report: Report, names: Names) -> Iterable[Point]:
-    student = student_perplexity(report)
-    if student is None:
+    perplexity = student_perplexity(report)
+    if perplexity is None:
         return
     for a in report["artifacts"]:
         m = (a.get("parity") or {}).get("prefill")
         if m and is_number(m.get("ppl")):
             error = m["delta_ppl_se"] if is_number(m.get("delta_ppl_se")) else 0.0
-            yield Point(names(a["path"]), a["bytes"], m["ppl"], _css(a),
-                        f"{human_bytes(a['bytes'])}, perplexity {figure(m['ppl'], 4)} ± {figure(error, 2)}", error)
-    size = 2 * report["student"]["n_params"]
-    yield Point("student", size, student, "c4", f"{human_bytes(size)} at 16 bits, perplexity {figure(student, 4)}")
+            yield _point(a, names, m["ppl"], f"perplexity {figure(m['ppl'], 4)} ± {figure(error, 2)}", error)
     teacher = report.get("teacher") or {}
+    models = [("student", "c4", report["student"], perplexity)]
     if teacher.get("held_out"):
-        size, perplexity = 2 * teacher["n_params"], teacher["held_out"]["perplexity"]
-        yield Point("teacher", size, perplexity, "c3",
-                    f"{human_bytes(size)} at 16 bits, held-out perplexity {figure(perplexity, 4)}")
-
-
-def _css(artifact: dict[str, Any]) -> str:
-    return "c1" if artifact["format"] == "gguf" else "c2"
+        models.append(("teacher", "c3", teacher, teacher["held_out"]["perplexity"]))
+    for name, css, model, value in models:
+        size = 2 * model["n_params"]
+        yield Point(name, name, size, value, css, f"{human_bytes(size)} at 16 bits, perplexity {figure(value, 4)}")

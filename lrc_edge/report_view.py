@@ -59,7 +59,7 @@ def _judged(metric: str, value: Any, whole: bool = False) -> str:
     return f"{100 * value:.10g} %" if whole else percent(value)
 
 
-# -- header ---------------------------------------------------------------------------------------------------------------
+# -- header ------------------------------------------------------------------------------------------------------------
 
 
 def tiles(report: Report, names: Names) -> list[dict[str, str]]:
@@ -67,9 +67,11 @@ def tiles(report: Report, names: Names) -> list[dict[str, str]]:
     student, teacher, artifacts = report["student"], report.get("teacher"), report["artifacts"]
     found = [{"name": "Parameters", "value": human_count(student["n_params"]),
               "note": _ratio_note(teacher, student) if teacher else visible(student["family"])}]
-    if artifacts:
-        smallest = min(artifacts, key=lambda a: a["bytes"])
-        found.append({"name": "Smallest artifact", "value": human_bytes(smallest["bytes"]),
+    failed = {gate["artifact"] for gate in report["gates"] if gate.get("passed") is not True}
+    if sound := [a for a in artifacts if a["path"] not in failed]:
+        smallest = min(sound, key=lambda a: a["bytes"])
+        found.append({"name": "Smallest that passed" if failed else "Smallest artifact",
+                      "value": human_bytes(smallest["bytes"]),
                       "note": f"{names(smallest['path'])}, {figure(smallest['bits_per_weight'])} bits a weight"})
     if student.get("held_out"):
         theirs = (teacher or {}).get("held_out")
@@ -77,9 +79,10 @@ def tiles(report: Report, names: Names) -> list[dict[str, str]]:
                       "note": f"teacher's: {figure(theirs['perplexity'])}" if theirs else "student"})
     elif (perplexity := student_perplexity(report)) is not None:
         found.append({"name": "Perplexity", "value": figure(perplexity), "note": "student, on the proof's text"})
-    worst = max(((worst_kl(a), a) for a in artifacts if worst_kl(a) is not None), key=lambda pair: pair[0] or 0, default=None)
-    if worst:
-        found.append({"name": "Largest KL", "value": figure(worst[0]), "note": f"nats a token, {names(worst[1]['path'])}"})
+    judged = [(kl, a["path"]) for a in artifacts if (kl := worst_kl(a)) is not None]
+    if judged:
+        kl, path = max(judged)
+        found.append({"name": "Largest KL", "value": figure(kl), "note": f"nats a token, {names(path)}"})
     return found
 
 
@@ -103,7 +106,7 @@ def student_perplexity(report: Report) -> float | None:
     return None
 
 
-# -- what was made --------------------------------------------------------------------------------------------------------
+# -- what was made -----------------------------------------------------------------------------------------------------
 
 
 def models(report: Report) -> list[dict[str, Any]]:
@@ -157,7 +160,7 @@ def training_facts(report: Report) -> list[tuple[str, str]]:
     return [(name, visible(value)) for name, value in facts]
 
 
-# -- artifacts ------------------------------------------------------------------------------------------------------------
+# -- artifacts ---------------------------------------------------------------------------------------------------------
 
 
 def artifact_rows(report: Report, names: Names) -> list[dict[str, Any]]:
@@ -176,7 +179,7 @@ def artifact_rows(report: Report, names: Names) -> list[dict[str, Any]]:
 
 def _parity_cells(what: str, m: dict[str, Any]) -> dict[str, str]:
     error = f" ± {figure(m.get('delta_ppl_se'), 2)}" if is_number(m.get("delta_ppl_se")) else ""
-    delta = m.get("delta_ppl")
+    delta: Any = m.get("delta_ppl")
     sign = "+" if is_number(delta) and delta > 0 else ""
     note = (f"{m.get('positions', 0):,} positions; KL p99 {figure(m.get('kl_p99'))}, max {figure(m.get('kl_max'))}; "
             f"NMSE {figure(m.get('nmse'))}; max abs {figure(m.get('max_abs'))}; perplexity {figure(m.get('ppl'), 4)}; "
@@ -201,11 +204,11 @@ def fallback_groups(report: Report, names: Names) -> list[dict[str, Any]]:
     return groups
 
 
-# -- texts ----------------------------------------------------------------------------------------------------------------
+# -- texts -------------------------------------------------------------------------------------------------------------
 
 
 def sample_rows(report: Report, names: Names) -> list[dict[str, Any]]:
-    """Each prompt's continuations; an artifact's is compared with the student's, whose runtime copy it is."""
+    """Each prompt's continuations; who says the same as another is named with it."""
     samples = report.get("samples") or [
         {"prompt": a["generation"]["prompt"], "outputs": [{"who": a["path"], "text": a["generation"]["text"]}]}
         for a in report["artifacts"] if a.get("generation")]
@@ -216,13 +219,16 @@ def sample_rows(report: Report, names: Names) -> list[dict[str, Any]]:
 
 
 def _outputs(outputs: list[dict[str, Any]], names: Names) -> list[dict[str, Any]]:
+    """One entry a different text. All but the teacher's are compared with the student's, which they should be."""
     student = next((prose(o["text"]) for o in outputs if o["who"] == "student"), None)
-    rows = []
+    who_says: dict[tuple[str, bool], list[str]] = {}
     for output in outputs:
-        text, compared = prose(output["text"]), student is not None and output["who"] not in ("teacher", "student")
-        same, differs, rest = split_at_difference(text, student) if compared and student is not None else (text, "", "")
-        rows.append({"who": names(output["who"]), "same": same, "differs": differs, "rest": rest, "compared": compared,
-                     "equal": compared and text == student})
+        key = (prose(output["text"]), output["who"] == "teacher")
+        who_says.setdefault(key, []).append(names(output["who"]))
+    rows = []
+    for (text, is_teacher), who in who_says.items():
+        same, differs, rest = (text, "", "") if student is None or is_teacher else split_at_difference(text, student)
+        rows.append({"who": who[0], "echoes": who[1:], "same": same, "differs": differs, "rest": rest})
     return rows
 
 

@@ -183,10 +183,11 @@ class LlamaCpp:
             return None
         kind = llama_cpp.llama_chat_message
         chat = (kind * len(messages))(*(kind(m["role"].encode(), m["content"].encode()) for m in messages))
+        template = self.chat_template.encode()
         size = 256 + 4 * sum(len(m["content"].encode()) for m in messages)
         while True:
             buffer = ctypes.create_string_buffer(size)
-            n = llama_cpp.llama_chat_apply_template(self.chat_template.encode(), chat, len(messages), True, buffer, size)
+            n = llama_cpp.llama_chat_apply_template(template, chat, len(messages), True, buffer, size)
             if n < 0:
                 return None
             if n <= size:

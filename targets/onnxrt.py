@@ -66,7 +66,7 @@ class OnnxRuntime:
                 for name, shape in self._past_shapes.items()}
 
     def _step(self, new_ids: np.ndarray, cache: Cache, n_past: int) -> tuple[np.ndarray, Cache]:
-        """Run (T,) new ids after n_past cached ones -> (T, V) float32 and the longer cache (which stays in onnxruntime)."""
+        """Run (T,) new ids after n_past cached ones: (T, V) float32 and the longer cache, kept in onnxruntime."""
         feeds = {"input_ids": new_ids[None].astype(np.int64),
                  "attention_mask": np.ones((1, n_past + len(new_ids)), np.int64),
                  "position_ids": np.arange(n_past, n_past + len(new_ids), dtype=np.int64)[None]}

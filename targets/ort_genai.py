@@ -24,7 +24,8 @@ class OrtGenai:
         decoder = {"filename": model_file} if model_file else {}
         session = {"intra_op_num_threads": threads} if threads else {}
         try:
-            self._context_length = int(json.loads((folder / "genai_config.json").read_text())["model"]["context_length"])
+            table = json.loads((folder / "genai_config.json").read_text())
+            self._context_length = int(table["model"]["context_length"])
             config = og.Config(str(folder))
             config.overlay(json.dumps({"model": {"decoder": decoder | {"session_options": session}}}))
             self._model = og.Model(config)

@@ -55,7 +55,7 @@ def compare_token_ids(tokenizer: PreTrainedTokenizerBase, runtime: TextRuntime,
     for text in strings:
         composed = normalize(tokenizer, text)
         normalized += composed != text
-        expected, got = list(tokenizer.encode(text)), list(runtime.tokenize(composed))
+        expected, got = list(tokenizer.encode(text, verbose=False)), list(runtime.tokenize(composed))
         if expected != got:
             wrong.append(TokenMismatch(text, expected, got))
     return TokenParity(len(strings), normalized, len(wrong), tuple(wrong[:SHOWN]))

@@ -6,10 +6,11 @@ import math
 from typing import Any
 
 TEACHER_SHAPE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8,
-                 "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 4096, "max_position_embeddings": 1024, "tied": True}
+                 "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 4096, "max_position_embeddings": 1024,
+                 "tied": True}
 NAME = "Fable-10M-LRC-256"
-STORY = ("Once upon a time, there was a little girl named Lily. She loved to play in the garden with her red ball. One day, "
-         "the ball rolled under a big tree, and a small bird said, “I can help you find it.”")
+STORY = ("Once upon a time, there was a little girl named Lily. She loved to play in the garden with her red ball. "
+         "One day, the ball rolled under a big tree, and a small bird said, “I can help you find it.”")
 ENCODINGS = (  # format, encoding, bits a weight, KL, gate limit
     ("gguf", "f16", 16.0, 3.1e-8, 1e-4), ("gguf", "q8_0", 8.51, 4.3e-4, 5e-3), ("gguf", "q4_k_m", 5.21, 0.0203, 0.15),
     ("gguf", "q4_0", 4.52, 0.0415, 0.15), ("onnx", "fp32", 32.0, 2.2e-13, 1e-8), ("onnx", "int4", 4.55, 0.0415, 0.15))
@@ -96,8 +97,8 @@ def many_artifacts(n: int = 20) -> dict[str, Any]:
     """An export of a foreign checkpoint: no teacher, no training, n encodings, a long name."""
     report = example_report()
     name = "Some-Organisation-With-A-Long-Name-Model-3.2-Instruct-Preview-2026-11"
-    kinds = ["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0",
-             "iq4_xs", "iq4_nl", "q3_k_l", "q3_k_m", "q3_k_s", "iq3_s", "q2_k", "iq2_s", "iq1_m"]
+    kinds = ["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1",
+             "q4_0", "iq4_xs", "iq4_nl", "q3_k_l", "q3_k_m", "q3_k_s", "iq3_s", "q2_k", "iq2_s", "iq1_m"]
     bits = [32, 16, 16, 8.5, 6.6, 5.7, 5.5, 6.0, 5.5, 4.9, 4.6, 5.0, 4.5, 4.3, 4.5, 4.2, 3.9, 3.5, 3.4, 3.0, 2.6, 1.9]
     made = [artifact("gguf", kind, b, 0.0 if kind == "f32" else 1e-8 if b == 16 else 6 * 2.0**(-1.45 * b), name)
             for kind, b in zip(kinds[:n], bits, strict=False)]
@@ -117,7 +118,8 @@ def failed_report() -> dict[str, Any]:
                        g["metric"] == "kl_mean" else g for g in report["gates"]]
     report["gates"][-1] |= {"value": 2, "passed": False}
     report["tokenizer"][-1] |= {"n_mismatches": 2, "examples": [
-        {"text": "  two  spaces\tand\u00a0one", "expected": [1, 220, 811, 93, 7, 44], "got": [1, 220, 220, 811, 93, 7, 44]},
+        {"text": "  two  spaces\tand\u00a0one", "expected": [1, 220, 811, 93, 7, 44],
+         "got": [1, 220, 220, 811, 93, 7, 44]},
         {"text": "", "expected": [1], "got": []}]}
     report["chat_template"][-1] |= {"equal": False, "got": "<|user|> Hello!"}
     return report

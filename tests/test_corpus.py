@@ -1,7 +1,6 @@
 """Texts from every kind of source; the split by hash; rows for the proof."""
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np

@@ -57,7 +57,7 @@ def test_every_encoding(name: str, widths: tuple[int, int], f32_files: dict[tupl
     encoding, target = ENCODINGS[name], tmp_path / "x.gguf"
     if encoding.needs_imatrix:
         if widths == (256, 512):  # elsewhere the rows push those tensors into types that need none
-            with pytest.raises(UserError, match="importance matrix|imatrix"):
+            with pytest.raises(UserError, match="imatrix"):
                 quantize_file(f32_files[widths], target, encoding, threads=1)
         return
     lines: list[str] = []

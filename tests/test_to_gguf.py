@@ -1,7 +1,6 @@
 """GGUF files against independent readers: transformers' logits, gguf's dequantization, llama.cpp's loader."""
 from __future__ import annotations
 
-import gc
 import json
 import tracemalloc
 import weakref
@@ -197,7 +196,6 @@ def test_one_tensor_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.Monk
     read, alive = DenseCheckpoint.tensor, []
 
     def counting(self: DenseCheckpoint, name: str) -> torch.Tensor:
-        gc.collect()
         assert not [r for r in alive if r() is not None], f"{name} is read while another tensor is held"
         tensor = read(self, name)
         alive.append(weakref.ref(tensor))

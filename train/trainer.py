@@ -42,13 +42,21 @@ class Schedule:
     def of(cls, train: recipes.Train, max_position_embeddings: int, n_tokens: int) -> Schedule:
         """`n_tokens`: what the data holds, which is the budget when the recipe names none."""
         seq_len = min(train.seq_len, max_position_embeddings)
-        rows = max(1, round(train.batch_tokens / seq_len))
-        micro = math.gcd(rows, train.micro_batch) if rows % train.micro_batch else train.micro_batch
-        return cls(seq_len, micro, rows // micro, max(1, round((train.tokens or n_tokens) / (rows * seq_len))))
+        budget = train.tokens or n_tokens
+        batch_tokens = train.batch_tokens or min(32_768, max(4_096, budget // 400))
+        rows = max(1, round(batch_tokens / seq_len))
+        micro = math.gcd(rows, train.micro_batch)
+        return cls(seq_len, micro, rows // micro, max(1, round(budget / (rows * seq_len))))
 
     @property
     def tokens_per_step(self) -> int:
         return self.seq_len * self.micro_batch * self.accumulation
+
+
+def peak_learning_rate(train: recipes.Train, teacher_width: int) -> float:
+    """The recipe's, or the default. A projection's entries are about 1 / sqrt(teacher width), and Adam moves each by
+    the learning rate: 0.024 / sqrt(width) moves it by 2.4 % a step at every width."""
+    return train.learning_rate or 0.024 / math.sqrt(teacher_width)
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -86,12 +94,13 @@ class CloneTrainer(Trainer):
     def __init__(self, clone: Clone, settings: recipes.Train, schedule: Schedule, rows: PackedRows,
                  held_out_BL: np.ndarray, folder: Path, progress: Progress):
         self.settings, self.schedule, self.held_out_BL, self.folder = settings, schedule, held_out_BL, folder
+        self.learning_rate = peak_learning_rate(settings, clone.teacher_width)
         self.progress = progress
         self._parts = torch.zeros(3)  # lm, kl, clone: summed since the last log, on the device, without a sync
         self._n_parts = 0
         self._started = time.monotonic()
         self._tokens_at_start = 0
-        super().__init__(model=clone, args=_arguments(settings, schedule, folder, clone), train_dataset=rows,
+        super().__init__(model=clone, args=_arguments(settings, schedule, folder, clone, self.learning_rate), train_dataset=rows,
                          callbacks=[_Callback(self)])
 
     @property
@@ -101,7 +110,7 @@ class CloneTrainer(Trainer):
         return model
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        self.optimizer = torch.optim.AdamW(self.clone.trainable().values(), lr=self.settings.learning_rate,
+        self.optimizer = torch.optim.AdamW(self.clone.trainable().values(), lr=self.learning_rate,
                                            betas=(0.9, 0.999), weight_decay=0.0)
         self.optimizer.register_step_post_hook(lambda *_: self.clone.compose_())
         return self.optimizer
@@ -136,7 +145,7 @@ class CloneTrainer(Trainer):
         for term, value in (("lm", lm), ("kl", kl), ("clone", clone)):
             if not math.isfinite(value):
                 raise UserError(f"train: the {term} loss is {value} at step {step} of {self.schedule.steps}; lower "
-                                f"train.learning_rate (now {s.learning_rate:g}), then run the same command again")
+                                f"train.learning_rate (now {self.learning_rate:g}), then run the same command again")
 
     def row(self, row: dict[str, float]) -> None:
         with (self.folder / METRICS_FILE).open("a") as file:
@@ -182,11 +191,12 @@ def save_projections(clone: Clone, path: Path) -> None:
     save_file({name: p.detach().float().cpu().contiguous() for name, p in clone.trainable().items()}, path)
 
 
-def _arguments(settings: recipes.Train, schedule: Schedule, folder: Path, clone: Clone) -> TrainingArguments:
+def _arguments(settings: recipes.Train, schedule: Schedule, folder: Path, clone: Clone, learning_rate: float
+               ) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder / "checkpoints"), max_steps=schedule.steps, seed=settings.seed,
         per_device_train_batch_size=schedule.micro_batch, gradient_accumulation_steps=schedule.accumulation,
-        learning_rate=settings.learning_rate, lr_scheduler_type="linear",
+        learning_rate=learning_rate, lr_scheduler_type="linear",
         warmup_steps=math.ceil(settings.warmup_share * schedule.steps), max_grad_norm=settings.max_grad_norm,
         logging_steps=settings.log_every, logging_nan_inf_filter=False, save_strategy="steps",
         save_steps=settings.checkpoint_every, save_total_limit=2, report_to="none", disable_tqdm=True,

@@ -1,0 +1,157 @@
+"""What a Hugging Face directory, a GGUF file and a build directory hold; headers only, no weights."""
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from lrc_edge.errors import UserError
+from lrc_edge.roles import FAMILIES
+from lrc_edge.shape import ModelShape
+
+SHORT_ARRAY = 8  # longer ones are named by length and type
+
+
+def describe_checkpoint(path: Path) -> dict[str, Any]:
+    """Describe a Hugging Face directory of any family. Raises UserError on broken JSON or safetensors.
+
+    `problem` says in a line why lrc-edge cannot compile it, None when it can.
+    """
+    config = read_json(path / "config.json")
+    tensors = _safetensors(path)
+    onnx_files = sorted(str(file.relative_to(path)) for file in path.rglob("*.onnx"))
+    problem = _problem(path)
+    if not tensors and not onnx_files:
+        raise UserError(problem or f"{path}: no weights; get the whole model")
+    shape = ModelShape.from_config(config, str(path / "config.json")) if config.get("model_type") in FAMILIES else None
+    stored = sum(math.prod(t["shape"]) for t in tensors)
+    n_bytes = sum(t["bytes"] for t in tensors)
+    provenance = path / "lrc_edge.json"
+    return {
+        "kind": "huggingface", "path": str(path), "name": path.resolve().name, "family": config.get("model_type"),
+        "config": config, "shape": shape.as_dict() if shape else None,
+        "n_params": shape.n_params if shape else stored or None, "bytes": n_bytes,
+        "bits_per_weight": 8 * n_bytes / stored if stored else None, "tensors": tensors, "onnx_files": onnx_files,
+        "tokenizer": _tokenizer(path), "chat_template": _has_chat_template(path),
+        "license": _license(path / "README.md"),
+        "provenance": read_json(provenance) if provenance.exists() else {}, "problem": problem if tensors else None}
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON table. Raises UserError when the file is none."""
+    try:
+        table = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not readable as JSON ({' '.join(str(error).split())}); get an intact copy") from error
+    if not isinstance(table, dict):
+        raise UserError(f"{file}: holds a {type(table).__name__}, need a table; get an intact copy")
+    return table
+
+
+def _problem(path: Path) -> str | None:
+    from lrc_edge.checkpoint import DenseCheckpoint
+
+    try:
+        DenseCheckpoint.open(path)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _safetensors(path: Path) -> list[dict[str, Any]]:
+    from safetensors import SafetensorError, safe_open
+
+    tensors = []
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="numpy") as handle:
+                for name in handle.keys():
+                    view = handle.get_slice(name)
+                    tensors.append(_tensor(name, view.get_dtype(), list(view.get_shape())))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: truncated or corrupt ({' '.join(str(error).split())}; "
+                            f"{file.stat().st_size:,} bytes); download it again") from error
+    return tensors
+
+
+def _tensor(name: str, dtype: str, shape: list[int]) -> dict[str, Any]:
+    digits = re.search(r"\d+", dtype)  # BF16, F8_E4M3, I64; BOOL has none and takes a byte
+    bits = int(digits[0]) if digits else 8
+    return {"name": name, "dtype": dtype, "shape": shape, "bytes": math.ceil(math.prod(shape) * bits / 8)}
+
+
+def _tokenizer(path: Path) -> dict[str, Any] | None:
+    """Type, and size with added tokens; from tokenizer.json, else the SentencePiece file."""
+    if (path / "tokenizer.json").exists():
+        table = read_json(path / "tokenizer.json")
+        model = table.get("model") or {}
+        vocab = model.get("vocab") or {}
+        added = table.get("added_tokens") or []
+        known = set(vocab) if isinstance(vocab, dict) else {piece[0] for piece in vocab}
+        known |= {token["content"] for token in added}
+        return {"file": "tokenizer.json", "type": str(model.get("type")), "size": len(known)}
+    if (path / "tokenizer.model").exists():
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            size = SentencePieceProcessor(model_file=str(path / "tokenizer.model")).get_piece_size()
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"{path / 'tokenizer.model'}: not a SentencePiece model; copy it again") from error
+        return {"file": "tokenizer.model", "type": "SentencePiece", "size": size}
+    return None
+
+
+def _has_chat_template(path: Path) -> bool:
+    if (path / "chat_template.jinja").exists():
+        return True
+    file = path / "tokenizer_config.json"
+    return file.exists() and bool(read_json(file).get("chat_template"))
+
+
+def _license(card: Path) -> str | None:
+    from huggingface_hub import metadata_load
+
+    try:
+        value = (metadata_load(card) or {}).get("license") if card.exists() else None
+    except ValueError:  # front matter that is no YAML table states no licence
+        return None
+    return ", ".join(map(str, value)) if isinstance(value, list) else value and str(value)
+
+
+def describe_gguf(path: Path) -> dict[str, Any]:
+    """Describe a GGUF file. Shapes are rows first, as PyTorch's. Raises UserError on a truncated or foreign file."""
+    from gguf import GGUFReader, GGUFValueType
+
+    try:
+        reader = GGUFReader(path)
+        metadata = {}
+        for name, field in reader.fields.items():
+            if field.types[0] == GGUFValueType.ARRAY and len(field.data) > SHORT_ARRAY:
+                metadata[name] = f"[{len(field.data):,} × {field.types[-1].name.lower()}]"
+            else:
+                metadata[name] = field.contents()
+        tensors: list[dict[str, Any]] = [
+            {"name": t.name, "dtype": t.tensor_type.name, "shape": [int(n) for n in reversed(t.shape)],
+             "bytes": int(t.n_bytes)} for t in reader.tensors]
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:  # whatever it trips over
+        raise UserError(f"{path}: not a GGUF file, truncated or corrupt ({' '.join(str(error).split())}; "
+                        f"{path.stat().st_size:,} bytes); write or download it again") from error
+    # RoPE's frequency factors take room but are no weights.
+    n_params = sum(math.prod(t["shape"]) for t in tensors if not t["name"].startswith("rope_freqs"))
+    n_bytes = sum(t["bytes"] for t in tensors)
+    return {"kind": "gguf", "path": str(path), "name": metadata.get("general.name") or path.stem,
+            "bytes": path.stat().st_size, "metadata": metadata, "tensors": tensors, "n_params": n_params,
+            "bits_per_weight": 8 * n_bytes / n_params if n_params else None}
+
+
+def describe_build(path: Path) -> dict[str, Any]:
+    """Describe the --out directory of a build or an export: its stages, and its report when it has one."""
+    manifest = read_json(path / "build.json") if (path / "build.json").exists() else {}
+    report = read_json(path / "report.json") if (path / "report.json").exists() else None
+    stages, job = manifest.get("stages", {}), manifest.get("job", {})
+    if not isinstance(stages, dict) or not isinstance(job, dict):
+        raise UserError(f"{path / 'build.json'}: not a build manifest; delete it to build anew")
+    return {"kind": "build", "path": str(path), "name": path.resolve().name, "stages": list(stages),
+            "source": job.get("teacher") or job.get("student"), "report": report}

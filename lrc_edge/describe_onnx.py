@@ -1,0 +1,172 @@
+"""What an ONNX file holds: its interface, operators, and the weights with their real bits; read without the data."""
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lrc_edge.errors import UserError
+from lrc_edge.figures import visible
+
+_FLOATS = ("FLOAT", "DOUBLE", "FLOAT16", "BFLOAT16")
+
+
+def describe_onnx(path: Path) -> dict[str, Any]:
+    """Describe the graph at `path` and check the data files that it names.
+
+    `bits_per_weight` counts what holds the weights: packed blocks with their scales and zero points, plain tensors as
+    they are. RoPE's tables and constants are no weights. Raises UserError on a corrupt file, or missing or short data.
+    """
+    model = _load(path)
+    graph = model.graph
+    tensors = {t.name: _tensor(t) for t in graph.initializer}
+    data_files = _data_files(path, graph.initializer)
+    nodes = list(_nodes(graph))
+    n_params, weight_bytes = _weights(nodes, tensors)
+    return {
+        "kind": "onnx", "path": str(path), "name": graph.name,
+        "bytes": path.stat().st_size + sum(file.stat().st_size for file in data_files),
+        "data_files": [file.name for file in data_files], "ir_version": model.ir_version,
+        "producer": f"{model.producer_name} {model.producer_version}".strip(),
+        "opsets": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
+        "metadata": {entry.key: entry.value for entry in model.metadata_props},
+        "inputs": [_value(v) for v in graph.input if v.name not in tensors],
+        "outputs": [_value(v) for v in graph.output],
+        "ops": dict(Counter(f"{n.domain}.{n.op_type}".lstrip(".") for n in nodes).most_common()),
+        "tensors": [{"name": name, **tensor} for name, tensor in tensors.items()], "n_params": n_params,
+        "bits_per_weight": 8 * weight_bytes / n_params if n_params else None}
+
+
+def _load(path: Path) -> Any:
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (DecodeError, ValueError) as error:
+        raise UserError(f"{path}: truncated or corrupt ({' '.join(str(error).split())}); "
+                        "write or download the file again") from error
+    if not model.graph.node:  # an empty file is a valid protobuf
+        raise UserError(f"{path}: holds no ONNX graph ({path.stat().st_size:,} bytes); "
+                        "write or download the file again")
+    return model
+
+
+def _tensor(tensor: Any) -> dict[str, Any]:
+    from onnx import TensorProto
+
+    dtype = TensorProto.DataType.Name(tensor.data_type)
+    shape = [int(d) for d in tensor.dims]
+    return {"dtype": dtype, "shape": shape, "bytes": math.ceil(math.prod(shape) * _bits(dtype) / 8)}
+
+
+def _bits(dtype: str) -> int:
+    """FLOAT8E4M3FN -> 8, UINT4 -> 4."""
+    digits = re.search(r"\d+", dtype)
+    return int(digits[0]) if digits else {"FLOAT": 32, "DOUBLE": 64, "STRING": 0}.get(dtype, 8)
+
+
+def _data_files(path: Path, initializers: Any) -> list[Path]:
+    """The external files, each at least as long as the tensors in it need."""
+    needed: dict[str, int] = {}
+    for tensor in initializers:
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        if "location" in place:
+            end = _count(path, place.get("offset", "0")) + _count(path, place.get("length") or _tensor(tensor)["bytes"])
+            needed[place["location"]] = max(end, needed.get(place["location"], 0))
+    found = []
+    for name, size in needed.items():
+        file = path.parent / name
+        if not file.resolve().is_relative_to(path.parent.resolve()):
+            raise UserError(f"{path}: names a data file outside its folder: {visible(name)}; get an intact copy")
+        if not file.is_file():
+            raise UserError(f"{path}: its data file {visible(name)} is missing; put it beside the .onnx file")
+        if file.stat().st_size < size:
+            raise UserError(f"{file}: truncated ({file.stat().st_size:,} bytes, {path.name} needs {size:,}); "
+                            "write or download it again")
+        found.append(file)
+    return found
+
+
+def _count(path: Path, text: Any) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise UserError(f"{path}: a tensor lies at {visible(text)!r} of its data file, which is no number; "
+                        "get an intact copy") from error
+
+
+def _nodes(graph: Any) -> Iterator[Any]:
+    """All nodes, those of branches and loops included."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in [attribute.g, *attribute.graphs] if attribute.HasField("g") else attribute.graphs:
+                yield from _nodes(inner)
+
+
+def _value(value: Any) -> dict[str, Any]:
+    from onnx import TensorProto
+
+    tensor = value.type.tensor_type
+    shape = [d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in tensor.shape.dim]
+    return {"name": value.name, "dtype": TensorProto.DataType.Name(tensor.elem_type), "shape": shape}
+
+
+def _weights(nodes: list[Any], tensors: dict[str, dict[str, Any]]) -> tuple[int, int]:
+    """(parameters, bytes that hold them)."""
+    packed, helpers, tables = _packed(nodes, tensors)
+    n_params = n_bytes = 0
+    for name, tensor in tensors.items():
+        n = math.prod(tensor["shape"])
+        if name in tables or (name not in packed and name not in helpers and (n <= 1 or not _holds_weights(tensor))):
+            continue
+        n_bytes += tensor["bytes"]
+        n_params += 0 if name in helpers else packed.get(name, n)
+    return n_params, n_bytes
+
+
+def _holds_weights(tensor: dict[str, Any]) -> bool:
+    return tensor["dtype"] in _FLOATS or _bits(tensor["dtype"]) <= 8
+
+
+def _packed(nodes: list[Any], tensors: dict[str, dict[str, Any]]) -> tuple[dict[str, int], set[str], set[str]]:
+    """(packed initializer -> weights in it, scales and zero points, RoPE tables)."""
+    packed: dict[str, int] = {}
+    helpers: set[str] = set()
+    tables: set[str] = set()
+    for node in nodes:
+        attributes = {a.name: a.i for a in node.attribute}
+        if node.op_type == "MatMulNBits":  # A, B, scales, zero_points, g_idx, bias
+            packed[node.input[1]] = attributes.get("N", 0) * attributes.get("K", 0)
+            helpers.update(node.input[2:5])
+        elif node.op_type == "GatherBlockQuantized" and node.input[0] in tensors:  # data, indices, scales, zero_points
+            data = tensors[node.input[0]]
+            per_element = 8 // attributes.get("bits", 4) if data["dtype"] == "UINT8" else 1
+            packed.setdefault(node.input[0], math.prod(data["shape"]) * per_element)
+            helpers.update(node.input[2:4])
+        elif node.op_type == "DequantizeLinear":  # x, scale, zero_point
+            helpers.update(node.input[1:3])
+        elif node.op_type == "RotaryEmbedding":
+            tables.update(node.input[1:])
+        elif node.op_type == "GroupQueryAttention":
+            tables.update(node.input[7:9])
+    for name, scales in _gathered_nibbles(nodes, tensors):
+        packed.setdefault(name, 2 * math.prod(tensors[name]["shape"]))
+        helpers.add(scales)
+    return packed, helpers - {""}, tables - {""}
+
+
+def _gathered_nibbles(nodes: list[Any], tensors: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """(bytes, scales) of embeddings whose rows are gathered and split into nibbles by standard operators."""
+    gathers = [n for n in nodes if n.op_type == "Gather" and n.input[0] in tensors]
+    shifted = {name for n in nodes if n.op_type == "BitShift" for name in n.input}
+    for rows in gathers:
+        shape = tensors[rows.input[0]]["shape"]
+        if rows.output[0] in shifted:
+            for other in gathers:
+                if other.input[1] == rows.input[1] and tensors[other.input[0]]["shape"] == shape[:-1]:
+                    yield rows.input[0], other.input[0]

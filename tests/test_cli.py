@@ -1,0 +1,146 @@
+"""The command line as a user meets it: separate processes, their output, their exit status, what they leave behind."""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from lrc_edge import preflight
+from lrc_edge.checkpoint import DenseCheckpoint
+from lrc_edge.errors import UserError
+from lrc_edge.recipe import load_recipe
+
+COMMANDS = ("build", "train", "fold", "export", "check", "report", "chat", "inspect", "recipe")
+
+
+def run(*args: object, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "lrc_edge.cli", *map(str, args)], capture_output=True, text=True,
+                          env={**os.environ, "HF_HUB_OFFLINE": "1", **env}, timeout=300)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.jsonl"
+    file.write_text("".join(json.dumps({"text": f"Story {i}: once upon a time there was a cat. " * 8}) + "\n"
+                            for i in range(120)))
+    return file
+
+
+def refused(result: subprocess.CompletedProcess[str], out: Path, *parts: str) -> None:
+    """One line on stderr, nothing else, status 2, nothing left behind."""
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("lrc-edge: "), result.stderr
+    for part in parts:
+        assert part in result.stderr
+    assert not out.exists()
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = ("import sys; from lrc_edge import cli; sys.argv = ['lrc-edge', '--help']\n"
+            "try: cli.main()\nexcept SystemExit: pass\n"
+            "heavy = {'torch', 'transformers', 'numpy', 'onnx', 'onnxruntime', 'llama_cpp', 'gguf'} & set(sys.modules)\n"
+            "sys.exit(f'imported {heavy}' if heavy else 0)")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for command in COMMANDS:
+        assert command in result.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str) -> None:
+    result = run(command, "--help")
+    assert result.returncode == 0 and len(result.stdout.splitlines()) > 5
+
+
+def test_recipe_prints_toml_that_it_reads(tmp_path: Path) -> None:
+    first = run("recipe", "--set", "train.tokens=123")
+    (tmp_path / "r.toml").write_text(first.stdout)
+    assert "tokens = 123" in first.stdout
+    assert run("recipe", "--recipe", tmp_path / "r.toml").stdout == first.stdout
+
+
+def test_mistakes_in_the_teacher(llama_copy: Path, text: Path, tmp_path: Path) -> None:
+    """Each through the whole command once; tests/test_checkpoint.py has every case."""
+    out = tmp_path / "out"
+    refused(run("build", tmp_path / "nowhere", "--out", out, "--data", text), out, "nowhere", "not a directory")
+    weights = llama_copy / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    refused(run("build", llama_copy, "--out", out, "--data", text), out, "truncated or corrupt")
+    weights.rename(llama_copy / "pytorch_model.bin")
+    refused(run("export", llama_copy, "--out", out), out, "pickled")
+    weights.write_bytes(whole)
+    (llama_copy / "tokenizer.json").rename(llama_copy / "moved")
+    refused(run("build", llama_copy, "--out", out, "--data", text), out, "no tokenizer")
+
+
+def test_mistakes_in_the_request(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    build = ("build", tiny_llama, "--out", out)
+    refused(run(*build), out, "no data", "--data")
+    refused(run(*build, "--data", tmp_path / "missing.txt"), out, "missing.txt", "no such file")
+    refused(run(*build, "--data", text, "--set", "student.hiden_size=32"), out, "did you mean student.hidden_size")
+    refused(run(*build, "--data", text, "--set", "student.hidden_size=64"), out, "64", "smaller")
+    refused(run(*build, "--data", text, "--set", "student.hidden_size=48"), out, "multiple of 32", "gguf:f16")
+    refused(run(*build, "--data", text, "--formats", "gguf:q4_k"), out, "did you mean gguf:q4_k_")
+    refused(run(*build, "--data", text, "--set", "student.name=../x"), out, "student.name")
+    refused(run("check", tmp_path / "nothing"), out, "no build.json")
+    refused(run("inspect", tmp_path / "nothing"), out, "nothing")
+
+
+def test_data_that_is_empty_or_too_short_leaves_nothing(tiny_llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "empty.txt").write_text("")
+    refused(run("build", tiny_llama, "--out", out, "--data", tmp_path / "empty.txt"), out, "no text")
+    (tmp_path / "short.txt").write_text("Hello.")
+    refused(run("build", tiny_llama, "--out", out, "--data", tmp_path / "short.txt"), out, "give more")
+
+
+def test_nan_weights_leave_nothing(llama_copy: Path, text: Path, tmp_path: Path) -> None:
+    tensors = load_file(llama_copy / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, llama_copy / "model.safetensors")
+    refused(run("export", llama_copy, "--out", tmp_path / "out"), tmp_path / "out", "model.norm.weight", "NaN")
+    refused(run("build", llama_copy, "--out", tmp_path / "out", "--data", text), tmp_path / "out", "NaN")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_unwritable_output(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    refused(run("export", tiny_llama, "--out", tmp_path / "locked" / "out"), tmp_path / "locked" / "out",
+            "cannot write there")
+
+
+def test_output_below_a_file(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    refused(run("export", tiny_llama, "--out", tmp_path / "file" / "out"), tmp_path / "file" / "out",
+            "cannot write there")
+
+
+def test_disk_too_small_is_said_before_the_start(tiny_llama: Path, text: Path, tmp_path: Path,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    model = DenseCheckpoint.open(tiny_llama)
+    recipe = load_recipe(None, ["student.hidden_size=32"], data={"sources": [str(text)]})
+    preflight.check_build(model, recipe, tmp_path / "out")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(UserError, match=r"needs about .* GB, 0\.0 GB are free"):
+        preflight.check_build(model, recipe, tmp_path / "out")
+    with pytest.raises(UserError, match="free some space"):
+        preflight.check_export(model, recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_width_that_leaves_some_formats(tmp_path: Path, tiny_llama: Path, text: Path) -> None:
+    model = DenseCheckpoint.open(tiny_llama)
+    recipe = load_recipe(None, ["student.hidden_size=32"], data={"sources": [str(text)]},
+                         export={"formats": "gguf:q4_k_m"})
+    with pytest.raises(UserError, match=r"gguf:q4_k_m stores rows in blocks of 256.*remain:.*gguf:q8_0") as caught:
+        preflight.check_build(model, recipe, tmp_path / "out")
+    assert "gguf:q6_k," not in str(caught.value)

@@ -1,0 +1,352 @@
+"""ONNX files in plain onnxruntime against transformers' own logits, and their bytes against the checkpoint's."""
+from __future__ import annotations
+
+import json
+import shutil
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from families import FAMILIES, LLAMA3_ROPE
+from gguf import GGMLQuantizationType, quants
+from onnx import numpy_helper
+from safetensors.torch import load_file, save_file
+from tiny_models import make_tiny
+
+from lrc_edge.artifact import sha256_of
+from lrc_edge.checkpoint import DenseCheckpoint
+from lrc_edge.errors import UserError
+from lrc_edge.export.onnx_graph import ROPE_TABLES
+from lrc_edge.export.onnx_weights import pack_q4_0
+from lrc_edge.export.to_onnx import export_onnx, onnx_bytes
+from lrc_edge.parity import compare
+from lrc_edge.targets.onnxrt import OnnxRuntime
+from lrc_edge.targets.ort_genai import OrtGenai
+from lrc_edge.targets.reference import Reference
+
+Q4_0 = GGMLQuantizationType.Q4_0
+MORE_SHAPES: dict[str, dict[str, Any]] = {
+    # q_proj has as many outputs as the vocabulary: nothing but its role tells it from the head.
+    "vocabulary-512-heads-8x64": dict(vocab_size=512, heads=8, kv_heads=8, head_dim=64),
+    "vocabulary-512-heads-8x64-untied": dict(vocab_size=512, heads=8, kv_heads=4, head_dim=64, tied=False),
+    "linear-rope": dict(rope_scaling={"rope_type": "linear", "factor": 2.0}),
+    "yarn-rope": dict(rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}),
+    "square-heads": dict(hidden_size=64, heads=4, kv_heads=4, head_dim=16),
+    "one-kv-head": dict(heads=4, kv_heads=1, head_dim=32),
+    "llama3-rope-qwen3": dict(family="qwen3", rope_scaling=LLAMA3_ROPE, rope_theta=500000.0, tokenizer="qwen2"),
+    "mistral-window": dict(family="mistral", sliding_window=7),
+    "qwen2-window-in-layer-1": dict(family="qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    "padded-vocabulary": dict(vocab_size=600, tied=False),
+    "rows-of-48": dict(hidden_size=48, intermediate_size=80, heads=3, kv_heads=1),
+    "bf16": dict(dtype=torch.bfloat16),
+}
+SHAPES = FAMILIES | MORE_SHAPES
+
+
+@pytest.fixture(scope="module")
+def llama_onnx(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "onnx"
+    export_onnx(DenseCheckpoint.open(tiny_llama), folder, ["fp32", "int4"])
+    return folder
+
+
+def random_ids(checkpoint: DenseCheckpoint, n: int = 40) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, checkpoint.shape.vocab_size, n)
+
+
+def initializers(path: Path) -> dict[str, np.ndarray]:
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
+
+
+def unpacked(packed: np.ndarray, scales: np.ndarray, n_inputs: int) -> np.ndarray:
+    """MatMulNBits' definition: byte j of a block holds weight 2j low and 2j + 1 high; w = scale * (q - 8)."""
+    levels = np.empty((*packed.shape[:2], 32), np.float32)
+    levels[..., 0::2], levels[..., 1::2] = packed & 15, packed >> 4
+    return ((levels - 8) * scales[..., None]).reshape(len(packed), -1)[:, :n_inputs]
+
+
+def rounded_to_q4_0(weight: np.ndarray) -> np.ndarray:
+    """What gguf reads back from the Q4_0 blocks of each row, padded with zeros to whole blocks."""
+    padded = np.pad(weight, ((0, 0), (0, -weight.shape[1] % 32)))
+    return quants.dequantize(quants.quantize(padded, Q4_0), Q4_0)[:, :weight.shape[1]]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_fp32_equals_transformers(name: str, tmp_path: Path) -> None:
+    checkpoint = DenseCheckpoint.open(make_tiny(tmp_path / "tiny", **SHAPES[name]))
+    [artifact] = export_onnx(checkpoint, tmp_path / "onnx", ["fp32"])
+    ids = random_ids(checkpoint)
+    expected = Reference(checkpoint.model()).prefill(ids)
+    runtime = OnnxRuntime(tmp_path / artifact.path)
+    for logits_of in (runtime.prefill, runtime.decode):
+        metrics = compare(expected, logits_of(ids), ids)
+        assert metrics.kl_mean <= 1e-8
+        assert metrics.max_abs <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "llama-untied", "mistral-tied", "qwen2-untied", "qwen3-tied",
+                                  "rows-of-48"])
+def test_int4_equals_transformers_with_q4_0_weights(name: str, tmp_path: Path) -> None:
+    checkpoint = DenseCheckpoint.open(make_tiny(tmp_path / "tiny", **SHAPES[name]))
+    [artifact] = export_onnx(checkpoint, tmp_path / "onnx", ["int4"], accuracy_level=0)
+    model = checkpoint.model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.copy_(torch.from_numpy(rounded_to_q4_0(parameter.numpy())))
+    ids = random_ids(checkpoint)
+    expected = Reference(model).prefill(ids)
+    runtime = OnnxRuntime(tmp_path / artifact.path)
+    for logits_of in (runtime.prefill, runtime.decode):
+        metrics = compare(expected, logits_of(ids), ids)
+        assert metrics.kl_mean <= 1e-8
+        assert metrics.max_abs <= 1e-4
+
+
+def test_one_grid_with_gguf(tmp_path: Path) -> None:
+    """llama.cpp's own Q4_0 and our MatMulNBits hold the same numbers, bit for bit."""
+    pytest.importorskip("llama_cpp")
+    from gguf import GGUFReader
+
+    from lrc_edge.export.to_gguf import export_gguf, gguf_name
+
+    checkpoint = DenseCheckpoint.open(make_tiny(tmp_path / "tiny", family="qwen2", tied=False, tokenizer="qwen2"))
+    [gguf] = export_gguf(checkpoint, tmp_path / "gguf", ["q4_0"])
+    [artifact] = export_onnx(checkpoint, tmp_path / "onnx", ["int4"])
+    blocks = {tensor.name: tensor for tensor in GGUFReader(tmp_path / gguf.path).tensors}
+    found = initializers(tmp_path / artifact.path)
+    matrices = [weight for weight in checkpoint.weights() if len(weight.shape) == 2]
+    compared = 0
+    for weight in matrices:
+        tensor = blocks[gguf_name(weight)]
+        if tensor.tensor_type == Q4_0:
+            got = unpacked(found[f"{weight.name}.q4_0"], found[f"{weight.name}.scales"], weight.shape[1])
+            # As sets of rows: some architectures want q and k in another order in GGUF.
+            rows = [sorted(array.tolist()) for array in (got, quants.dequantize(tensor.data, Q4_0))]
+            assert rows[0] == rows[1], weight.name
+            compared += 1
+    assert compared >= len(matrices) - 2  # llama.cpp may keep embedding and head in another type
+
+
+def test_accuracy_level_4_rounds_activations(tiny_llama: Path, tmp_path: Path) -> None:
+    checkpoint = DenseCheckpoint.open(tiny_llama)
+    ids = random_ids(checkpoint)
+    logits = []
+    for level in (0, 4):
+        [artifact] = export_onnx(checkpoint, tmp_path / f"level-{level}", ["int4"], accuracy_level=level)
+        logits.append(OnnxRuntime(tmp_path / artifact.path).prefill(ids))
+    assert 1e-7 < compare(logits[0], logits[1], ids).kl_mean < 1e-3
+
+
+def test_pack_q4_0_decodes_as_gguf_does() -> None:
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((7, 96)).astype(np.float32) * rng.lognormal(0, 3, (7, 1)).astype(np.float32)
+    weight[2, 32:64] = 0  # a block without a scale
+    packed, scales = pack_q4_0(weight)
+    np.testing.assert_array_equal(unpacked(packed, scales, 96), rounded_to_q4_0(weight))
+    np.testing.assert_array_equal(scales.astype(np.float16), scales)
+
+
+def test_pack_q4_0_by_hand() -> None:
+    """The largest magnitude becomes level 0 (-8): d = 8 / -8 = -1, so the weight w is level 8 - w."""
+    weight = np.zeros((1, 40), np.float32)
+    weight[0, [0, 1, 16, 31, 33]] = 8, 3, -2, 1, -8
+    packed, scales = pack_q4_0(weight)
+    assert scales.tolist() == [[-1.0, 1.0]]  # the second block's row ends after 8 weights; -8 = 1 * (0 - 8)
+    assert packed[0, 0].tolist() == [0 | 5 << 4, *[0x88] * 7, 10 | 8 << 4, *[0x88] * 6, 8 | 7 << 4]
+    assert packed[0, 1].tolist() == [8 | 0 << 4, *[0x88] * 15]
+
+
+def test_pack_q4_0_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = np.random.default_rng(0).standard_normal((11, 70)).astype(np.float32)
+    whole = pack_q4_0(weight)
+    monkeypatch.setattr("lrc_edge.export.onnx_weights.CHUNK_WEIGHTS", 210)
+    for expected, got in zip(whole, pack_q4_0(weight), strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "vocabulary-512-heads-8x64-untied", "qwen2-tied", "qwen3-untied"])
+def test_every_initializer_is_its_weight(name: str, tmp_path: Path) -> None:
+    """A total map: each stored tensor is the checkpoint's of that name, none is missing, none is left over."""
+    checkpoint = DenseCheckpoint.open(make_tiny(tmp_path / "tiny", **SHAPES[name]))
+    for artifact in export_onnx(checkpoint, tmp_path / "onnx", ["fp32", "int4"]):
+        found = {key: value for key, value in initializers(tmp_path / artifact.path).items()
+                 if not key.startswith("const.") and key not in ROPE_TABLES}
+        n_bytes = sum(value.nbytes for value in found.values())
+        for weight in checkpoint.weights():
+            expected = checkpoint.tensor(weight.name).numpy()
+            if expected.ndim == 1:
+                np.testing.assert_array_equal(found.pop(weight.name), expected)
+            elif artifact.encoding == "fp32":
+                is_table = weight.role.name == "token_embd"  # linears stand transposed, as MatMul takes them
+                np.testing.assert_array_equal(found.pop(weight.name), expected if is_table else expected.T)
+            else:
+                packed, scales = found.pop(f"{weight.name}.q4_0"), found.pop(f"{weight.name}.scales")
+                np.testing.assert_array_equal(unpacked(packed, scales, expected.shape[1]), rounded_to_q4_0(expected))
+        assert not found
+        assert artifact.bits_per_weight == pytest.approx(8 * n_bytes / checkpoint.shape.n_params)
+
+
+def test_the_head_makes_the_logits(tmp_path: Path) -> None:
+    checkpoint = DenseCheckpoint.open(make_tiny(tmp_path / "tiny", **SHAPES["vocabulary-512-heads-8x64-untied"]))
+    for artifact in export_onnx(checkpoint, tmp_path / "onnx", ["fp32", "int4"]):
+        graph = onnx.load(tmp_path / artifact.path, load_external_data=False).graph
+        [node] = [node for node in graph.node if "logits" in node.output]
+        assert node.input[1] in ("lm_head.weight", "lm_head.weight.q4_0")
+        assert node.input[0] == "model.norm"
+
+
+def test_graph_interface(llama_onnx: Path) -> None:
+    """Names, order and numeric dimensions that genai, transformers.js and ORTModelForCausalLM rely on."""
+    for file in ("model.onnx", "model_q4.onnx"):
+        onnx.checker.check_model(str(llama_onnx / "onnx" / file))
+        graph = onnx.load(llama_onnx / "onnx" / file, load_external_data=False).graph
+        shapes = {value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+                  for value in [*graph.input, *graph.output]}
+        assert list(shapes)[:5] == ["input_ids", "attention_mask", "position_ids", "past_key_values.0.key",
+                                    "past_key_values.0.value"]
+        assert shapes["past_key_values.1.value"] == ["batch_size", 2, "past_sequence_length", 24]
+        assert shapes["present.1.key"] == ["batch_size", 2, "total_sequence_length", 24]
+        assert shapes["logits"] == ["batch_size", "sequence_length", 512]
+        standard = {node.op_type for node in graph.node if node.domain == "com.microsoft"}
+        assert standard <= {"GroupQueryAttention", "RotaryEmbedding", "MatMulNBits", "FusedMatMul"}
+
+
+def test_folder(llama_onnx: Path, tiny_llama: Path) -> None:
+    names = {path.relative_to(llama_onnx).as_posix() for path in llama_onnx.rglob("*") if path.is_file()}
+    assert names - {"special_tokens_map.json"} == {  # transformers 4 writes that file too
+        "config.json", "generation_config.json", "genai_config.json", "tokenizer.json", "tokenizer_config.json",
+        "chat_template.jinja", "onnx/model.onnx", "onnx/model.onnx_data", "onnx/model_q4.onnx",
+        "onnx/model_q4.onnx_data"}
+    config = json.loads((llama_onnx / "config.json").read_text())
+    assert config["transformers.js_config"]["use_external_data_format"] == {"model.onnx": 1, "model_q4.onnx": 1}
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000.0
+    genai = json.loads((llama_onnx / "genai_config.json").read_text())
+    assert genai["model"]["decoder"]["filename"] == "onnx/model.onnx"
+    assert genai["model"]["context_length"] == genai["search"]["max_length"] == 512
+    assert not list(llama_onnx.parent.glob(".*"))
+
+
+def test_artifacts(tiny_llama: Path, tmp_path: Path) -> None:
+    checkpoint = DenseCheckpoint.open(tiny_llama)
+    fp32, int4 = export_onnx(checkpoint, tmp_path / "onnx", ["fp32", "int4"])
+    assert (fp32.path, int4.path) == ("onnx/onnx/model.onnx", "onnx/onnx/model_q4.onnx")
+    assert fp32.bits_per_weight == 32
+    assert 5 < int4.bits_per_weight < 5.2
+    assert fp32.tensor_types == {"F32": 20}
+    assert int4.tensor_types == {"Q4_0": 15, "F32": 5}
+    for artifact in (fp32, int4):
+        files = [tmp_path / artifact.path, tmp_path / f"{artifact.path}_data"]
+        assert artifact.bytes == sum(file.stat().st_size for file in files)
+        assert artifact.sha256 == sha256_of(*files)
+    assert fp32.bytes + int4.bytes < onnx_bytes(checkpoint, ["fp32", "int4"]) < fp32.bytes + int4.bytes + 3 * 2**20
+    assert export_onnx(checkpoint, tmp_path / "again", ["fp32"])[0].sha256 == fp32.sha256
+
+
+def test_lineage_in_metadata(llama_copy: Path, tmp_path: Path) -> None:
+    (llama_copy / "README.md").write_text("---\nlicense: mit\nbase_model: [some/teacher]\n---\n")
+    (llama_copy / "lrc_edge.json").write_text(json.dumps({"name": "Tiny-LRC-64", "teacher": "some/teacher"}))
+    export_onnx(DenseCheckpoint.open(llama_copy), tmp_path / "onnx", ["fp32"])
+    model = onnx.load(tmp_path / "onnx/onnx/model.onnx", load_external_data=False)
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert metadata.items() >= {"license": "mit", "base_model": "some/teacher", "lrc_edge.teacher": "some/teacher",
+                                "lrc_edge.name": "Tiny-LRC-64", "lrc_edge.encoding": "fp32"}.items()
+    assert (tmp_path / "onnx/README.md").exists()
+
+
+def test_only_sentencepiece_tokenizer(tmp_path: Path) -> None:
+    """genai reads tokenizer.json only, so it is made when the checkpoint has none."""
+    path = make_tiny(tmp_path / "tiny", tokenizer="spm")
+    _write_sentencepiece_model(path)
+    checkpoint = DenseCheckpoint.open(path)
+    export_onnx(checkpoint, tmp_path / "onnx", ["fp32"])
+    tokenizer, genai = checkpoint.tokenizer(), OrtGenai(tmp_path / "onnx")
+    for text in ("Hello", "two  spaces", "naïve 日本 😀", "a\nb"):
+        assert genai.tokenize(text) == tokenizer(text)["input_ids"]
+
+
+def _write_sentencepiece_model(path: Path) -> None:
+    """Replace tokenizer.json by a tokenizer.model with the same pieces."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    table = json.loads((path / "tokenizer.json").read_text())
+    (path / "tokenizer.json").unlink()
+    merged = {"".join(pair): rank for rank, pair in enumerate(table["model"]["merges"])}
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    proto.trainer_spec.model_type = 2  # BPE
+    proto.trainer_spec.byte_fallback = True
+    for piece, number in sorted(table["model"]["vocab"].items(), key=lambda item: item[1]):
+        kind = 2 if number == 0 else 3 if number < 3 else 6 if piece.startswith("<0x") else 1
+        proto.pieces.add(piece=piece, score=-float(merged.get(piece, 0)), type=kind)
+    (path / "tokenizer.model").write_bytes(proto.SerializeToString())
+    (path / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>",
+        "unk_token": "<unk>"}))
+
+
+def test_memory_stays_near_the_largest_tensor(tmp_path: Path) -> None:
+    path = make_tiny(tmp_path / "tiny", hidden_size=512, intermediate_size=768, layers=12, dtype=torch.bfloat16)
+    checkpoint = DenseCheckpoint.open(path)
+    largest = 4 * max(weight.numel for weight in checkpoint.weights())
+    for encoding in ("fp32", "int4"):
+        tracemalloc.start()  # sees numpy's arrays; torch holds one tensor at a time
+        export_onnx(checkpoint, tmp_path / encoding, [encoding])
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 12 * largest < 2 * checkpoint.shape.n_params, f"{peak:,}"
+
+
+def test_a_failure_leaves_the_old_folder(llama_copy: Path, tmp_path: Path) -> None:
+    export_onnx(DenseCheckpoint.open(llama_copy), tmp_path / "onnx", ["fp32"])
+    before = sha256_of(*sorted((tmp_path / "onnx").rglob("*.*")))
+    tensors = load_file(llama_copy / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 3] = float("nan")
+    save_file(tensors, llama_copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"down_proj\.weight holds 1 NaN"):
+        export_onnx(DenseCheckpoint.open(llama_copy), tmp_path / "onnx", ["fp32", "int4"])
+    assert sha256_of(*sorted((tmp_path / "onnx").rglob("*.*"))) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["onnx", "tiny-llama"]
+
+
+@pytest.mark.parametrize(("encodings", "level"), [([], 4), (["fp16"], 4), (["fp32", "fp32"], 4), (["int4"], 5)])
+def test_unknown_wishes_are_refused(encodings: list[str], level: int, tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="need"):
+        export_onnx(DenseCheckpoint.open(tiny_llama), tmp_path / "onnx", encodings, accuracy_level=level)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    (dict(head_dim=12), "head_dim 12 has no ONNX form"),
+    (dict(rope_scaling={"rope_type": "dynamic", "factor": 2.0}), "rope_type 'dynamic' has no ONNX form"),
+])
+def test_shapes_without_onnx_form_are_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    checkpoint = DenseCheckpoint.open(make_tiny(tmp_path / "tiny", **fields))
+    with pytest.raises(UserError, match=message):
+        export_onnx(checkpoint, tmp_path / "onnx", ["fp32"])
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_no_end_of_text_is_refused(llama_copy: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        table = json.loads((llama_copy / name).read_text())
+        (llama_copy / name).write_text(json.dumps({k: v for k, v in table.items() if not k.startswith("eos_token")}))
+    with pytest.raises(UserError, match="no eos_token_id"):
+        export_onnx(DenseCheckpoint.open(llama_copy), tmp_path / "onnx", ["fp32"])
+
+
+def test_an_unwritable_folder_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write the ONNX files"):
+        export_onnx(DenseCheckpoint.open(tiny_llama), tmp_path / "file" / "onnx", ["fp32"])
+
+
+def test_an_existing_folder_is_replaced(tiny_llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_llama, tmp_path / "onnx")
+    export_onnx(DenseCheckpoint.open(tiny_llama), tmp_path / "onnx", ["int4"])
+    assert not (tmp_path / "onnx/model.safetensors").exists()
+    genai = json.loads((tmp_path / "onnx/genai_config.json").read_text())
+    assert genai["model"]["decoder"]["filename"] == "onnx/model_q4.onnx"
