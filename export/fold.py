@@ -1,6 +1,7 @@
 """Fold: teacher's weights and trained projections become an ordinary dense Hugging Face directory.
 
-The result needs neither teacher nor lrc-edge: AutoModelForCausalLM and AutoTokenizer of transformers 4.57 and 5 load it.
+The result needs neither teacher nor lrc-edge: AutoModelForCausalLM and AutoTokenizer of transformers 4.57 and 5 load
+it.
 """
 from __future__ import annotations
 
@@ -131,14 +132,14 @@ def student_config(config: dict[str, Any], shape: ModelShape, rope: Rope) -> dic
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """The tokenizer's files as they are, but for a class name that only transformers 5 knows."""
+    """The tokenizer's files as they are; the class that reads tokenizer.json literally, in transformers 4 and 5."""
     for name in TOKENIZER_PARTS:
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
     config = folder / "tokenizer_config.json"
     if config.exists():
         table = json.loads(config.read_text())
-        if table.get("tokenizer_class") in ("TokenizersBackend", None):
+        if (folder / "tokenizer.json").exists():
             table["tokenizer_class"] = "PreTrainedTokenizerFast"
         table.pop("auto_map", None)
         config.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n")

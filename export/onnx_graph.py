@@ -37,8 +37,12 @@ class WeightFormat(Protocol):
         """ids (...) -> rows of W (..., I)."""
         ...
 
-    def tied_linear(self, file: OnnxFile, name: str, shape_OI: tuple[int, ...], x: str, output: str) -> str:
-        """`linear` with the matrix that `embedding` has stored under the same name."""
+    def head(self, file: OnnxFile, name: str, weight_OI: np.ndarray, x: str, output: str) -> str:
+        """`linear` for the matrix that makes the logits."""
+        ...
+
+    def tied_head(self, file: OnnxFile, name: str, shape_OI: tuple[int, ...], x: str, output: str) -> str:
+        """`head` with the matrix that `embedding` has stored under the same name."""
         ...
 
 
@@ -75,9 +79,10 @@ class DecoderGraph:
             hidden = self._layer(hidden, layer)
         hidden = self._norm(hidden, "output_norm", None)
         if self.shape.tied:
-            self.weights.tied_linear(self.file, embedding.name, embedding.shape, hidden, "logits")
+            self.weights.tied_head(self.file, embedding.name, embedding.shape, hidden, "logits")
         else:
-            self._linear(hidden, "output", None, "logits")
+            head = self._name("output", None)
+            self.weights.head(self.file, head, self._take("output", None), hidden, "logits")
         self.file.output("logits", FLOAT, ["batch_size", "sequence_length", self.shape.vocab_size])
         for layer in range(self.shape.num_hidden_layers):
             for kind in ("key", "value"):
@@ -132,10 +137,10 @@ class DecoderGraph:
         mlp = self._mlp(self._norm(hidden, "ffn_norm", layer), layer)
         return self.file.node("Add", [hidden, mlp], f"model.layers.{layer}")
 
-    def _linear(self, x: str, role: str, layer: int | None, output: str | None = None) -> str:
+    def _linear(self, x: str, role: str, layer: int) -> str:
         """x W^T + b, where the family has that bias."""
         name = self._name(role, layer)
-        module = output or name.removesuffix(".weight")
+        module = name.removesuffix(".weight")
         bias = f"{role}_bias"
         if (bias, layer) not in self._unplaced:
             return self.weights.linear(self.file, name, self._take(role, layer), x, module)

@@ -22,7 +22,7 @@ from lrc_edge.export.fold import copy_tokenizer, student_config
 from lrc_edge.export.genai_config import genai_config
 from lrc_edge.export.onnx_file import OnnxFile
 from lrc_edge.export.onnx_graph import ROPE_TABLES, DecoderGraph, check_supported
-from lrc_edge.export.onnx_weights import PACKED, SCALES, Float32, Int4
+from lrc_edge.export.onnx_weights import GRIDS, Float32, Int4
 
 FILES = {"fp32": "onnx/model.onnx", "int4": "onnx/model_q4.onnx"}  # transformers.js's names for its dtypes fp32 and q4
 CARRIED = ("generation_config.json", "README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", PROVENANCE_FILE)
@@ -97,7 +97,7 @@ def _inventory(checkpoint: DenseCheckpoint, written: dict[str, int]) -> tuple[in
     left = {name: size for name, size in written.items() if name not in ROPE_TABLES}
     n_bytes, types = 0, Counter[str]()
     for weight in checkpoint.weights():
-        forms = {"F32": (weight.name,), "Q4_0": (weight.name + PACKED, weight.name + SCALES)}
+        forms = {"F32": (weight.name,)} | {grid.qtype.name: grid.names(weight.name) for grid in GRIDS}
         found = [kind for kind, names in forms.items() if all(name in left for name in names)]
         if len(found) != 1:
             raise ValueError(f"onnx: {weight.name} stands in the file as {found or 'nothing'}")

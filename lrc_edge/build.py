@@ -114,7 +114,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Write beside, then rename: a reader sees the old text or the new one, never half."""
     temporary = path.with_name(f".{path.name}.partial")
     try:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

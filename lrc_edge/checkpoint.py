@@ -77,7 +77,7 @@ class DenseCheckpoint:
     def sliding_window(self) -> int | None:
         """Attention window in tokens when some layer uses one, else None."""
         if self.shape.family == "mistral":
-            return self.config.get("sliding_window")
+            return self.config.get("sliding_window", 4096)  # transformers' default, should the field be missing
         return self.config.get("sliding_window") if self.config.get("use_sliding_window") else None
 
     def weights(self) -> Iterator[Weight]:
@@ -97,10 +97,12 @@ class DenseCheckpoint:
         return tensor
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        config = self.path / "tokenizer_config.json"
-        kind = json.loads(config.read_text()).get("tokenizer_class") if config.exists() else None
-        # transformers 5 writes a class name that 4.57 does not know; both know the plain fast class.
-        loader = PreTrainedTokenizerFast if kind in (None, "TokenizersBackend") else AutoTokenizer
+        """The tokenizer as tokenizer.json says it; without that file, as transformers converts tokenizer.model.
+
+        Not through AutoTokenizer: transformers 5's family classes (LlamaTokenizer) replace parts of the file by their
+        own, so that ids depend on the version and no runtime that reads the file can agree.
+        """
+        loader = PreTrainedTokenizerFast if (self.path / "tokenizer.json").exists() else AutoTokenizer
         try:
             return loader.from_pretrained(self.path)
         except Exception as error:  # the libraries raise many types for a broken file

@@ -23,15 +23,16 @@ gate failed (the report says which), 2 a mistake in the input (one line says wha
 
 Teacher = Annotated[str, typer.Argument(help="Hugging Face model directory, or hub id (HuggingFaceTB/SmolLM2-360M).")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Directory to build in. Run again to continue what is there.")]
-RecipeFile = Annotated[Path | None, typer.Option("--recipe", "-r", help="TOML file; see `lrc-edge recipe` for every key.")]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", "-r",
+                                                 help="TOML file; `lrc-edge recipe` prints every key.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE",
                                                     help="Override one recipe key; may be repeated.")]
 Sources = Annotated[list[str] | None, typer.Option(
     "--data", "-d", metavar="SRC",
     help="Text: a .txt, .jsonl or .parquet file, a folder of them, or a hub dataset; may be repeated.")]
 Formats = Annotated[str | None, typer.Option(
-    help="What to write, comma-separated: gguf:f32, gguf:f16, gguf:bf16, gguf:q8_0, gguf:q4_0, gguf:q4_k_m and every other "
-         "llama.cpp type; onnx:fp32, onnx:int4.")]
+    help="What to write, comma-separated: gguf:f32, gguf:f16, gguf:bf16, gguf:q8_0, gguf:q4_0, gguf:q4_k_m and every "
+         "other llama.cpp type; onnx:fp32, onnx:int4.")]
 BuildDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="The --out directory of a build or an export.")]
 
 
@@ -49,26 +50,26 @@ def build(teacher: Teacher, out: Out, recipe: RecipeFile = None, settings: Setti
 
     [dim]lrc-edge build HuggingFaceTB/SmolLM2-360M --data stories.jsonl --set student.hidden_size=512 --out out[/]
     """
-    from lrc_edge import pipeline
+    from lrc_edge import commands
 
-    _exit(pipeline.build(teacher, out, _recipe(recipe, settings, data, formats), _console()))
+    _exit(commands.build(teacher, out, _recipe(recipe, settings, data, formats), _console()))
 
 
 @app.command()
 def train(teacher: Teacher, out: Out, recipe: RecipeFile = None, settings: Settings = None,
           data: Sources = None) -> None:
-    """Train the projections only (the GPU's part of a build). `build` or `fold` with the same --out goes on from there."""
-    from lrc_edge import pipeline
+    """Train the projections only (the GPU's part of a build). `build` or `fold` on the same directory goes on."""
+    from lrc_edge import commands
 
-    _exit(pipeline.build(teacher, out, _recipe(recipe, settings, data, None), _console(), until="train"))
+    _exit(commands.build(teacher, out, _recipe(recipe, settings, data, None), _console(), until="train"))
 
 
 @app.command()
 def fold(directory: BuildDirectory) -> None:
     """Fold a trained DIR into DIR/student: an ordinary dense Hugging Face checkpoint."""
-    from lrc_edge import pipeline
+    from lrc_edge import commands
 
-    _exit(pipeline.fold(directory, _console()))
+    _exit(commands.fold(directory, _console()))
 
 
 @app.command()
@@ -81,25 +82,25 @@ def export(model: Annotated[str, typer.Argument(metavar="HF_DIR", help="Any dens
 
     [dim]lrc-edge export Qwen/Qwen3-0.6B --out out --formats gguf:q4_k_m,onnx:int4[/]
     """
-    from lrc_edge import pipeline
+    from lrc_edge import commands
 
-    _exit(pipeline.export(model, out, _recipe(recipe, settings, data, formats), _console()))
+    _exit(commands.export(model, out, _recipe(recipe, settings, data, formats), _console()))
 
 
 @app.command()
 def check(directory: BuildDirectory) -> None:
     """Prove the artifacts of DIR again, from the files, and write the report anew."""
-    from lrc_edge import pipeline
+    from lrc_edge import commands
 
-    _exit(pipeline.check(directory, _console()))
+    _exit(commands.check(directory, _console()))
 
 
 @app.command()
 def report(directory: BuildDirectory) -> None:
     """Print the gates of DIR and write report.html again from its report.json."""
-    from lrc_edge import pipeline
+    from lrc_edge import commands
 
-    _exit(pipeline.show_report(directory, _console()))
+    _exit(commands.show_report(directory, _console()))
 
 
 @app.command()
@@ -108,9 +109,9 @@ def chat(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A build,
          temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.7,
          max_tokens: Annotated[int, typer.Option(min=1, help="Of one answer.")] = 256) -> None:
     """Talk to the GGUF in the terminal, through llama.cpp. Ctrl-D ends."""
-    from lrc_edge import pipeline
+    from lrc_edge import commands
 
-    pipeline.chat(directory, encoding, temperature, max_tokens, _console())
+    commands.chat(directory, encoding, temperature, max_tokens, _console())
 
 
 @app.command()
@@ -174,7 +175,7 @@ def main() -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
             raise
         where = f"{error.filename}: " if error.filename else ""
-        sys.exit(_complain(f"{where}{error.strerror}; finished stages are kept: mend that and run the same command again"))
+        sys.exit(_complain(f"{where}{error.strerror}; finished stages are kept: mend that, then run the command again"))
 
 
 def _complain(text: str) -> int:

@@ -9,8 +9,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -21,14 +20,13 @@ from rich.console import Console
 
 from lrc_edge import __version__, preflight
 from lrc_edge.artifact import Artifact
-from lrc_edge.build import MANIFEST, BuildDir, replace_tree
+from lrc_edge.build import BuildDir, replace_tree
 from lrc_edge.checkpoint import TOKENIZER_PARTS, DenseCheckpoint, resolve_model
 from lrc_edge.console import Task, running, stage_line
 from lrc_edge.corpus import HeldOut, built_in_text, documents, local_files
-from lrc_edge.errors import UserError
 from lrc_edge.parity import Gate, gates_of_fold, gates_of_identity
-from lrc_edge.recipe import Recipe, load_recipe
-from lrc_edge.report import verdict, write_report
+from lrc_edge.recipe import Recipe
+from lrc_edge.report import write_report
 
 # Settings that change how training runs, not what it makes.
 RUN_SETTINGS = ("device", "log_every", "checkpoint_every")
@@ -55,7 +53,6 @@ class Pipeline:
         self.recipe, self.console, self.teacher = recipe, console, teacher
         self.dir = BuildDir.create(out)
         self.out = out
-        self.threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._stage_work = 0  # stages that really ran
 
     def _stage(self, name: str, inputs: Any, outputs: list[Path], work: Callable[[Task], tuple[Any, str]],
@@ -118,8 +115,8 @@ class Pipeline:
             with self.dir.partial("data") as partial:
                 partial.mkdir()
                 n_tokens = prepare(documents(recipe.data.sources, recipe.data.text_field), self._teacher.tokenizer(),
-                                   partial, held_out_share=recipe.data.held_out_share, max_tokens=recipe.train.tokens or None,
-                                   seq_len=seq_len, progress=lambda n: task.update(f"{n:,} tokens", n))
+                                   partial, held_out_share=recipe.data.held_out_share,
+                                   max_tokens=recipe.train.tokens or None, seq_len=seq_len, progress=lambda n: task.update(f"{n:,} tokens", n))
                 replace_tree(partial, folder)
             held_out = HeldOut.load(folder / "held_out.npz")
             return None, f"{n_tokens:,} training tokens, {len(held_out.ids):,} held out"
@@ -207,7 +204,7 @@ class Pipeline:
             "student_hidden_size": str(self.hidden_size),
             "init": training["init"],
             "training_tokens": str(training["tokens"]),
-            "recipe_sha256": self.dir.fingerprint("train", self.recipe.as_dict()),
+            "recipe_sha256": self.dir.fingerprint("train", [asdict(self.recipe.train), asdict(self.recipe.student)]),
             "tool": f"lrc-edge {__version__}",
         }
 
@@ -256,8 +253,8 @@ class Pipeline:
             from lrc_edge.targets.prove import prove
 
             prompts = list(self.recipe.parity.prompts or self._held_out(student).openings[:2] or ["The"])
-            proof = prove(artifacts, self.out, student, self.held_out_rows(student), prompts, self.recipe, self.threads,
-                          self.teacher.checkpoint if self.teacher else None, task.update)
+            proof = prove(artifacts, self.out, student, self.held_out_rows(student), prompts, self.recipe,
+                          _threads(student), self.teacher.checkpoint if self.teacher else None, task.update)
             gates = self._gates(proof.gates)
             table = {key: value for key, value in vars(proof).items() if key != "gates"}
             return {**table, "gates": gates}, f"{sum(g['passed'] for g in gates)} of {len(gates)} gates passed"
@@ -275,7 +272,7 @@ class Pipeline:
             "lrc_edge": __version__, "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "versions": {name: version(name) for name in ("torch", "transformers", "gguf", "llama-cpp-python", "onnx",
                                                           "onnxruntime", "onnxruntime-genai")},
-            "machine": f"{self.threads} CPU threads",
+            "machine": f"{processors()} processors",
             "teacher": _describe(self.teacher.checkpoint) if self.teacher else None,
             "student": _describe(student), "artifacts": check["artifacts"], "gates": gates + check["gates"],
             "tokenizer": check["tokenizer"], "chat_template": check["chat_template"], "samples": check["samples"]}
@@ -315,6 +312,15 @@ class Pipeline:
         return [gate.as_dict() for gate in gates]
 
 
+def processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _threads(model: DenseCheckpoint) -> int:
+    """Below 50M parameters a token takes less time than waking a second thread (measured: 0.04 s against 0.33 s)."""
+    return 1 if model.shape.n_params < 50_000_000 else processors()
+
+
 def fold_identity(teacher: DenseCheckpoint, folder: Path) -> DenseCheckpoint:
     """Fold the teacher through P = I at full width: what comes out must be the teacher."""
     import torch
@@ -324,8 +330,9 @@ def fold_identity(teacher: DenseCheckpoint, folder: Path) -> DenseCheckpoint:
 
     width = teacher.shape.hidden_size
     folder.mkdir(parents=True)
-    save_file({w.name: teacher.tensor(w.name).float() if w.role.kind == "norm" else torch.eye(width, dtype=torch.bfloat16)
-               for w in teacher.weights() if w.role.kind != "copy"}, folder / "identity.safetensors")
+    tensors = {w.name: teacher.tensor(w.name).float() if w.role.kind == "norm" else torch.eye(width).bfloat16()
+               for w in teacher.weights() if w.role.kind != "copy"}
+    save_file(tensors, folder / "identity.safetensors")
     return fold(teacher, folder / "identity.safetensors", folder / "student",
                 {"name": teacher.name, "teacher": teacher.name})
 
@@ -340,159 +347,10 @@ def _describe(model: DenseCheckpoint) -> dict[str, Any]:
     shape = model.shape.as_dict()
     family = shape.pop("family")
     return {"name": model.name, "path": model.path.name, "family": family, "shape": shape,
-            "n_params": model.shape.n_params, "license": model.card.get("license")}
+            "n_params": model.shape.n_params, "license": model.card.get("license"), "provenance": model.provenance}
 
 
 def _held_out_figures(loss: float, bytes_per_token: float) -> dict[str, float]:
     import math
 
     return {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": loss / math.log(2) / bytes_per_token}
-
-
-# -- what the commands call ----------------------------------------------------------------------------------------------
-
-
-def build(source: str, out: Path, recipe: Recipe, console: Console, until: str = "report") -> bool:
-    """The whole pipeline, or up to the stage `until` ("train", "fold"). Returns whether every gate passed."""
-    teacher = Teacher.of(source)
-    preflight.check_build(teacher.checkpoint, recipe, out)
-    with _leaving_nothing_of_a_mistake(out):
-        pipeline = Pipeline(out, recipe, console, teacher)
-        pipeline.describe_job(teacher=str(Path(source).resolve()) if teacher.revision == "local" else source)
-        pipeline.weights(teacher.checkpoint)
-        pipeline.data()
-    pipeline.identity()
-    if not all(gate["passed"] for gate in pipeline.dir.result("identity")):
-        console.print("identity gate failed: this teacher's clone would not be the teacher; not trained",
-                      style="red", soft_wrap=True)
-        return False
-    pipeline.train()
-    if until == "train":
-        return True
-    pipeline.fold()
-    if until == "fold":
-        return all(gate["passed"] for gate in pipeline.dir.result("fold"))
-    student = DenseCheckpoint.open(out / "student")
-    return _prove_and_report(pipeline, student, console)
-
-
-def export(source: str, out: Path, recipe: Recipe, console: Console) -> bool:
-    """Write and prove the artifacts of any dense checkpoint of a supported family."""
-    path, name, _ = resolve_model(source)
-    student = DenseCheckpoint.open(path, name)
-    preflight.check_export(student, recipe, out)
-    with _leaving_nothing_of_a_mistake(out):
-        pipeline = Pipeline(out, recipe, console)
-        pipeline.describe_job(student=str(path.resolve()))
-        pipeline.weights(student)
-        pipeline.held_out_rows(student)  # too little --data is said before the files are written
-    return _prove_and_report(pipeline, student, console)
-
-
-@contextmanager
-def _leaving_nothing_of_a_mistake(out: Path) -> Iterator[None]:
-    """Remove `out` again when this run made it and a mistake in the input stopped it before anything was finished."""
-    existed = out.exists()
-    try:
-        yield
-    except UserError:
-        if not existed:
-            shutil.rmtree(out, ignore_errors=True)
-        raise
-
-
-def _prove_and_report(pipeline: Pipeline, student: DenseCheckpoint, console: Console) -> bool:
-    artifacts = pipeline.export(student)
-    pipeline.check(student, artifacts)
-    report = pipeline.report(student)
-    show_verdict(report, pipeline.out, console)
-    return all(gate["passed"] for gate in report["gates"])
-
-
-def _reopen(out: Path, console: Console) -> tuple[Pipeline, dict[str, Any]]:
-    """A build directory as an earlier command left it, and what it is of. Raises UserError when it is none."""
-    if not (out / MANIFEST).exists():
-        raise UserError(f"{out}: no {MANIFEST}; give the --out directory of a build or an export")
-    job: dict[str, Any] = BuildDir(out).manifest.get("job", {})
-    recipe = load_recipe(None, (), **job.get("recipe", {}))
-    return Pipeline(out, recipe, console, Teacher.of(job["teacher"]) if "teacher" in job else None), job
-
-
-def check(out: Path, console: Console) -> bool:
-    """Prove the artifacts of a build again, from the files, whatever was proved before."""
-    pipeline, job = _reopen(out, console)
-    student = DenseCheckpoint.open(job.get("student") or out / "student")
-    stages = pipeline.dir.manifest["stages"]
-    artifacts = [Artifact.from_dict(t) for name in ("gguf", "onnx") if name in stages for t in stages[name]["result"]]
-    if not artifacts:
-        raise UserError(f"{out}: no artifacts to check; run lrc-edge build or export first")
-    for artifact in artifacts:
-        if not (out / artifact.path).exists():
-            raise UserError(f"{out / artifact.path}: missing, though the build wrote it; run the build again")
-    pipeline.check(student, artifacts, again=True)
-    report = pipeline.report(student)
-    show_verdict(report, out, console)
-    return all(gate["passed"] for gate in report["gates"])
-
-
-def show_verdict(report: dict[str, Any], out: Path, console: Console) -> None:
-    from lrc_edge.report import gate_table
-
-    for sample in report["samples"][:1]:
-        console.print(f"\nPrompt: {sample['prompt']}", highlight=False, markup=False)
-        for output in sample["outputs"]:
-            console.print(f"  {output['who']}: {' '.join(output['text'].split())}", highlight=False, markup=False)
-    console.print()
-    console.print(gate_table(report))
-    passed = all(gate["passed"] for gate in report["gates"])
-    console.print(verdict(report), style="bold green" if passed else "bold red", soft_wrap=True)
-    console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)
-
-
-def fold(out: Path, console: Console) -> bool:
-    """Fold what `train` left in `out`. Returns whether the fold's gates passed."""
-    pipeline, _ = _reopen(out, console)
-    if pipeline.teacher is None or "train" not in pipeline.dir.manifest["stages"]:
-        raise UserError(f"{out}: nothing trained here to fold; run lrc-edge train or build first")
-    pipeline.fold()
-    return all(gate["passed"] for gate in pipeline.dir.result("fold"))
-
-
-def show_report(out: Path, console: Console) -> bool:
-    """Render report.html again from report.json, and print the gates."""
-    file = out / "report.json"
-    if not file.exists():
-        raise UserError(f"{out}: no report.json; run lrc-edge build, export or check first")
-    report: dict[str, Any] = json.loads(file.read_text())
-    write_report(report, out)
-    show_verdict(report, out, console)
-    return all(gate["passed"] for gate in report["gates"])
-
-
-def chat(path: Path, encoding: str, temperature: float, max_tokens: int, console: Console) -> None:
-    """A conversation on the terminal with one GGUF, until end of input."""
-    from lrc_edge.targets.chat import Chat
-
-    file = _gguf_of(path, encoding)
-    conversation = Chat(file, n_ctx=0, threads=len(os.sched_getaffinity(0)))
-    console.print(f"{file.name} on llama.cpp; Ctrl-D ends", style="dim", highlight=False)
-    while True:
-        try:
-            text = console.input("[bold]> [/]")
-        except EOFError:
-            return
-        if text.strip():
-            for piece in conversation.reply(text, temperature, max_tokens):
-                console.print(piece, end="", highlight=False, markup=False, soft_wrap=True)
-            console.print()
-
-
-def _gguf_of(path: Path, encoding: str) -> Path:
-    if path.is_file():
-        return path
-    wanted = encoding.lower()
-    files = sorted((f for f in path.rglob("*.gguf") if f.stem.lower().endswith(wanted)), key=lambda f: f.stat().st_size)
-    if not files:
-        raise UserError(f"{path}: no GGUF {f'in {encoding} ' if encoding else ''}here; "
-                        "build or export one with --formats gguf:q8_0")
-    return files[0]

@@ -28,6 +28,10 @@ def parse_format(text: str) -> tuple[str, str]:
     if f"{format_}:{encoding}" not in known:
         near = difflib.get_close_matches(text.lower(), known, n=1, cutoff=0.0)[0]
         raise UserError(f"format {text!r} is unknown; did you mean {near}? Known: {', '.join(known)}")
+    if format_ == "gguf":
+        from lrc_edge.export.quantize import parse_encoding
+
+        parse_encoding(encoding)  # refuses what needs an importance matrix
     return format_, encoding
 
 
@@ -51,15 +55,13 @@ def check_build(teacher: DenseCheckpoint, recipe: Recipe, out: Path) -> None:
     _check_name(recipe)
     choose_device(recipe.train.device)
     _check_sources(recipe)
-    _check_tokenizer(teacher, recipe)
+    _check_runtimes(teacher, recipe)
     _check_disk(out, _build_bytes(teacher.shape, recipe))
 
 
 def check_export(student: DenseCheckpoint, recipe: Recipe, out: Path) -> None:
     """The same for an export. Widths of a finished model are what they are: tensors that do not fit are reported."""
-    for text in recipe.export.formats:
-        parse_format(text)
-    _check_tokenizer(student, recipe)
+    _check_runtimes(student, recipe)
     _check_disk(out, _export_bytes(student.shape, recipe))
 
 
@@ -81,7 +83,7 @@ def _check_width(teacher: DenseCheckpoint, recipe: Recipe) -> None:
 def _check_name(recipe: Recipe) -> None:
     name = recipe.student.name
     if any(c in name for c in "/\\\0\n") or name.startswith("."):
-        raise UserError(f"student.name = {name!r}: it names files; need a name without / and \\ that starts with no dot")
+        raise UserError(f"student.name = {name!r}: it names files; need one without / and \\ and no dot in front")
 
 
 def _check_sources(recipe: Recipe) -> None:
@@ -95,15 +97,21 @@ def _check_sources(recipe: Recipe) -> None:
                             "a folder of them, or a hub dataset id")
 
 
-def _check_tokenizer(model: DenseCheckpoint, recipe: Recipe) -> None:
+def _check_runtimes(model: DenseCheckpoint, recipe: Recipe) -> None:
+    """Whether the runtimes of the wanted formats can say what this model, or a student of it, says."""
     rows = len(model.tokenizer())
     if rows > model.shape.vocab_size:
         raise UserError(f"{model.path}: the tokenizer has {rows} tokens, the embedding {model.shape.vocab_size} rows; "
                         "get a tokenizer and weights that belong together")
-    if any(text.lower().startswith("gguf:") for text in recipe.export.formats):
-        from lrc_edge.export.tokenizer import check_tokenizer
+    formats = {parse_format(text)[0] for text in recipe.export.formats}
+    if "gguf" in formats:
+        from lrc_edge.export.to_gguf import check_gguf
 
-        check_tokenizer(model)
+        check_gguf(model)
+    if "onnx" in formats:
+        from lrc_edge.export.onnx_graph import check_supported
+
+        check_supported(model)
 
 
 # Bytes a weight of the encodings, near enough to reserve disk.

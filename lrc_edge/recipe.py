@@ -10,6 +10,7 @@ import tomllib
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -157,11 +158,15 @@ def _build(cls: type, table: Mapping[str, Any], where: typing.Callable[[str], st
         if is_dataclass(known[key]):
             if not isinstance(value, Mapping):
                 raise UserError(f"{where(key)}: {key} = {value!r}: need a table; write [{key}]")
-            here = where(key)
-            values[key] = _build(typing.cast(type, known[key]), value, lambda _, here=here: here, f"{key}.")
+            source = where(key)
+            values[key] = _build(typing.cast(type, known[key]), value, partial(_constant, source), f"{key}.")
         else:
             values[key] = _convert(value, known[key], f"{where(key)}: {prefix + key}")
     return cls(**values)
+
+
+def _constant(value: str, _: str) -> str:
+    return value
 
 
 def _hint(key: str, known_here: list[str]) -> str:
@@ -198,15 +203,15 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
 
 def _check(recipe: Recipe) -> None:
     t, p, d = recipe.train, recipe.parity, recipe.data
-    at_least_1 = {"train.seq_len": t.seq_len,                   "train.micro_batch": t.micro_batch, "train.eval_every": t.eval_every,
+    at_least_1 = {"train.seq_len": t.seq_len, "train.micro_batch": t.micro_batch, "train.eval_every": t.eval_every,
                   "train.checkpoint_every": t.checkpoint_every, "train.log_every": t.log_every,
                   "parity.positions": p.positions, "parity.row_len": p.row_len,
                   "parity.generate_tokens": p.generate_tokens}
     above_0: dict[str, float] = {"train.kl_temperature": t.kl_temperature,
                                  "train.max_grad_norm": t.max_grad_norm}
     not_negative: dict[str, float] = {"train.tokens": t.tokens, "train.batch_tokens": t.batch_tokens,
-                                      "train.learning_rate": t.learning_rate, "student.hidden_size": recipe.student.hidden_size, "train.alpha": t.alpha,
-                                      "train.kl_weight": t.kl_weight, "train.lm_weight": t.lm_weight,
+                                      "train.learning_rate": t.learning_rate, "train.alpha": t.alpha,
+                                      "student.hidden_size": recipe.student.hidden_size, "train.kl_weight": t.kl_weight, "train.lm_weight": t.lm_weight,
                                       "train.warmup_share": t.warmup_share, "parity.near_tie": p.near_tie}
     for name, count in at_least_1.items():
         if count < 1:

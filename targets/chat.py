@@ -7,6 +7,7 @@ from typing import Any
 
 from llama_cpp import Llama
 
+from lrc_edge import llama_log
 from lrc_edge.errors import UserError
 
 
@@ -14,6 +15,7 @@ class Chat:
     """A conversation with one GGUF file. Without a chat template each line is continued as plain text."""
 
     def __init__(self, path: Path, n_ctx: int, threads: int):
+        llama_log.listen()  # llama-cpp-python's own log callback prints warnings as errors
         try:
             self.llm = Llama(str(path), n_ctx=n_ctx, n_threads=threads, verbose=False)
         except ValueError as error:
@@ -29,18 +31,18 @@ class Chat:
                 yield part["choices"][0]["text"]  # type: ignore[index]
             return
         self.messages.append({"role": "user", "content": text})
-        answer = ""
+        pieces: list[str] = []
         try:
-            yield from self._stream(options, pieces := [])
+            yield from self._stream(options, pieces)
         except ValueError:  # the prompt exceeds the context
             self.messages = self.messages[-1:]
-            yield from self._stream(options, pieces := [])
-        answer = "".join(pieces)
-        self.messages.append({"role": "assistant", "content": answer})
+            yield from self._stream(options, pieces)
+        self.messages.append({"role": "assistant", "content": "".join(pieces)})
 
     def _stream(self, options: dict[str, Any], pieces: list[str]) -> Iterator[str]:
-        for part in self.llm.create_chat_completion(self.messages, **options):  # type: ignore[arg-type]
-            piece = part["choices"][0]["delta"].get("content")  # type: ignore[index]
+        parts: Any = self.llm.create_chat_completion(self.messages, **options)  # type: ignore[arg-type]
+        for part in parts:
+            piece = part["choices"][0]["delta"].get("content")
             if piece:
                 pieces.append(piece)
                 yield piece

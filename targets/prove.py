@@ -70,15 +70,15 @@ def prove(artifacts: list[Artifact], folder: Path, student: DenseCheckpoint, ids
             progress(f"{artifact.path}: generation")
             sample(artifact.path, runtime)
             entry["generation"] = _smoke(proof, artifact, runtime, tokenizer, prompts[0], n_tokens, stop)
-            if artifact.format == "gguf":
+            if isinstance(runtime, TextRuntime):
                 progress(f"{artifact.path}: token ids and chat template")
-                _token_parity(proof, artifact, runtime, tokenizer)  # type: ignore[arg-type]
-                _template_parity(proof, artifact, runtime, tokenizer)  # type: ignore[arg-type]
+                _token_parity(proof, artifact, runtime, tokenizer)
+                _template_parity(proof, artifact, runtime, tokenizer)
         finally:
             runtime.close()
         if artifact.format == "onnx":
             progress(f"{artifact.path}: onnxruntime-genai")
-            _prove_genai(proof, artifact, folder, tokenizer, prompts[0], n_tokens, stop)
+            _prove_genai(proof, artifact, folder, tokenizer, prompts[0], n_tokens, stop, threads)
         proof.artifacts.append(entry)
     return proof
 
@@ -115,13 +115,13 @@ def _smoke(proof: Proof, artifact: Artifact, runtime: Runtime, tokenizer: PreTra
     made = runtime.generate(tokenizer(prompt)["input_ids"], n_tokens, stop)
     known = [token for token in made if 0 <= token < len(tokenizer)]
     proof.gates.append(Gate(name, artifact.path, "tokens", len(known) if len(known) == len(made) else None, 1, ">="))
-    return {"prompt": prompt, "text": tokenizer.decode(known, skip_special_tokens=True)}
+    return {"prompt": prompt, "text": str(tokenizer.decode(known, skip_special_tokens=True))}
 
 
 def _token_parity(proof: Proof, artifact: Artifact, runtime: TextRuntime, tokenizer: PreTrainedTokenizerBase) -> None:
     found = compare_token_ids(tokenizer, runtime)
     proof.tokenizer.append({"artifact": artifact.path, "n_strings": found.n_strings,
-                            "n_mismatches": found.n_mismatches,
+                            "n_mismatches": found.n_mismatches, "n_normalized": found.n_normalized,
                             "examples": [example.as_dict() for example in found.examples]})
     proof.gates.append(Gate("token ids", artifact.path, "mismatches", found.n_mismatches, 0, "=="))
 
@@ -152,10 +152,10 @@ def _template_parity(proof: Proof, artifact: Artifact, runtime: TextRuntime, tok
 
 
 def _prove_genai(proof: Proof, artifact: Artifact, folder: Path, tokenizer: PreTrainedTokenizerBase, prompt: str,
-                 n_tokens: int, stop: set[int]) -> None:
+                 n_tokens: int, stop: set[int], threads: int) -> None:
     """The same files through onnxruntime-genai: its generation loop, its tokenizer's template."""
     model_file = folder / artifact.path
-    runtime = OrtGenai(model_file.parent.parent, f"{model_file.parent.name}/{model_file.name}")
+    runtime = OrtGenai(model_file.parent.parent, f"{model_file.parent.name}/{model_file.name}", threads)
     try:
         _smoke(proof, artifact, runtime, tokenizer, prompt, n_tokens, stop, "smoke generation, genai")
         _template_parity(proof, artifact, runtime, tokenizer, "chat template, genai")

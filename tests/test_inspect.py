@@ -14,8 +14,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from report_example import example_report
 from rich.console import Console
+from tiny_models import make_tiny
 
+from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
+from lrc_edge.export.to_onnx import export_onnx
 from lrc_edge.inspect_path import describe, print_description
 from lrc_edge.report import write_report
 
@@ -165,6 +168,29 @@ def test_onnx_corrupt(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(UserError, match=r"m\.onnx: (truncated or corrupt|holds no ONNX graph)") as raised:
         describe(path)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("family", "tied"), [("llama", True), ("qwen2", False)])
+def test_exported_files_are_read_back_as_their_writers_count(tmp_path: Path, family: str, tied: bool) -> None:
+    """Bits a weight and parameters, through packed matrices, shared or gathered embeddings, and RoPE tables."""
+    pytest.importorskip("llama_cpp")  # quantizes; the optimum environment has none
+    from lrc_edge.export.to_gguf import export_gguf
+
+    checkpoint = DenseCheckpoint.open(make_tiny(tmp_path / "m", family, tied=tied))
+    made = [*export_onnx(checkpoint, tmp_path / "onnx", ["fp32", "int4"]),
+            *export_gguf(checkpoint, tmp_path / "gguf", ["f16", "q8_0"], lambda _: None)]
+    for artifact in made:
+        found = describe(tmp_path / artifact.path)
+        assert found["n_params"] == checkpoint.shape.n_params, artifact.path
+        assert found["bits_per_weight"] == pytest.approx(artifact.bits_per_weight), artifact.path
+        assert found["bytes"] == artifact.bytes
+
+
+def test_hostile_names_are_printed_harmless(tmp_path: Path) -> None:
+    weight = numpy_helper.from_array(np.ones((64, 10), np.float32), "w\x1b]0;x\x07[bold]")
+    text = printed(save_onnx(tmp_path / "m.onnx", [helper.make_node("MatMul", ["x", weight.name], ["y"])], [weight]),
+                   tensors=True)
+    assert r"w\x1b]0;x\x07[bold]" in text and "\x1b" not in text and "\x07" not in text
 
 
 def test_onnx_printed(tmp_path: Path) -> None:

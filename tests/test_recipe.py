@@ -12,7 +12,8 @@ from lrc_edge.recipe import Recipe, load_recipe, to_toml
 
 def test_defaults_file_settings_and_overrides_in_that_order(tmp_path: Path) -> None:
     file = tmp_path / "r.toml"
-    file.write_text('[student]\nhidden_size = 512\n[train]\ntokens = 1e9\nalpha = 1\n[export]\nformats = ["gguf:f32"]\n')
+    file.write_text('[student]\nhidden_size = 512\n[train]\ntokens = 1e9\nalpha = 1\n'
+                    '[export]\nformats = ["gguf:f32"]\n')
     recipe = load_recipe(file, ["student.hidden_size=256", "train.init=gaussian"], data={"sources": ["a.txt"]})
     assert recipe.student.hidden_size == 256 and recipe.train.tokens == 1_000_000_000
     assert recipe.train.alpha == 1.0 and isinstance(recipe.train.alpha, float)
@@ -21,7 +22,7 @@ def test_defaults_file_settings_and_overrides_in_that_order(tmp_path: Path) -> N
 
 
 def test_toml_of_a_recipe_reads_back(tmp_path: Path) -> None:
-    recipe = load_recipe(None, ["student.name=A \"B\"", "train.learning_rate=3e-4", "export.formats=gguf:f32,onnx:fp32"])
+    recipe = load_recipe(None, ['student.name=A "B"', "train.learning_rate=3e-4", "export.formats=gguf:f32,onnx:fp32"])
     (tmp_path / "r.toml").write_text(to_toml(recipe))
     assert load_recipe(tmp_path / "r.toml") == recipe
 

@@ -27,8 +27,9 @@ SPECIAL = {
 }
 LLAMA3_TEMPLATE = (
     "{{- bos_token }}{%- for message in messages %}"
-    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}"
-    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}")
+    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{{- message['content'] | trim + '<|eot_id|>' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}")
 CHATML_TEMPLATE = (
     "{%- for message in messages %}{{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}")
@@ -57,7 +58,8 @@ def _trained(kind: str, vocab_size: int) -> str:
         byte_tokens = [f"<0x{i:02X}>" for i in range(256)]
         # SentencePiece merges inside words only: a training pre-tokenizer says so; the finished model has none.
         tok.pre_tokenizer = pre_tokenizers.Split(Regex("(?=▁)"), behavior="isolated")
-        tok.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special + byte_tokens))
+        tok.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=vocab_size,
+                                                            special_tokens=special + byte_tokens))
         table = json.loads(tok.to_str())
         table["pre_tokenizer"] = None
         table["added_tokens"] = [t for t in table["added_tokens"] if t["content"] in special]
@@ -93,8 +95,8 @@ def make_tokenizer(kind: str, vocab_size: int = 512) -> PreTrainedTokenizerFast:
                                        **names)
 
 
-def make_tiny(path: Path, family: str = "llama", *, tied: bool = True, hidden_size: int = 64, intermediate_size: int = 96,
-              layers: int = 2, heads: int = 4, kv_heads: int = 2, head_dim: int = 24, tokenizer: str = "llama3",
+def make_tiny(path: Path, family: str = "llama", *, tied: bool = True, hidden_size: int = 64,
+              intermediate_size: int = 96, layers: int = 2, heads: int = 4, kv_heads: int = 2, head_dim: int = 24, tokenizer: str = "llama3",
               vocab_size: int = 512, rope_scaling: dict[str, Any] | None = None, rope_theta: float = 10000.0,
               max_position_embeddings: int = 512, dtype: torch.dtype = torch.float32, seed: int = 0,
               **config_fields: Any) -> Path:

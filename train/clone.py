@@ -118,7 +118,8 @@ class Clone(nn.Module):
         for weight, theirs, mine in self._projected():
             if mine.grad is None:
                 continue
-            grad = lowrank.pull_back(weight.role, theirs.to(self.compute_dtype), mine.grad.to(self.compute_dtype)).float()
+            grad = lowrank.pull_back(weight.role, theirs.to(self.compute_dtype), mine.grad.to(self.compute_dtype))
+            grad = grad.float()
             p = self.projection(weight.name)
             p.grad = grad if p.grad is None else p.grad.add_(grad)
             mine.grad = None

@@ -1,7 +1,7 @@
 """Projections: their initial values, and the gradient that a composed weight hands back to them.
 
-Shapes: T teacher width, S student width, O out, I in. P_TS is a projection; a composed weight is W_OT P_TS or P_TS^T W_TI
-(lrc_edge.roles.compose).
+Shapes: T teacher width, S student width, O out, I in. P_TS is a projection; a composed weight is W_OT P_TS or
+P_TS^T W_TI (lrc_edge.roles.compose).
 """
 from __future__ import annotations
 

@@ -100,8 +100,8 @@ class CloneTrainer(Trainer):
         self._n_parts = 0
         self._started = time.monotonic()
         self._tokens_at_start = 0
-        super().__init__(model=clone, args=_arguments(settings, schedule, folder, clone, self.learning_rate), train_dataset=rows,
-                         callbacks=[_Callback(self)])
+        super().__init__(model=clone, args=_arguments(settings, schedule, folder, clone, self.learning_rate),
+                         train_dataset=rows, callbacks=[_Callback(self)])
 
     @property
     def clone(self) -> Clone:

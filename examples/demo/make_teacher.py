@@ -4,10 +4,12 @@
     python make_teacher.py export --valid valid.jsonl --work WORK --out teacher
     python make_teacher.py sample --teacher teacher --out stories.jsonl
 
-`train` takes 90 minutes on one CPU core with bf16 instructions (8.9M parameters, 16M tokens); it continues from
-WORK/state.pt after a kill. `sample` writes the student's corpus: what the teacher itself tells. The teacher is an ordinary Hugging Face Llama: byte-level BPE with the llama-3 pre-tokenizer, grouped query
-attention, tied head, llama-3 chat template. The corpus is short English stories; books are mixed into the first part of
-the run, because 3 MB of stories alone are soon known by heart.
+`train` takes 90 minutes on one CPU core with bf16 instructions (8.9M parameters, 16M tokens) and continues from
+WORK/state.pt after a kill. `sample` writes the student's corpus: what the teacher itself tells.
+
+The teacher is an ordinary Hugging Face Llama: byte-level BPE with the llama-3 pre-tokenizer, grouped query attention,
+tied head, llama-3 chat template. It learns short English stories; books are mixed into the first part of the run, because
+3 MB of stories alone are soon known by heart.
 """
 import argparse
 import gzip

@@ -1,0 +1,169 @@
+"""What each command does, after the command line has been parsed: checks first, then stages, then the verdict."""
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lrc_edge import preflight
+from lrc_edge.artifact import Artifact
+from lrc_edge.build import MANIFEST, BuildDir
+from lrc_edge.checkpoint import DenseCheckpoint, resolve_model
+from lrc_edge.errors import UserError
+from lrc_edge.pipeline import Pipeline, Teacher, processors
+from lrc_edge.recipe import Export, Recipe, load_recipe
+from lrc_edge.report import gate_table, verdict, write_report
+
+
+def build(source: str, out: Path, recipe: Recipe, console: Console, until: str = "report") -> bool:
+    """The whole pipeline, or up to the stage `until` ("train", "fold"). Returns whether every gate passed."""
+    teacher = Teacher.of(source)
+    # A machine that only trains need not have the runtimes; what they cannot run is then found where they are.
+    trains_only = until == "train" and find_spec("llama_cpp") is None
+    checked = replace(recipe, export=Export(formats=())) if trains_only else recipe
+    preflight.check_build(teacher.checkpoint, checked, out)
+    with _leaving_nothing_of_a_mistake(out):
+        pipeline = Pipeline(out, recipe, console, teacher)
+        pipeline.describe_job(teacher=str(Path(source).resolve()) if teacher.revision == "local" else source)
+        pipeline.weights(teacher.checkpoint)
+        pipeline.data()
+    pipeline.identity()
+    if not all(gate["passed"] for gate in pipeline.dir.result("identity")):
+        console.print("identity gate failed: this teacher's clone would not be the teacher; not trained",
+                      style="red", soft_wrap=True)
+        return False
+    pipeline.train()
+    if until == "train":
+        return True
+    pipeline.fold()
+    if until == "fold":
+        return all(gate["passed"] for gate in pipeline.dir.result("fold"))
+    student = DenseCheckpoint.open(out / "student")
+    return _prove_and_report(pipeline, student, console)
+
+
+def export(source: str, out: Path, recipe: Recipe, console: Console) -> bool:
+    """Write and prove the artifacts of any dense checkpoint of a supported family."""
+    path, name, _ = resolve_model(source)
+    student = DenseCheckpoint.open(path, name)
+    preflight.check_export(student, recipe, out)
+    with _leaving_nothing_of_a_mistake(out):
+        pipeline = Pipeline(out, recipe, console)
+        pipeline.describe_job(student=str(path.resolve()))
+        pipeline.weights(student)
+        pipeline.held_out_rows(student)  # too little --data is said before the files are written
+    return _prove_and_report(pipeline, student, console)
+
+
+@contextmanager
+def _leaving_nothing_of_a_mistake(out: Path) -> Iterator[None]:
+    """Remove `out` again when this run made it and a mistake in the input stopped it before anything was finished."""
+    existed = out.exists()
+    try:
+        yield
+    except UserError:
+        if not existed:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
+
+
+def _prove_and_report(pipeline: Pipeline, student: DenseCheckpoint, console: Console) -> bool:
+    artifacts = pipeline.export(student)
+    pipeline.check(student, artifacts)
+    report = pipeline.report(student)
+    show_verdict(report, pipeline.out, console)
+    return all(gate["passed"] for gate in report["gates"])
+
+
+def _reopen(out: Path, console: Console) -> tuple[Pipeline, dict[str, Any]]:
+    """A build directory as an earlier command left it, and what it is of. Raises UserError when it is none."""
+    if not (out / MANIFEST).exists():
+        raise UserError(f"{out}: no {MANIFEST}; give the --out directory of a build or an export")
+    job: dict[str, Any] = BuildDir(out).manifest.get("job", {})
+    recipe = load_recipe(None, (), **job.get("recipe", {}))
+    return Pipeline(out, recipe, console, Teacher.of(job["teacher"]) if "teacher" in job else None), job
+
+
+def check(out: Path, console: Console) -> bool:
+    """Prove the artifacts of a build again, from the files, whatever was proved before."""
+    pipeline, job = _reopen(out, console)
+    student = DenseCheckpoint.open(job.get("student") or out / "student")
+    stages = pipeline.dir.manifest["stages"]
+    artifacts = [Artifact.from_dict(t) for name in ("gguf", "onnx") if name in stages for t in stages[name]["result"]]
+    if not artifacts:
+        raise UserError(f"{out}: no artifacts to check; run lrc-edge build or export first")
+    for artifact in artifacts:
+        if not (out / artifact.path).exists():
+            raise UserError(f"{out / artifact.path}: missing, though the build wrote it; run the build again")
+    pipeline.check(student, artifacts, again=True)
+    report = pipeline.report(student)
+    show_verdict(report, out, console)
+    return all(gate["passed"] for gate in report["gates"])
+
+
+def show_verdict(report: dict[str, Any], out: Path, console: Console) -> None:
+    for sample in report["samples"][:1]:
+        console.print(f"\nPrompt: {sample['prompt']}", highlight=False, markup=False)
+        for output in sample["outputs"]:
+            console.print(f"  {output['who']}: {' '.join(output['text'].split())}", highlight=False, markup=False)
+    console.print()
+    console.print(gate_table(report))
+    passed = all(gate["passed"] for gate in report["gates"])
+    console.print(verdict(report), style="bold green" if passed else "bold red", soft_wrap=True, markup=False)
+    console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True, markup=False)
+
+
+def fold(out: Path, console: Console) -> bool:
+    """Fold what `train` left in `out`. Returns whether the fold's gates passed."""
+    pipeline, _ = _reopen(out, console)
+    if pipeline.teacher is None or "train" not in pipeline.dir.manifest["stages"]:
+        raise UserError(f"{out}: nothing trained here to fold; run lrc-edge train or build first")
+    pipeline.fold()
+    return all(gate["passed"] for gate in pipeline.dir.result("fold"))
+
+
+def show_report(out: Path, console: Console) -> bool:
+    """Render report.html again from report.json, and print the gates."""
+    file = out / "report.json"
+    if not file.exists():
+        raise UserError(f"{out}: no report.json; run lrc-edge build, export or check first")
+    report: dict[str, Any] = json.loads(file.read_text())
+    write_report(report, out)
+    show_verdict(report, out, console)
+    return all(gate["passed"] for gate in report["gates"])
+
+
+def chat(path: Path, encoding: str, temperature: float, max_tokens: int, console: Console) -> None:
+    """A conversation on the terminal with one GGUF, until end of input."""
+    from lrc_edge.targets.chat import Chat
+
+    file = _gguf_of(path, encoding)
+    conversation = Chat(file, n_ctx=0, threads=processors())
+    console.print(f"{file.name} on llama.cpp; Ctrl-D ends", style="dim", highlight=False)
+    while True:
+        try:
+            text = console.input("[bold]> [/]")
+        except EOFError:
+            return
+        if text.strip():
+            for piece in conversation.reply(text, temperature, max_tokens):
+                console.print(piece, end="", highlight=False, markup=False, soft_wrap=True)
+            console.print()
+
+
+def _gguf_of(path: Path, encoding: str) -> Path:
+    if path.is_file():
+        return path
+    wanted = encoding.lower()
+    files = sorted((f for f in path.rglob("*.gguf") if f.stem.lower().endswith(wanted)), key=lambda f: f.stat().st_size)
+    if not files:
+        raise UserError(f"{path}: no GGUF {f'in {encoding} ' if encoding else ''}here; "
+                        "build or export one with --formats gguf:q8_0")
+    return files[0]
