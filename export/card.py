@@ -31,8 +31,8 @@ def model_card(teacher: DenseCheckpoint, shape: ModelShape, provenance: dict[str
     return (f"---\n{yaml.safe_dump(front, sort_keys=True, allow_unicode=True)}---\n\n"
             f"# {_cell(provenance['name'])}\n\n"
             f"A Low-Rank Clone ([arXiv 2505.12781](https://arxiv.org/abs/2505.12781)) of "
-            f"{_cell(provenance['teacher'])}, made by lrc-edge: each weight matrix is the teacher's times a trained low-rank projection, folded into an "
-            "ordinary dense checkpoint.\n\n"
+            f"{_cell(provenance['teacher'])}, made by lrc-edge: each weight matrix is the teacher's times a trained "
+            "low-rank projection, folded into an ordinary dense checkpoint.\n\n"
             f"| | teacher | student |\n|---|---|---|\n{table}\n\n"
             f"Licence: {_cell(licence)}\n\n## Lineage\n\n| | |\n|---|---|\n{lineage}\n")
 

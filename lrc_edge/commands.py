@@ -5,7 +5,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from lrc_edge.build import MANIFEST, BuildDir
 from lrc_edge.checkpoint import DenseCheckpoint, resolve_model
 from lrc_edge.errors import UserError
 from lrc_edge.pipeline import Pipeline, Teacher, processors
-from lrc_edge.recipe import Export, Recipe, load_recipe
+from lrc_edge.recipe import Recipe, load_recipe
 from lrc_edge.report import gate_table, verdict, write_report
 
 
@@ -27,8 +26,7 @@ def build(source: str, out: Path, recipe: Recipe, console: Console, until: str =
     teacher = Teacher.of(source)
     # A machine that only trains need not have the runtimes; what they cannot run is then found where they are.
     trains_only = until == "train" and find_spec("llama_cpp") is None
-    checked = replace(recipe, export=Export(formats=())) if trains_only else recipe
-    preflight.check_build(teacher.checkpoint, checked, out)
+    preflight.check_build(teacher.checkpoint, recipe, out, runtimes=not trains_only)
     with _leaving_nothing_of_a_mistake(out):
         pipeline = Pipeline(out, recipe, console, teacher)
         pipeline.describe_job(teacher=str(Path(source).resolve()) if teacher.revision == "local" else source)

@@ -5,6 +5,7 @@ the run that left them.
 """
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -116,7 +117,8 @@ class Pipeline:
                 partial.mkdir()
                 n_tokens = prepare(documents(recipe.data.sources, recipe.data.text_field), self._teacher.tokenizer(),
                                    partial, held_out_share=recipe.data.held_out_share,
-                                   max_tokens=recipe.train.tokens or None, seq_len=seq_len, progress=lambda n: task.update(f"{n:,} tokens", n))
+                                   max_tokens=recipe.train.tokens or None, seq_len=seq_len,
+                                   progress=lambda n: task.update(f"{n:,} tokens", n))
                 replace_tree(partial, folder)
             held_out = HeldOut.load(folder / "held_out.npz")
             return None, f"{n_tokens:,} training tokens, {len(held_out.ids):,} held out"
@@ -213,10 +215,11 @@ class Pipeline:
     def export(self, student: DenseCheckpoint) -> list[Artifact]:
         """Write every format of the recipe; one stage a family of formats."""
         wanted: dict[str, list[str]] = {}
-        for text in self.recipe.export.formats:
-            format_, encoding = preflight.parse_format(text)
+        for format_, encoding in preflight.wanted_formats(self.recipe, student.shape.hidden_size):
             wanted.setdefault(format_, []).append(encoding)
         student_hashes = [self.dir.hash(f) for f in sorted(student.path.iterdir()) if f.is_file()]
+        if self.recipe.export.calibration_tokens:
+            self._importance_matrix(student, student_hashes)
         for format_, encodings in wanted.items():
             self._write(format_, encodings, student, student_hashes)
         for stale in {"gguf", "onnx"} - wanted.keys():
@@ -224,24 +227,65 @@ class Pipeline:
             shutil.rmtree(self.out / stale, ignore_errors=True)
         return [Artifact.from_dict(table) for format_ in wanted for table in self.dir.result(format_)]
 
+    def _importance_matrix(self, student: DenseCheckpoint, student_hashes: list[str]) -> None:
+        """How strongly each weight's inputs fire, for the quantizers, on text that the proof does not see."""
+        folder = self.out / "imatrix"
+        rows = self._calibration_rows(student)
+
+        def work(task: Task) -> tuple[Any, str]:
+            import numpy as np
+
+            from lrc_edge.export.imatrix import collect
+
+            with self.dir.partial("imatrix") as partial:
+                partial.mkdir()
+                np.savez(partial / "importance.npz", **collect(student, rows, task.update))
+                replace_tree(partial, folder)
+            return None, f"importance of inputs on {rows.size:,} tokens"
+
+        self._stage("imatrix", [student_hashes, hashlib.sha256(rows.tobytes()).hexdigest()], [folder], work)
+
+    def _calibration_rows(self, student: DenseCheckpoint) -> Any:
+        """Rows of the build's training text, or of what the given text holds behind the proof's rows."""
+        import numpy as np
+
+        n_tokens, row_len = self.recipe.export.calibration_tokens, self._row_len(student)
+        if (self.out / "data" / "tokens.npy").exists():
+            ids = np.load(self.out / "data" / "tokens.npy", mmap_mode="r")[:n_tokens].astype(np.int64)
+        else:
+            proof_rows = self.held_out_rows(student)
+            ids = self._held_out(student).ids[proof_rows.size:][:n_tokens]
+        if len(ids) < row_len:
+            raise UserError(f"calibration: {len(ids)} tokens beside the proof's, need at least {row_len}; give more "
+                            "--data or --set export.calibration_tokens=0")
+        return ids[: len(ids) // row_len * row_len].reshape(-1, row_len)
+
     def _write(self, format_: str, encodings: list[str], student: DenseCheckpoint, student_hashes: list[str]) -> None:
         level = self.recipe.export.onnx_accuracy_level
 
+        file = self.out / "imatrix" / "importance.npz"
+        importance = file if self.recipe.export.calibration_tokens else None
+
         def work(task: Task) -> tuple[Any, str]:
+            import numpy as np
+
+            weights = dict(np.load(importance)) if importance else None
             with self.dir.partial(format_) as partial:
                 if format_ == "gguf":
                     from lrc_edge.export.to_gguf import export_gguf
 
-                    artifacts = export_gguf(student, partial, encodings, task.update)
+                    artifacts = export_gguf(student, partial, encodings, task.update, importance=weights)
                 else:
                     from lrc_edge.export.to_onnx import export_onnx
 
-                    artifacts = export_onnx(student, partial, encodings, task.update, accuracy_level=level)
+                    artifacts = export_onnx(student, partial, encodings, task.update, accuracy_level=level,
+                                            importance=weights)
                 replace_tree(partial, self.out / format_)
             sizes = ", ".join(f"{a.encoding} {a.bytes / 1e6:.1f} MB" for a in artifacts)
             return [a.as_dict() for a in artifacts], sizes
 
-        inputs = [encodings, student.name, student_hashes, level if format_ == "onnx" else None]
+        inputs = [encodings, student.name, student_hashes, level if format_ == "onnx" else None,
+                  self.dir.hash(importance) if importance else None]
         self._stage(format_, inputs, [self.out / format_], work)
 
     def check(self, student: DenseCheckpoint, artifacts: list[Artifact], again: bool = False) -> None:
@@ -298,14 +342,17 @@ class Pipeline:
             return HeldOut.load(self.out / "data" / "held_out.npz")
         sources = self.recipe.data.sources
         texts = list(documents(sources, self.recipe.data.text_field)) if sources else built_in_text()
-        return HeldOut.from_texts(texts, model.tokenizer(), 4 * self.recipe.parity.positions)
+        n_tokens = 2 * self.recipe.parity.positions + self.recipe.export.calibration_tokens
+        return HeldOut.from_texts(texts, model.tokenizer(), n_tokens)
 
     def held_out_rows(self, model: DenseCheckpoint) -> Any:
         tokenizer = model.tokenizer()
         adds_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-        row_len = min(self.recipe.parity.row_len, model.shape.max_position_embeddings)
-        return self._held_out(model).rows(row_len, self.recipe.parity.positions,
+        return self._held_out(model).rows(self._row_len(model), self.recipe.parity.positions,
                                           tokenizer.bos_token_id if adds_bos else None)
+
+    def _row_len(self, model: DenseCheckpoint) -> int:
+        return min(self.recipe.parity.row_len, model.shape.max_position_embeddings)
 
     @staticmethod
     def _gates(gates: list[Gate]) -> list[dict[str, Any]]:

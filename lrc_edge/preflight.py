@@ -35,6 +35,12 @@ def parse_format(text: str) -> tuple[str, str]:
     return format_, encoding
 
 
+def wanted_formats(recipe: Recipe, hidden_size: int) -> list[tuple[str, str]]:
+    """The recipe's formats, or the default ones of a model of this width."""
+    default = ["gguf:f16", "gguf:q8_0", "onnx:fp32"] + ["gguf:q4_k_m", "onnx:int4"] * (hidden_size % 256 == 0)
+    return [parse_format(text) for text in dict.fromkeys(recipe.export.formats or default)]
+
+
 def student_width(recipe: Recipe, teacher: ModelShape) -> int:
     """The recipe's hidden_size, or half the teacher's in the roundest number that quantizes well."""
     if recipe.student.hidden_size:
@@ -47,37 +53,41 @@ def student_name(recipe: Recipe, teacher: DenseCheckpoint) -> str:
     return recipe.student.name or f"{teacher.name}-LRC-{student_width(recipe, teacher.shape)}"
 
 
-def check_build(teacher: DenseCheckpoint, recipe: Recipe, out: Path) -> None:
-    """Everything that would stop a build later. Raises UserError."""
+def check_build(teacher: DenseCheckpoint, recipe: Recipe, out: Path, runtimes: bool = True) -> None:
+    """Everything that would stop a build later. Raises UserError.
+
+    `runtimes` is off on a machine that only trains and has none: formats are then judged where they are written.
+    """
     from lrc_edge.train.trainer import choose_device
 
-    _check_width(teacher, recipe)
     _check_name(recipe)
     choose_device(recipe.train.device)
     _check_sources(recipe)
-    _check_runtimes(teacher, recipe)
-    _check_disk(out, _build_bytes(teacher.shape, recipe))
+    formats = wanted_formats(recipe, student_width(recipe, teacher.shape)) if runtimes else []
+    _check_width(teacher, recipe, formats)
+    _check_runtimes(teacher, formats)
+    _check_disk(out, _build_bytes(teacher.shape, recipe, formats))
 
 
 def check_export(student: DenseCheckpoint, recipe: Recipe, out: Path) -> None:
     """The same for an export. Widths of a finished model are what they are: tensors that do not fit are reported."""
-    _check_runtimes(student, recipe)
-    _check_disk(out, _export_bytes(student.shape, recipe))
+    formats = wanted_formats(recipe, student.shape.hidden_size)
+    _check_runtimes(student, formats)
+    _check_disk(out, _export_bytes(student.shape, formats))
 
 
-def _check_width(teacher: DenseCheckpoint, recipe: Recipe) -> None:
+def _check_width(teacher: DenseCheckpoint, recipe: Recipe, formats: list[tuple[str, str]]) -> None:
     width, where = student_width(recipe, teacher.shape), "student.hidden_size"
     if width >= teacher.shape.hidden_size:
         raise UserError(f"{where} = {width}: the teacher {teacher.name} is {teacher.shape.hidden_size} wide; "
                         "need a smaller student")
-    encodings = {"gguf": gguf_encodings(), "onnx": ONNX_ENCODINGS}
-    for text in recipe.export.formats:
-        format_, encoding = parse_format(text)
+    encodings = {"gguf": gguf_encodings() if formats else {}, "onnx": ONNX_ENCODINGS}
+    for format_, encoding in formats:
         block = encodings[format_][encoding]
         if width % block:
             remain = [f"{f}:{name}" for f, table in encodings.items() for name, b in table.items() if width % b == 0]
-            raise UserError(f"{where} = {width}: {text} stores rows in blocks of {block}, which do not divide it; "
-                            f"take a multiple of {block}, or of the formats that remain: {', '.join(remain)}")
+            raise UserError(f"{where} = {width}: {format_}:{encoding} stores rows in blocks of {block}, which do not "
+                            f"divide it; take a multiple of {block}, or of the formats that remain: {', '.join(remain)}")
 
 
 def _check_name(recipe: Recipe) -> None:
@@ -97,18 +107,18 @@ def _check_sources(recipe: Recipe) -> None:
                             "a folder of them, or a hub dataset id")
 
 
-def _check_runtimes(model: DenseCheckpoint, recipe: Recipe) -> None:
+def _check_runtimes(model: DenseCheckpoint, formats: list[tuple[str, str]]) -> None:
     """Whether the runtimes of the wanted formats can say what this model, or a student of it, says."""
     rows = len(model.tokenizer())
     if rows > model.shape.vocab_size:
         raise UserError(f"{model.path}: the tokenizer has {rows} tokens, the embedding {model.shape.vocab_size} rows; "
                         "get a tokenizer and weights that belong together")
-    formats = {parse_format(text)[0] for text in recipe.export.formats}
-    if "gguf" in formats:
+    kinds = {format_ for format_, _ in formats}
+    if "gguf" in kinds:
         from lrc_edge.export.to_gguf import check_gguf
 
         check_gguf(model)
-    if "onnx" in formats:
+    if "onnx" in kinds:
         from lrc_edge.export.onnx_graph import check_supported
 
         check_supported(model)
@@ -119,22 +129,20 @@ _BYTES = {"f32": 4.0, "fp32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 1.1}
 _OTHER_BYTES = 0.9
 
 
-def _export_bytes(shape: ModelShape, recipe: Recipe) -> float:
-    """Artifacts, and the float32 intermediates that writing them takes."""
-    formats = [parse_format(text) for text in recipe.export.formats]
+def _export_bytes(shape: ModelShape, formats: list[tuple[str, str]]) -> float:
+    """Artifacts, and the lossless file that llama.cpp quantizes from."""
     kept = sum(_BYTES.get(encoding, _OTHER_BYTES) for _, encoding in formats)
-    # A quantized GGUF is made from a float32 one; the ONNX builder writes its own copy before ours.
-    return shape.n_params * (kept + 4.0 * len({format_ for format_, _ in formats}))
+    return shape.n_params * (kept + 4.0)
 
 
-def _build_bytes(teacher: ModelShape, recipe: Recipe) -> float:
+def _build_bytes(teacher: ModelShape, recipe: Recipe, formats: list[tuple[str, str]]) -> float:
     width = student_width(recipe, teacher)
     student = teacher.with_hidden_size(width)
     projections = 4 * teacher.hidden_size * width * (7 * teacher.num_hidden_layers + 2)
     training = 7 * projections  # two checkpoints with both Adam moments, and the result
     identity = 4 * teacher.n_params  # the teacher folded through P = I; gone before training
     tokens = recipe.train.tokens * (2 if teacher.vocab_size <= 2**16 else 4)
-    return tokens + max(identity, training + 4 * student.n_params + _export_bytes(student, recipe))
+    return tokens + max(identity, training + 4 * student.n_params + _export_bytes(student, formats))
 
 
 def _check_disk(out: Path, needed: float) -> None:

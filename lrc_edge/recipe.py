@@ -64,7 +64,10 @@ class Train:
 class Export:
     """What to write. GGUF encodings are llama.cpp's names; ONNX has fp32 and int4 (the Q4_0 grid)."""
 
-    formats: tuple[str, ...] = ("gguf:f16", "gguf:q8_0", "gguf:q4_0", "onnx:fp32", "onnx:int4")
+    # Empty: gguf:f16, gguf:q8_0 and onnx:fp32; from a width that 256 divides also gguf:q4_k_m and onnx:int4. Narrower
+    # models are so small that 4 bits save little, and lose much (docs/LOG.md).
+    formats: tuple[str, ...] = ()
+    calibration_tokens: int = 16_384  # of text apart from the proof's, for the quantizer's importance matrix; 0: none
     # 0: activations stay float32; 4: onnxruntime rounds them to int8, as llama.cpp does: twice as fast at the same KL
     onnx_accuracy_level: int = 4
 
@@ -211,7 +214,9 @@ def _check(recipe: Recipe) -> None:
                                  "train.max_grad_norm": t.max_grad_norm}
     not_negative: dict[str, float] = {"train.tokens": t.tokens, "train.batch_tokens": t.batch_tokens,
                                       "train.learning_rate": t.learning_rate, "train.alpha": t.alpha,
-                                      "student.hidden_size": recipe.student.hidden_size, "train.kl_weight": t.kl_weight, "train.lm_weight": t.lm_weight,
+                                      "export.calibration_tokens": recipe.export.calibration_tokens,
+                                      "student.hidden_size": recipe.student.hidden_size,
+                                      "train.kl_weight": t.kl_weight, "train.lm_weight": t.lm_weight,
                                       "train.warmup_share": t.warmup_share, "parity.near_tie": p.near_tie}
     for name, count in at_least_1.items():
         if count < 1:

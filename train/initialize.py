@@ -49,11 +49,12 @@ def selection_values(clone: Clone, rows: torch.Tensor) -> dict[str, torch.Tensor
     return _values(clone, lambda: p, norm_gain)
 
 
-def pca_values(clone: Clone, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+def pca_values(clone: Clone, rows: torch.Tensor, turned: bool = True) -> dict[str, torch.Tensor]:
     """P spans the S principal components of the residual stream on `rows` (B, L): what the student loses is least.
 
     U (D x S) is a random basis of that span, not the components themselves: those differ in size by orders, so that a
-    quantization block holds channels of unlike weight. Turned, 4 bits cost a third of the KL (docs/LOG.md). Whatever writes into the stream or reads it raw takes P = U. Whatever reads it through a
+    quantization block holds channels of unlike weight. Turned, 4 bits cost a third of the KL (docs/LOG.md); `turned` is
+    off only to measure that. Whatever writes into the stream or reads it raw takes P = U. Whatever reads it through a
     norm takes P = diag(gain) U, and the student's own gain starts at 1. A tied head shares the embedding's U, so there
     the gain stays in the norm, as near to U^T diag(gain) U as a diagonal can be.
     """
@@ -61,7 +62,9 @@ def pca_values(clone: Clone, rows: torch.Tensor) -> dict[str, torch.Tensor]:
     covariance = sum(_covariance(h) for h in streams.values())
     width = clone.shape.hidden_size
     turn_SS = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(0))).Q
-    u_DS = torch.linalg.eigh(covariance).eigenvectors[:, -width:] @ turn_SS
+    u_DS = torch.linalg.eigh(covariance).eigenvectors[:, -width:]
+    if turned:
+        u_DS = u_DS @ turn_SS
     values: dict[str, torch.Tensor] = {}
     for weight in clone.weights:
         norm = norm_before(weight, clone.shape)

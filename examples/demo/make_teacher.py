@@ -8,8 +8,8 @@
 WORK/state.pt after a kill. `sample` writes the student's corpus: what the teacher itself tells.
 
 The teacher is an ordinary Hugging Face Llama: byte-level BPE with the llama-3 pre-tokenizer, grouped query attention,
-tied head, llama-3 chat template. It learns short English stories; books are mixed into the first part of the run, because
-3 MB of stories alone are soon known by heart.
+tied head, llama-3 chat template. It learns short English stories; books are mixed into the first part of the run,
+because 3 MB of stories alone are soon known by heart.
 """
 import argparse
 import gzip

@@ -1,0 +1,96 @@
+"""How a clone should start: held-out loss, and what 4 bits cost, for each initialization over the first steps.
+
+    python benchmarks/initialization.py examples/demo/teacher examples/demo/stories.jsonl --hidden-size 256
+
+Each initialization trains on the same rows in the same order. Columns: held-out cross entropy of the student, and the
+KL divergence (nats a token) that Q4_0 weights with a Q8_0 embedding add to it, both at the start and after each third.
+`components` is the principal basis itself, `pca` the same span turned at random: lrc_edge.train.initialize.pca_values.
+"""
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from gguf import GGMLQuantizationType, quants
+
+from lrc_edge.checkpoint import DenseCheckpoint
+from lrc_edge.corpus import documents, token_ids
+from lrc_edge.train import initialize
+from lrc_edge.train.clone import Clone
+from lrc_edge.train.trainer import held_out_loss
+
+HELD_OUT_ROWS = 40
+
+
+def start(clone: Clone, name: str, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    if name == "gaussian":
+        return initialize.gaussian_values(clone, seed=0)
+    if name == "selection":
+        return initialize.selection_values(clone, rows)
+    return initialize.pca_values(clone, rows, turned=name == "pca")
+
+
+@torch.no_grad()
+def cost_of_4_bits(clone: Clone, rows: torch.Tensor) -> float:
+    """KL(student || student with Q4_0 matrices), mean over tokens; rows that Q4_0 does not fit stay as they are."""
+    student = clone.student
+    expected = torch.log_softmax(student(rows).logits.float(), -1)
+    for name, p in student.named_parameters():
+        if p.ndim == 2 and p.shape[1] % 32 == 0:
+            kind = GGMLQuantizationType.Q8_0 if "embed" in name else GGMLQuantizationType.Q4_0
+            p.copy_(torch.from_numpy(quants.dequantize(quants.quantize(p.numpy(), kind), kind)))
+    got = torch.log_softmax(student(rows).logits.float(), -1)
+    clone.compose_()
+    return (expected.exp() * (expected - got)).sum(-1).mean().item()
+
+
+def run(teacher: DenseCheckpoint, name: str, rows: torch.Tensor, args: argparse.Namespace) -> None:
+    held_out, train = rows[:HELD_OUT_ROWS], rows[HELD_OUT_ROWS:]
+    clone = Clone(teacher.model().to(torch.bfloat16), teacher.shape, args.hidden_size, torch.bfloat16)
+    clone.initialize(start(clone, name, train[:initialize.CALIBRATION_ROWS]))
+    optimizer = torch.optim.AdamW(clone.trainable().values(), lr=args.lr, weight_decay=0.0)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    figures, started = [], time.monotonic()
+    for step in range(args.steps + 1):
+        if step % (args.steps // 3) == 0:
+            loss = held_out_loss(clone.student, held_out.numpy(), torch.bfloat16)
+            figures.append(f"{loss:.3f} {cost_of_4_bits(clone, held_out[:16]):.4f}")
+        if step == args.steps:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1, (step + 1) / 8) * (1 - step / args.steps)
+        losses = clone(train[order[(step * args.batch) % (len(train) - args.batch):][:args.batch]])
+        (losses.lm + losses.kl + 0.2 * losses.clone).backward()
+        clone.pull_back_()
+        torch.nn.utils.clip_grad_norm_(clone.trainable().values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        clone.compose_()
+    print(f"| {name} | " + " | ".join(figures) + f" | {time.monotonic() - started:.0f} s |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("teacher", type=Path)
+    parser.add_argument("text")
+    parser.add_argument("--hidden-size", type=int, required=True)
+    parser.add_argument("--steps", type=int, default=90, help="a multiple of 3")
+    parser.add_argument("--batch", type=int, default=16, help="rows of a step")
+    parser.add_argument("--row-len", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    args = parser.parse_args()
+    teacher = DenseCheckpoint.open(args.teacher)
+    ids = [i for row in token_ids(teacher.tokenizer(), list(documents([args.text], "text"))) for i in row]
+    rows = torch.tensor(ids[:len(ids) // args.row_len * args.row_len]).view(-1, args.row_len)
+    print(f"teacher: {held_out_loss(teacher.model(), rows[:HELD_OUT_ROWS].numpy(), torch.bfloat16):.3f}\n")
+    thirds = [args.steps * i // 3 for i in range(4)]
+    print("| init | " + " | ".join(f"loss, KL of 4 bits at {step}" for step in thirds) + " | time |")
+    print("|---|" + "---|" * 5)
+    for name in ("gaussian", "selection", "components", "pca"):
+        run(teacher, name, rows, args)
+
+
+if __name__ == "__main__":
+    main()
