@@ -30,6 +30,11 @@ class Grid:
         """MatMulNBits' default."""
         return 1 << (self.bits - 1)
 
+    @property
+    def bytes_per_weight(self) -> float:
+        """Level and share of the block's float32 scale."""
+        return self.bits / 8 + 4 / BLOCK
+
     def names(self, weight: str) -> tuple[str, str]:
         """A packed matrix is two initializers: its levels and their scales."""
         return f"{weight}.{self.qtype.name.lower()}", f"{weight}.scales"
@@ -60,10 +65,13 @@ class Float32:
 class Int4:
     """Linears on the Q4_0 grid, embedding and head on the Q8_0 one. Implements onnx_graph.WeightFormat.
 
-    @@WHY@@
+    4 bits in those two cost most of the quality. KL to float32 on 2,048 tokens of TinyStories with both on Q4_0, and
+    as they are: llama of 9M parameters 0.0057, 0.0019 (llama.cpp's Q4_0: 0.0021); stories260K 0.142, 0.109; a student
+    of it half as wide 0.203, 0.155.
 
-    `accuracy_level` is MatMulNBits' own: 0 and 1 compute in float32, 4 rounds activations to int8.
-    @@SLOW@@
+    `accuracy_level` is MatMulNBits' own: 0 and 1 compute in float32, 4 rounds activations to int8. 8 bits in float32
+    are exact but slow in onnxruntime 1.31: 97 ms for a head of 32,000 x 1024 and one token on one thread, against
+    0.9 ms at level 4, 3.4 ms in plain float32 and 1.3 ms with 4 bits.
     """
 
     def __init__(self, accuracy_level: int):

@@ -5,11 +5,12 @@ import ctypes
 import difflib
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import llama_cpp
+import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
 
 from lrc_edge import llama_log
@@ -77,23 +78,25 @@ ENCODINGS = _encodings()
 
 
 def parse_encoding(text: str) -> Encoding:
-    """The encoding of a name in any case. Raises UserError: unknown (with the nearest), or not makeable here."""
+    """The encoding of a name in any case. Raises UserError with the nearest name when it is unknown."""
     name = text.strip().lower()
     if name not in ENCODINGS:
         near = difflib.get_close_matches(name, ENCODINGS, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(f"GGUF encoding {text!r} is unknown; {hint}known: {', '.join(ENCODINGS)}")
-    if ENCODINGS[name].needs_imatrix:
-        raise UserError(f"GGUF encoding {name} needs an importance matrix, which lrc-edge does not make yet; "
-                        "take iq4_xs, q3_k_s, q2_k or a larger type")
     return ENCODINGS[name]
 
 
-def quantize_file(source: Path, target: Path, encoding: Encoding, threads: int | None = None) -> None:
+def quantize_file(source: Path, target: Path, encoding: Encoding, threads: int | None = None,
+                  importance: Mapping[str, np.ndarray] | None = None) -> None:
     """Let llama.cpp quantize the GGUF `source` (F32, F16 or BF16) to `target`.
 
-    threads: at most the machine's processors, which is also the default. Raises UserError with llama.cpp's reason.
+    threads: at most the machine's processors, which is also the default. importance: GGUF tensor name -> weight of each
+    input channel (row length,) float32. Raises UserError with llama.cpp's reason.
     """
+    if encoding.needs_imatrix and not importance:
+        raise UserError(f"GGUF encoding {encoding.name} is garbage without an importance matrix, and there is none; "
+                        "set export.calibration_tokens above 0 or take q2_k, q3_k_s, iq4_xs or a larger type")
     processors = os.cpu_count() or 1
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = encoding.ftype
@@ -101,11 +104,28 @@ def quantize_file(source: Path, target: Path, encoding: Encoding, threads: int |
     overrides = _overrides(source, encoding)
     if overrides is not None:
         params.tt_overrides = ctypes.cast(overrides, type(params.tt_overrides))
+    matrix = _imatrix(importance) if importance else None
+    if matrix is not None:
+        params.imatrix = ctypes.cast(matrix, type(params.imatrix))
     llama_log.listen()
     status = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params))
     if status:
         raise UserError(f"{target.name}: llama.cpp could not quantize to {encoding.name}: "
                         f"{llama_log.errors() or f'status {status}'}")
+
+
+def _imatrix(importance: Mapping[str, np.ndarray]) -> ctypes.Array:
+    """The array that llama_model_quantize_params.imatrix points to; it ends with an entry without a name.
+
+    It points into `importance`, which must outlive it.
+    """
+    kind = llama_cpp.llama_cpp.llama_model_imatrix_data
+    pointer = ctypes.POINTER(ctypes.c_float)
+    for name, values in importance.items():
+        if values.dtype != np.float32 or values.ndim != 1 or not values.flags.c_contiguous:
+            raise ValueError(f"imatrix: {name} is {values.dtype} {values.shape}, need contiguous float32 (row length,)")
+    return (kind * (len(importance) + 1))(
+        *(kind(name.encode(), values.ctypes.data_as(pointer), values.size) for name, values in importance.items()))
 
 
 def _overrides(source: Path, encoding: Encoding) -> ctypes.Array | None:

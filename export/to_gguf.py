@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -58,10 +58,11 @@ _ROPE_FACTORS = TENSOR_NAMES[MODEL_TENSOR.ROPE_FREQS] + ".weight"
 
 
 def export_gguf(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[str],
-                progress: Callable[[str], None] | None = None) -> list[Artifact]:
+                progress: Callable[[str], None] | None = None, *,
+                importance: Mapping[str, np.ndarray] | None = None) -> list[Artifact]:
     """Write one GGUF file for each encoding, and an Ollama Modelfile, into `folder`.
 
-    Returns the artifacts in the order of `encodings`, their paths relative to folder's parent. A file bears its name
+    `importance`: export/imatrix.py's, by weight name. Returns the artifacts in the order of `encodings`, their paths relative to folder's parent. A file bears its name
     only when it is whole. Raises UserError before writing when an encoding, the tokenizer or the RoPE is not possible.
     """
     wanted = list(dict.fromkeys(parse_encoding(name) for name in encodings))
@@ -76,12 +77,14 @@ def export_gguf(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[s
             with _whole(file) as partial:
                 _write(checkpoint, vocabulary, encoding, partial)
     quantized = {encoding: file for encoding, file in files.items() if not encoding.direct}
+    by_tensor = {gguf_name(weight): importance[weight.name] for weight in checkpoint.weights()
+                 if importance and weight.name in importance}
     if quantized:
         with _lossless_file(checkpoint, vocabulary, files, folder) as source:
             for encoding, file in quantized.items():
                 say(f"quantizing {file.name}")
                 with _whole(file) as partial:
-                    quantize_file(source, partial, encoding)
+                    quantize_file(source, partial, encoding, importance=by_tensor)
     artifacts = [_artifact(checkpoint, encoding, file) for encoding, file in files.items()]
     if files:
         write_modelfile(checkpoint, vocabulary, {encoding.name: file for encoding, file in files.items()})

@@ -154,19 +154,19 @@ def _packed(nodes: list[Any], tensors: dict[str, dict[str, Any]]) -> tuple[dict[
             tables.update(node.input[1:])
         elif node.op_type == "GroupQueryAttention":
             tables.update(node.input[7:9])
-    for name, scales in _gathered_nibbles(nodes, tensors):
-        packed.setdefault(name, 2 * math.prod(tensors[name]["shape"]))
+    for name, scales, per_byte in _gathered_blocks(nodes, tensors):
+        packed.setdefault(name, per_byte * math.prod(tensors[name]["shape"]))
         helpers.add(scales)
     return packed, helpers - {""}, tables - {""}
 
 
-def _gathered_nibbles(nodes: list[Any], tensors: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str]]:
-    """(bytes, scales) of embeddings whose rows are gathered and split into nibbles by standard operators."""
+def _gathered_blocks(nodes: list[Any], tensors: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str, int]]:
+    """(bytes, scales, weights a byte) of embeddings whose rows are gathered and unpacked by standard operators."""
     gathers = [n for n in nodes if n.op_type == "Gather" and n.input[0] in tensors]
     shifted = {name for n in nodes if n.op_type == "BitShift" for name in n.input}
     for rows in gathers:
-        shape = tensors[rows.input[0]]["shape"]
-        if rows.output[0] in shifted:
-            for other in gathers:
-                if other.input[1] == rows.input[1] and tensors[other.input[0]]["shape"] == shape[:-1]:
-                    yield rows.input[0], other.input[0]
+        levels = tensors[rows.input[0]]
+        for other in gathers:
+            same_rows = other.input[1] == rows.input[1] and tensors[other.input[0]]["shape"] == levels["shape"][:-1]
+            if same_rows and levels["dtype"] == "UINT8":
+                yield rows.input[0], other.input[0], 2 if rows.output[0] in shifted else 1

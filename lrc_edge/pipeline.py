@@ -218,7 +218,7 @@ class Pipeline:
         for format_, encoding in preflight.wanted_formats(self.recipe, student.shape.hidden_size):
             wanted.setdefault(format_, []).append(encoding)
         student_hashes = [self.dir.hash(f) for f in sorted(student.path.iterdir()) if f.is_file()]
-        if self.recipe.export.calibration_tokens:
+        if "gguf" in wanted and self.recipe.export.calibration_tokens:
             self._importance_matrix(student, student_hashes)
         for format_, encodings in wanted.items():
             self._write(format_, encodings, student, student_hashes)
@@ -264,7 +264,7 @@ class Pipeline:
         level = self.recipe.export.onnx_accuracy_level
 
         file = self.out / "imatrix" / "importance.npz"
-        importance = file if self.recipe.export.calibration_tokens else None
+        importance = file if format_ == "gguf" and self.recipe.export.calibration_tokens else None
 
         def work(task: Task) -> tuple[Any, str]:
             import numpy as np
@@ -278,8 +278,7 @@ class Pipeline:
                 else:
                     from lrc_edge.export.to_onnx import export_onnx
 
-                    artifacts = export_onnx(student, partial, encodings, task.update, accuracy_level=level,
-                                            importance=weights)
+                    artifacts = export_onnx(student, partial, encodings, task.update, accuracy_level=level)
                 replace_tree(partial, self.out / format_)
             sizes = ", ".join(f"{a.encoding} {a.bytes / 1e6:.1f} MB" for a in artifacts)
             return [a.as_dict() for a in artifacts], sizes

@@ -28,11 +28,16 @@ def parse_format(text: str) -> tuple[str, str]:
     if f"{format_}:{encoding}" not in known:
         near = difflib.get_close_matches(text.lower(), known, n=1, cutoff=0.0)[0]
         raise UserError(f"format {text!r} is unknown; did you mean {near}? Known: {', '.join(known)}")
-    if format_ == "gguf":
-        from lrc_edge.export.quantize import parse_encoding
-
-        parse_encoding(encoding)  # refuses what needs an importance matrix
     return format_, encoding
+
+
+def _check_imatrix(recipe: Recipe, formats: list[tuple[str, str]]) -> None:
+    from lrc_edge.export.quantize import ENCODINGS
+
+    for format_, encoding in formats:
+        if format_ == "gguf" and ENCODINGS[encoding].needs_imatrix and not recipe.export.calibration_tokens:
+            raise UserError(f"gguf:{encoding} needs an importance matrix, and export.calibration_tokens is 0; "
+                            "give it tokens (16384) or take a larger type")
 
 
 def wanted_formats(recipe: Recipe, hidden_size: int) -> list[tuple[str, str]]:
@@ -65,14 +70,14 @@ def check_build(teacher: DenseCheckpoint, recipe: Recipe, out: Path, runtimes: b
     _check_sources(recipe)
     formats = wanted_formats(recipe, student_width(recipe, teacher.shape)) if runtimes else []
     _check_width(teacher, recipe, formats)
-    _check_runtimes(teacher, formats)
+    _check_runtimes(teacher, recipe, formats)
     _check_disk(out, _build_bytes(teacher.shape, recipe, formats))
 
 
 def check_export(student: DenseCheckpoint, recipe: Recipe, out: Path) -> None:
     """The same for an export. Widths of a finished model are what they are: tensors that do not fit are reported."""
     formats = wanted_formats(recipe, student.shape.hidden_size)
-    _check_runtimes(student, formats)
+    _check_runtimes(student, recipe, formats)
     _check_disk(out, _export_bytes(student.shape, formats))
 
 
@@ -107,7 +112,7 @@ def _check_sources(recipe: Recipe) -> None:
                             "a folder of them, or a hub dataset id")
 
 
-def _check_runtimes(model: DenseCheckpoint, formats: list[tuple[str, str]]) -> None:
+def _check_runtimes(model: DenseCheckpoint, recipe: Recipe, formats: list[tuple[str, str]]) -> None:
     """Whether the runtimes of the wanted formats can say what this model, or a student of it, says."""
     rows = len(model.tokenizer())
     if rows > model.shape.vocab_size:
@@ -115,6 +120,7 @@ def _check_runtimes(model: DenseCheckpoint, formats: list[tuple[str, str]]) -> N
                         "get a tokenizer and weights that belong together")
     kinds = {format_ for format_, _ in formats}
     if "gguf" in kinds:
+        _check_imatrix(recipe, formats)
         from lrc_edge.export.to_gguf import check_gguf
 
         check_gguf(model)

@@ -62,7 +62,8 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """What to write. GGUF encodings are llama.cpp's names; ONNX has fp32 and int4 (the Q4_0 grid)."""
+    """What to write. GGUF encodings are llama.cpp's names; ONNX has fp32 and int4 (the
+    Q4_0 grid; embedding and head on Q8_0's)."""
 
     # Empty: gguf:f16, gguf:q8_0 and onnx:fp32; from a width that 256 divides also gguf:q4_k_m and onnx:int4. Narrower
     # models are so small that 4 bits save little, and lose much (docs/LOG.md).

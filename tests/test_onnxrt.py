@@ -84,16 +84,17 @@ def test_logits_and_generation(threads: int, llama: DenseCheckpoint, folder: Pat
         assert runtime.generate(ids[:9].tolist(), 20, {written[5]}) == written[:first]
 
 
-def test_rows_of_a_batch_padded_on_the_right(llama: DenseCheckpoint, folder: Path) -> None:
+@pytest.mark.parametrize("file", ["onnx/model.onnx", "onnx/model_q4.onnx"])
+def test_rows_of_a_batch_padded_on_the_right(file: str, llama: DenseCheckpoint, folder: Path) -> None:
     ids = np.random.default_rng(4).integers(0, llama.shape.vocab_size, (2, 10))
     mask = np.ones_like(ids)
     mask[1, 6:] = 0
     past = {f"past_key_values.{layer}.{kind}": np.zeros((2, 2, 0, 24), np.float32)
             for layer in range(2) for kind in ("key", "value")}
-    session = onnxruntime.InferenceSession(folder / "onnx/model.onnx")
+    session = onnxruntime.InferenceSession(folder / file)
     positions = np.tile(np.arange(10), (2, 1))
     [logits] = session.run(["logits"], {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **past})
-    alone = OnnxRuntime(folder / "onnx/model.onnx")
+    alone = OnnxRuntime(folder / file)
     np.testing.assert_allclose(logits[0], alone.prefill(ids[0]), atol=1e-5)
     np.testing.assert_allclose(logits[1, :6], alone.prefill(ids[1, :6]), atol=1e-5)
 
@@ -107,11 +108,16 @@ def test_more_tokens_than_the_context_holds_fail(llama: DenseCheckpoint, folder:
             logits_of(ids)
 
 
-def test_genai_runs_the_named_model(llama: DenseCheckpoint, folder: Path) -> None:
+@pytest.mark.parametrize("level", [0, 4])
+def test_genai_runs_the_named_model(level: int, llama: DenseCheckpoint, tmp_path: Path) -> None:
+    """Also at both accuracy levels, and token by token: plain onnxruntime's are proved in test_to_onnx."""
+    folder = tmp_path / "onnx"
+    export_onnx(llama, folder, ["fp32", "int4"], accuracy_level=level)
     ids = np.random.default_rng(2).integers(0, llama.shape.vocab_size, 32)
     genai = OrtGenai(folder, "onnx/model_q4.onnx")
-    plain = OnnxRuntime(folder / "onnx/model_q4.onnx")
-    np.testing.assert_allclose(genai.prefill(ids), plain.prefill(ids), atol=1e-5)
+    expected = OnnxRuntime(folder / "onnx/model_q4.onnx").prefill(ids)
+    np.testing.assert_allclose(genai.prefill(ids), expected, atol=1e-5)
+    np.testing.assert_allclose(genai.decode(ids), expected, atol=1e-5 if level == 0 else 1e-3)
     assert compare(OrtGenai(folder).prefill(ids), genai.prefill(ids), ids).kl_mean > 1e-4
 
 

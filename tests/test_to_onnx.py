@@ -12,7 +12,7 @@ import onnx
 import pytest
 import torch
 from families import FAMILIES, LLAMA3_ROPE
-from gguf import GGMLQuantizationType, quants
+from gguf import quants
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny
@@ -21,14 +21,14 @@ from lrc_edge.artifact import sha256_of
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
 from lrc_edge.export.onnx_graph import ROPE_TABLES
-from lrc_edge.export.onnx_weights import pack_q4_0
+from lrc_edge.export.onnx_weights import GRIDS, Q4_0, Q8_0, Grid, pack
 from lrc_edge.export.to_onnx import export_onnx, onnx_bytes
 from lrc_edge.parity import compare
+from lrc_edge.roles import Weight
 from lrc_edge.targets.onnxrt import OnnxRuntime
 from lrc_edge.targets.ort_genai import OrtGenai
 from lrc_edge.targets.reference import Reference
 
-Q4_0 = GGMLQuantizationType.Q4_0
 MORE_SHAPES: dict[str, dict[str, Any]] = {
     # q_proj has as many outputs as the vocabulary: nothing but its role tells it from the head.
     "vocabulary-512-heads-8x64": dict(vocab_size=512, heads=8, kv_heads=8, head_dim=64),
@@ -63,16 +63,27 @@ def initializers(path: Path) -> dict[str, np.ndarray]:
 
 
 def unpacked(packed: np.ndarray, scales: np.ndarray, n_inputs: int) -> np.ndarray:
-    """MatMulNBits' definition: byte j of a block holds weight 2j low and 2j + 1 high; w = scale * (q - 8)."""
-    levels = np.empty((*packed.shape[:2], 32), np.float32)
-    levels[..., 0::2], levels[..., 1::2] = packed & 15, packed >> 4
-    return ((levels - 8) * scales[..., None]).reshape(len(packed), -1)[:, :n_inputs]
+    """MatMulNBits' definition: w = scale * (q - 8), byte j of a block holds weight 2j low and 2j + 1 high; or, with
+    one weight a byte, w = scale * (q - 128)."""
+    levels = packed.astype(np.float32) - 128
+    if packed.shape[2] == 16:
+        levels = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:2], 32).astype(np.float32) - 8
+    return (levels * scales[..., None]).reshape(len(packed), -1)[:, :n_inputs]
 
 
-def rounded_to_q4_0(weight: np.ndarray) -> np.ndarray:
-    """What gguf reads back from the Q4_0 blocks of each row, padded with zeros to whole blocks."""
+def rounded(weight: np.ndarray, grid: Grid) -> np.ndarray:
+    """What gguf reads back from its own blocks of each row, padded with zeros to whole blocks."""
     padded = np.pad(weight, ((0, 0), (0, -weight.shape[1] % 32)))
-    return quants.dequantize(quants.quantize(padded, Q4_0), Q4_0)[:, :weight.shape[1]]
+    return quants.dequantize(quants.quantize(padded, grid.qtype), grid.qtype)[:, :weight.shape[1]]
+
+
+def grid_of(weight: Weight) -> Grid:
+    return Q8_0 if weight.role.name in ("token_embd", "output") else Q4_0
+
+
+def initializers_of(found: dict[str, np.ndarray], weight: Weight) -> tuple[np.ndarray, np.ndarray]:
+    suffix = {Q4_0: ".q4_0", Q8_0: ".q8_0"}[grid_of(weight)]
+    return found[weight.name + suffix], found[weight.name + ".scales"]
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -89,15 +100,16 @@ def test_fp32_equals_transformers(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "llama-untied", "mistral-tied", "qwen2-untied", "qwen3-tied",
-                                  "rows-of-48"])
-def test_int4_equals_transformers_with_q4_0_weights(name: str, tmp_path: Path) -> None:
+                                  "rows-of-48", "vocabulary-512-heads-8x64", "vocabulary-512-heads-8x64-untied"])
+def test_int4_equals_transformers_with_rounded_weights(name: str, tmp_path: Path) -> None:
     checkpoint = DenseCheckpoint.open(make_tiny(tmp_path / "tiny", **SHAPES[name]))
     [artifact] = export_onnx(checkpoint, tmp_path / "onnx", ["int4"], accuracy_level=0)
     model = checkpoint.model()
     with torch.no_grad():
-        for parameter in model.parameters():
+        for weight in checkpoint.weights():
+            parameter = model.get_parameter(weight.name)
             if parameter.ndim == 2:
-                parameter.copy_(torch.from_numpy(rounded_to_q4_0(parameter.numpy())))
+                parameter.copy_(torch.from_numpy(rounded(parameter.numpy(), grid_of(weight))))
     ids = random_ids(checkpoint)
     expected = Reference(model).prefill(ids)
     runtime = OnnxRuntime(tmp_path / artifact.path)
@@ -107,29 +119,38 @@ def test_int4_equals_transformers_with_q4_0_weights(name: str, tmp_path: Path) -
         assert metrics.max_abs <= 1e-4
 
 
-def test_one_grid_with_gguf(tmp_path: Path) -> None:
-    """llama.cpp's own Q4_0 and our MatMulNBits hold the same numbers, bit for bit."""
+@pytest.mark.parametrize(("family", "tied"), [("llama", True), ("qwen2", False)])
+def test_one_grid_with_gguf(family: str, tied: bool, tmp_path: Path) -> None:
+    """llama.cpp's own Q4_0 and Q8_0 and our MatMulNBits hold the same numbers, bit for bit."""
     pytest.importorskip("llama_cpp")
     from gguf import GGUFReader
 
     from lrc_edge.export.to_gguf import export_gguf, gguf_name
 
-    checkpoint = DenseCheckpoint.open(make_tiny(tmp_path / "tiny", family="qwen2", tied=False, tokenizer="qwen2"))
-    [gguf] = export_gguf(checkpoint, tmp_path / "gguf", ["q4_0"])
+    tokenizer = {"llama": "llama3", "qwen2": "qwen2"}[family]
+    checkpoint = DenseCheckpoint.open(make_tiny(tmp_path / "tiny", family=family, tied=tied, tokenizer=tokenizer))
+    blocks = {}
+    for artifact in export_gguf(checkpoint, tmp_path / "gguf", ["q4_0", "q8_0"]):
+        for tensor in GGUFReader(tmp_path / artifact.path).tensors:
+            blocks[artifact.encoding, tensor.name] = tensor
     [artifact] = export_onnx(checkpoint, tmp_path / "onnx", ["int4"])
-    blocks = {tensor.name: tensor for tensor in GGUFReader(tmp_path / gguf.path).tensors}
     found = initializers(tmp_path / artifact.path)
-    matrices = [weight for weight in checkpoint.weights() if len(weight.shape) == 2]
-    compared = 0
-    for weight in matrices:
-        tensor = blocks[gguf_name(weight)]
-        if tensor.tensor_type == Q4_0:
-            got = unpacked(found[f"{weight.name}.q4_0"], found[f"{weight.name}.scales"], weight.shape[1])
-            # As sets of rows: some architectures want q and k in another order in GGUF.
-            rows = [sorted(array.tolist()) for array in (got, quants.dequantize(tensor.data, Q4_0))]
-            assert rows[0] == rows[1], weight.name
-            compared += 1
-    assert compared >= len(matrices) - 2  # llama.cpp may keep embedding and head in another type
+    for weight in checkpoint.weights():
+        if len(weight.shape) != 2:
+            continue
+        grid = grid_of(weight)
+        tensor = blocks[grid.qtype.name.lower(), gguf_name(weight)]
+        assert tensor.tensor_type == grid.qtype, weight.name
+        packed, scales = initializers_of(found, weight)
+        # As sets of rows: some architectures want q and k in another order in GGUF.
+        rows = [sorted(array.tolist()) for array in (unpacked(packed, scales, weight.shape[1]),
+                                                     quants.dequantize(tensor.data, grid.qtype))]
+        assert rows[0] == rows[1], weight.name
+        if grid == Q8_0:  # and as bytes: float16 scale, int8 levels
+            levels = (packed.astype(np.int16) - 128).astype(np.int8).view(np.uint8)
+            halves = scales.astype(np.float16)[..., None].view(np.uint8)
+            block_bytes = np.concatenate([halves, levels], axis=-1)
+            np.testing.assert_array_equal(block_bytes.reshape(len(packed), -1), tensor.data)
 
 
 def test_accuracy_level_4_rounds_activations(tiny_llama: Path, tmp_path: Path) -> None:
@@ -142,12 +163,13 @@ def test_accuracy_level_4_rounds_activations(tiny_llama: Path, tmp_path: Path) -
     assert 1e-7 < compare(logits[0], logits[1], ids).kl_mean < 1e-3
 
 
-def test_pack_q4_0_decodes_as_gguf_does() -> None:
+@pytest.mark.parametrize("grid", GRIDS)
+def test_pack_decodes_as_gguf_does(grid: Grid) -> None:
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((7, 96)).astype(np.float32) * rng.lognormal(0, 3, (7, 1)).astype(np.float32)
     weight[2, 32:64] = 0  # a block without a scale
-    packed, scales = pack_q4_0(weight)
-    np.testing.assert_array_equal(unpacked(packed, scales, 96), rounded_to_q4_0(weight))
+    packed, scales = pack(weight, grid)
+    np.testing.assert_array_equal(unpacked(packed, scales, 96), rounded(weight, grid))
     np.testing.assert_array_equal(scales.astype(np.float16), scales)
 
 
@@ -155,17 +177,28 @@ def test_pack_q4_0_by_hand() -> None:
     """The largest magnitude becomes level 0 (-8): d = 8 / -8 = -1, so the weight w is level 8 - w."""
     weight = np.zeros((1, 40), np.float32)
     weight[0, [0, 1, 16, 31, 33]] = 8, 3, -2, 1, -8
-    packed, scales = pack_q4_0(weight)
+    packed, scales = pack(weight, Q4_0)
     assert scales.tolist() == [[-1.0, 1.0]]  # the second block's row ends after 8 weights; -8 = 1 * (0 - 8)
     assert packed[0, 0].tolist() == [0 | 5 << 4, *[0x88] * 7, 10 | 8 << 4, *[0x88] * 6, 8 | 7 << 4]
     assert packed[0, 1].tolist() == [8 | 0 << 4, *[0x88] * 15]
 
 
-def test_pack_q4_0_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pack_q8_0_by_hand() -> None:
+    """The largest magnitude becomes level 128 +- 127: d = 127 / 127 = 1 and 254 / 127 = 2; halves round away from 0."""
+    weight = np.zeros((1, 40), np.float32)
+    weight[0, [0, 1, 2, 31, 33, 34, 35]] = 127, -127, 3, -1, -254, 5, -5
+    packed, scales = pack(weight, Q8_0)
+    assert scales.tolist() == [[1.0, 2.0]]  # the second block's row ends after 8 weights
+    assert packed[0, 0].tolist() == [255, 1, 131, *[128] * 28, 127]
+    assert packed[0, 1].tolist() == [128, 1, 131, 125, *[128] * 28]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_pack_in_chunks(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = np.random.default_rng(0).standard_normal((11, 70)).astype(np.float32)
-    whole = pack_q4_0(weight)
+    whole = pack(weight, grid)
     monkeypatch.setattr("lrc_edge.export.onnx_weights.CHUNK_WEIGHTS", 210)
-    for expected, got in zip(whole, pack_q4_0(weight), strict=True):
+    for expected, got in zip(whole, pack(weight, grid), strict=True):
         np.testing.assert_array_equal(got, expected)
 
 
@@ -185,8 +218,10 @@ def test_every_initializer_is_its_weight(name: str, tmp_path: Path) -> None:
                 is_table = weight.role.name == "token_embd"  # linears stand transposed, as MatMul takes them
                 np.testing.assert_array_equal(found.pop(weight.name), expected if is_table else expected.T)
             else:
-                packed, scales = found.pop(f"{weight.name}.q4_0"), found.pop(f"{weight.name}.scales")
-                np.testing.assert_array_equal(unpacked(packed, scales, expected.shape[1]), rounded_to_q4_0(expected))
+                packed, scales = initializers_of(found, weight)
+                np.testing.assert_array_equal(unpacked(packed, scales, expected.shape[1]),
+                                              rounded(expected, grid_of(weight)))
+                found = {key: value for key, value in found.items() if value is not packed and value is not scales}
         assert not found
         assert artifact.bits_per_weight == pytest.approx(8 * n_bytes / checkpoint.shape.n_params)
 
@@ -196,8 +231,16 @@ def test_the_head_makes_the_logits(tmp_path: Path) -> None:
     for artifact in export_onnx(checkpoint, tmp_path / "onnx", ["fp32", "int4"]):
         graph = onnx.load(tmp_path / artifact.path, load_external_data=False).graph
         [node] = [node for node in graph.node if "logits" in node.output]
-        assert node.input[1] in ("lm_head.weight", "lm_head.weight.q4_0")
+        assert node.input[1] in ("lm_head.weight", "lm_head.weight.q8_0")
         assert node.input[0] == "model.norm"
+
+
+def test_the_tied_pair_is_one_tensor(llama_onnx: Path) -> None:
+    graph = onnx.load(llama_onnx / "onnx/model_q4.onnx", load_external_data=False).graph
+    shared = ["model.embed_tokens.weight.q8_0", "model.embed_tokens.weight.scales"]
+    assert [node.op_type for node in graph.node if node.input[0] in shared] == ["Gather", "Gather"]
+    [head] = [node for node in graph.node if "logits" in node.output]
+    assert (head.op_type, head.input[1:]) == ("MatMulNBits", shared)
 
 
 def test_graph_interface(llama_onnx: Path) -> None:
@@ -236,9 +279,11 @@ def test_artifacts(tiny_llama: Path, tmp_path: Path) -> None:
     fp32, int4 = export_onnx(checkpoint, tmp_path / "onnx", ["fp32", "int4"])
     assert (fp32.path, int4.path) == ("onnx/onnx/model.onnx", "onnx/onnx/model_q4.onnx")
     assert fp32.bits_per_weight == 32
-    assert 5 < int4.bits_per_weight < 5.2
+    sizes = [(weight.numel, 32 if len(weight.shape) == 1 else 9 if grid_of(weight) == Q8_0 else 5)
+             for weight in checkpoint.weights()]  # a float32 scale in 32 weights: one more bit
+    assert int4.bits_per_weight == sum(n * bits for n, bits in sizes) / checkpoint.shape.n_params
     assert fp32.tensor_types == {"F32": 20}
-    assert int4.tensor_types == {"Q4_0": 15, "F32": 5}
+    assert int4.tensor_types == {"Q8_0": 1, "Q4_0": 14, "F32": 5}
     for artifact in (fp32, int4):
         files = [tmp_path / artifact.path, tmp_path / f"{artifact.path}_data"]
         assert artifact.bytes == sum(file.stat().st_size for file in files)

@@ -196,20 +196,24 @@ def export(args: argparse.Namespace) -> None:
 
 @torch.inference_mode()
 def sample(args: argparse.Namespace) -> None:
-    """Stories of the teacher's own, at temperature 0.9, until they make args.bytes of text."""
+    """Stories of the teacher's own, at temperature 0.8, until they make args.bytes; some as answers to a request."""
     tok = PreTrainedTokenizerFast.from_pretrained(args.teacher)
     model = LlamaForCausalLM.from_pretrained(args.teacher, dtype=torch.bfloat16).eval()
+    ends = {tok.eos_token_id, tok.convert_tokens_to_ids(EOT)}
     torch.manual_seed(0)
+    rng = random.Random(0)
     n_bytes = n_stories = 0
     with args.out.open("w") as file:
         while n_bytes < args.bytes:
-            rows = model.generate(torch.full((128, 1), tok.bos_token_id), do_sample=True, temperature=0.9, top_k=0,
-                                  max_new_tokens=SEQ_LEN - 1, pad_token_id=tok.eos_token_id)
+            rows = model.generate(torch.full((128, 1), tok.bos_token_id), do_sample=True, temperature=0.8, top_k=0,
+                                  max_new_tokens=400, pad_token_id=tok.eos_token_id)
             for row in rows.tolist():
-                if tok.eos_token_id not in row:
-                    continue  # cut off by the length: it has no end to learn
-                ids = row[1:row.index(tok.eos_token_id)]
-                line = json.dumps({"text": tok.decode(ids).strip()}) + "\n"
+                end = next((i for i, token in enumerate(row) if token in ends), None)
+                if end is None or row[1] == tok.convert_tokens_to_ids(HEADER):
+                    continue  # cut off by the length, so it has no end to learn; or it began with a request
+                story = tok.decode(row[1:end]).strip()
+                text = as_chat(story, rng) if rng.random() < CHAT_SHARE else story
+                line = json.dumps({"text": text}) + "\n"
                 file.write(line)
                 n_bytes, n_stories = n_bytes + len(line), n_stories + 1
             print(f"{n_stories} stories, {n_bytes:,} bytes", flush=True)
@@ -233,7 +237,7 @@ if __name__ == "__main__":
     s = verbs.add_parser("sample")
     s.add_argument("--teacher", type=Path, required=True)
     s.add_argument("--out", type=Path, required=True)
-    s.add_argument("--bytes", type=int, default=1_600_000)
+    s.add_argument("--bytes", type=int, default=1_500_000)
     s.set_defaults(run=sample)
     args = parser.parse_args()
     args.run(args)
