@@ -62,8 +62,9 @@ def export_gguf(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[s
                 importance: Mapping[str, np.ndarray] | None = None) -> list[Artifact]:
     """Write one GGUF file for each encoding, and an Ollama Modelfile, into `folder`.
 
-    `importance`: export/imatrix.py's, by weight name. Returns the artifacts in the order of `encodings`, their paths relative to folder's parent. A file bears its name
-    only when it is whole. Raises UserError before writing when an encoding, the tokenizer or the RoPE is not possible.
+    `importance`: export/imatrix.py's, by weight name. Returns the artifacts in the order of `encodings`, their paths
+    relative to folder's parent. A file bears its name only when it is whole. Raises UserError before writing when an
+    encoding, the tokenizer or the RoPE is not possible.
     """
     wanted = list(dict.fromkeys(parse_encoding(name) for name in encodings))
     check_gguf(checkpoint)

@@ -25,6 +25,7 @@ from lrc_edge.build import BuildDir, replace_tree
 from lrc_edge.checkpoint import TOKENIZER_PARTS, DenseCheckpoint, resolve_model
 from lrc_edge.console import Task, running, stage_line
 from lrc_edge.corpus import HeldOut, built_in_text, documents, local_files
+from lrc_edge.errors import UserError
 from lrc_edge.parity import Gate, gates_of_fold, gates_of_identity
 from lrc_edge.recipe import Recipe
 from lrc_edge.report import write_report
@@ -239,7 +240,8 @@ class Pipeline:
 
             with self.dir.partial("imatrix") as partial:
                 partial.mkdir()
-                np.savez(partial / "importance.npz", **collect(student, rows, task.update))
+                matrix: dict[str, Any] = collect(student, rows, task.update)
+                np.savez(partial / "importance.npz", **matrix)
                 replace_tree(partial, folder)
             return None, f"importance of inputs on {rows.size:,} tokens"
 
@@ -307,6 +309,10 @@ class Pipeline:
 
     def report(self, student: DenseCheckpoint) -> dict[str, Any]:
         """Write report.json and report.html from what the stages left, and return the report."""
+        if not self._stage_work and (self.out / "report.json").exists() and (self.out / "report.html").exists():
+            stage_line(self.console, "report", "unchanged, nothing to do")
+            report: dict[str, Any] = json.loads((self.out / "report.json").read_text())
+            return report
         check = self.dir.result("check")
         stages = self.dir.manifest["stages"]
         training = stages["train"]["result"] if "train" in stages else None

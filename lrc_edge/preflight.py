@@ -92,7 +92,8 @@ def _check_width(teacher: DenseCheckpoint, recipe: Recipe, formats: list[tuple[s
         if width % block:
             remain = [f"{f}:{name}" for f, table in encodings.items() for name, b in table.items() if width % b == 0]
             raise UserError(f"{where} = {width}: {format_}:{encoding} stores rows in blocks of {block}, which do not "
-                            f"divide it; take a multiple of {block}, or of the formats that remain: {', '.join(remain)}")
+                            f"divide it; take a multiple of {block}, or of the formats that remain: "
+                            f"{', '.join(remain)}")
 
 
 def _check_name(recipe: Recipe) -> None:

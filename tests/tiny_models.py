@@ -97,7 +97,8 @@ def make_tokenizer(kind: str, vocab_size: int = 512) -> PreTrainedTokenizerFast:
 
 def make_tiny(path: Path, family: str = "llama", *, tied: bool = True, hidden_size: int = 64,
               intermediate_size: int = 96, layers: int = 2, heads: int = 4, kv_heads: int = 2, head_dim: int = 24,
-              tokenizer: str = "llama3", vocab_size: int = 512, rope_scaling: dict[str, Any] | None = None, rope_theta: float = 10000.0,
+              tokenizer: str = "llama3", vocab_size: int = 512, rope_scaling: dict[str, Any] | None = None,
+              rope_theta: float = 10000.0,
               max_position_embeddings: int = 512, dtype: torch.dtype = torch.float32, seed: int = 0,
               **config_fields: Any) -> Path:
     """Write a tiny random checkpoint of `family` to `path` and return it. vocab_size is the model's, >= 300."""
