@@ -1,6 +1,6 @@
 """How a clone should start: held-out loss, and what 4 bits cost, for each initialization over the first steps.
 
-    python benchmarks/initialization.py examples/demo/teacher examples/demo/stories.jsonl --hidden-size 256
+    python benchmarks/initialization.py examples/demo/storyteller examples/demo/stories.jsonl --hidden-size 256
 
 Each initialization trains on the same rows in the same order. Columns: held-out cross entropy of the student, and the
 KL divergence (nats a token) that Q4_0 weights with a Q8_0 embedding add to it, both at the start and after each third.

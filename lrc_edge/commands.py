@@ -107,10 +107,13 @@ def check(out: Path, console: Console) -> bool:
 
 
 def show_verdict(report: dict[str, Any], out: Path, console: Console) -> None:
+    runtimes = {a["path"]: f"{a['format']}:{a['encoding']} in {a['runtime']}" for a in report["artifacts"]}
     for sample in report["samples"][:1]:
-        console.print(f"\nPrompt: {sample['prompt']}", highlight=False, markup=False)
+        console.print(f"\n{sample['prompt']} ...", style="bold", highlight=False, markup=False)
         for output in sample["outputs"]:
-            console.print(f"  {output['who']}: {' '.join(output['text'].split())}", highlight=False, markup=False)
+            text = " ".join(output["text"].split())
+            console.print(f"  {runtimes.get(output['who'], output['who'])}: {text}", highlight=False, markup=False,
+                          soft_wrap=True)
     console.print()
     console.print(gate_table(report))
     passed = all(gate["passed"] for gate in report["gates"])

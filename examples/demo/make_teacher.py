@@ -1,8 +1,8 @@
 """Train the demo's teacher: tokenizer, model, chat template, and the stories that the student distils on.
 
     python make_teacher.py train  --stories train.jsonl --valid valid.jsonl --books books.txt.gz --work WORK
-    python make_teacher.py export --valid valid.jsonl --work WORK --out teacher
-    python make_teacher.py sample --teacher teacher --out stories.jsonl
+    python make_teacher.py export --valid valid.jsonl --work WORK --out storyteller
+    python make_teacher.py sample --teacher storyteller --out stories.jsonl
 
 `train` takes 90 minutes on one CPU core with bf16 instructions (8.9M parameters, 16M tokens) and continues from
 WORK/state.pt after a kill. `sample` writes the student's corpus: what the teacher itself tells.
@@ -165,9 +165,9 @@ CARD = """---
 license: apache-2.0
 language: [en]
 ---
-# lrc-edge demo teacher
+# Storyteller
 
-A llama of {n_params:,} parameters that tells short English stories, trained for lrc-edge's demo by `make_teacher.py`
+A llama of {n_params:,} parameters that tells short English stories: the teacher of lrc-edge's demo, trained by `make_teacher.py`
 on TinyStories (CDLA-Sharing-1.0) and public-domain books: {tokens:,} tokens. Held-out TinyStories:
 **{bpb:.3f} bits a byte** ({n_texts} stories, the first {seq_len} tokens of each).
 """
