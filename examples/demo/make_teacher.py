@@ -167,8 +167,8 @@ language: [en]
 ---
 # Storyteller
 
-A llama of {n_params:,} parameters that tells short English stories: the teacher of lrc-edge's demo, trained by `make_teacher.py`
-on TinyStories (CDLA-Sharing-1.0) and public-domain books: {tokens:,} tokens. Held-out TinyStories:
+A llama of {n_params:,} parameters that tells short English stories: the teacher of lrc-edge's demo, trained by
+`make_teacher.py` on TinyStories (CDLA-Sharing-1.0) and public-domain books: {tokens:,} tokens. Held-out TinyStories:
 **{bpb:.3f} bits a byte** ({n_texts} stories, the first {seq_len} tokens of each).
 """
 
