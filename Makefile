@@ -1,5 +1,6 @@
 # make demo   build a student of the embedded teacher, end to end        make check   ruff and mypy
 # make test   the tests                                                  make clean   remove what these made
+# Two test workers with one computing thread each: threads that wait for each other's core are ten times slower.
 # Everything is installed into .venv first; PYTHON=python3.12 chooses another interpreter.
 
 PYTHON ?= python3
@@ -17,11 +18,11 @@ demo: $(VENV)/installed
 	$(BIN)/lrc-edge build examples/demo/storyteller --data examples/demo/stories.jsonl --recipe examples/demo/recipe.toml --out $(DEMO_OUT)
 
 test: $(VENV)/installed
-	$(BIN)/pytest -m "not slow" -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2
 
 # transformers 4.57 and optimum's ONNX classes, which do not run on transformers 5.
 test-optimum: $(OPTIMUM)/installed
-	$(OPTIMUM)/bin/pytest -m "not slow" -n 2 $(FAMILY_TESTS)
+	OMP_NUM_THREADS=1 $(OPTIMUM)/bin/pytest -m "not slow" -n 2 $(FAMILY_TESTS)
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

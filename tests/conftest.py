@@ -1,15 +1,11 @@
 """Shared fixtures: a few tiny checkpoints, made once a session; a pristine copy for tests that break them."""
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
 import pytest
 from tiny_models import make_tiny
-
-# xdist runs several workers: one computing thread each keeps them out of each other's way.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
