@@ -297,8 +297,7 @@ class Pipeline:
         def work(task: Task) -> tuple[Any, str]:
             from lrc_edge.targets.prove import prove
 
-            prompts = list(self.recipe.parity.prompts or self._held_out(student).openings[:2] or ["The"])
-            proof = prove(artifacts, self.out, student, self.held_out_rows(student), prompts, self.recipe,
+            proof = prove(artifacts, self.out, student, self.held_out_rows(student), self._prompts(student), self.recipe,
                           _threads(student), self.teacher.checkpoint if self.teacher else None, task.update)
             gates = self._gates(proof.gates)
             table = {key: value for key, value in vars(proof).items() if key != "gates"}
@@ -355,6 +354,12 @@ class Pipeline:
         adds_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
         return self._held_out(model).rows(self._row_len(model), self.recipe.parity.positions,
                                           tokenizer.bos_token_id if adds_bos else None)
+
+    def _prompts(self, model: DenseCheckpoint) -> list[str]:
+        """The recipe's, or the beginnings of held-out documents; Python's documentation begins nothing worth reading."""
+        if self.recipe.parity.prompts:
+            return list(self.recipe.parity.prompts)
+        return list(self._held_out(model).openings[:2] if self.recipe.data.sources else ()) or ["Once upon a time"]
 
     def _row_len(self, model: DenseCheckpoint) -> int:
         return min(self.recipe.parity.row_len, model.shape.max_position_embeddings)
