@@ -297,8 +297,8 @@ class Pipeline:
         def work(task: Task) -> tuple[Any, str]:
             from lrc_edge.targets.prove import prove
 
-            proof = prove(artifacts, self.out, student, self.held_out_rows(student), self._prompts(student), self.recipe,
-                          _threads(student), self.teacher.checkpoint if self.teacher else None, task.update)
+            proof = prove(artifacts, self.out, student, self.held_out_rows(student), self._prompts(student),
+                          self.recipe, _threads(student), self.teacher.checkpoint if self.teacher else None, task.update)
             gates = self._gates(proof.gates)
             table = {key: value for key, value in vars(proof).items() if key != "gates"}
             return {**table, "gates": gates}, f"{sum(g['passed'] for g in gates)} of {len(gates)} gates passed"
@@ -356,7 +356,7 @@ class Pipeline:
                                           tokenizer.bos_token_id if adds_bos else None)
 
     def _prompts(self, model: DenseCheckpoint) -> list[str]:
-        """The recipe's, or the beginnings of held-out documents; Python's documentation begins nothing worth reading."""
+        """The recipe's, or the beginnings of held-out documents; Python's documentation would begin no sentence."""
         if self.recipe.parity.prompts:
             return list(self.recipe.parity.prompts)
         return list(self._held_out(model).openings[:2] if self.recipe.data.sources else ()) or ["Once upon a time"]
