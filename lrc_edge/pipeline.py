@@ -297,8 +297,9 @@ class Pipeline:
         def work(task: Task) -> tuple[Any, str]:
             from lrc_edge.targets.prove import prove
 
+            teacher = self.teacher.checkpoint if self.teacher else None
             proof = prove(artifacts, self.out, student, self.held_out_rows(student), self._prompts(student),
-                          self.recipe, _threads(student), self.teacher.checkpoint if self.teacher else None, task.update)
+                          self.recipe, _threads(student), teacher, task.update)
             gates = self._gates(proof.gates)
             table = {key: value for key, value in vars(proof).items() if key != "gates"}
             return {**table, "gates": gates}, f"{sum(g['passed'] for g in gates)} of {len(gates)} gates passed"
