@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import llama_cpp
@@ -87,16 +88,22 @@ def parse_encoding(text: str) -> Encoding:
     return ENCODINGS[name]
 
 
+def check_imatrix(encoding: Encoding, given: bool) -> None:
+    """Raise UserError when the encoding needs an importance matrix and none is given."""
+    if encoding.needs_imatrix and not given:
+        raise UserError(f"GGUF encoding {encoding.name} is garbage without an importance matrix, and there is none; "
+                        "set export.calibration_tokens above 0 or take q2_k, q3_k_s, iq4_xs or a larger type")
+
+
 def quantize_file(source: Path, target: Path, encoding: Encoding, threads: int | None = None,
-                  importance: Mapping[str, np.ndarray] | None = None) -> None:
+                  importance: Mapping[str, np.ndarray] | None = None, n_chunks: int | None = None) -> None:
     """Let llama.cpp quantize the GGUF `source` (F32, F16 or BF16) to `target`.
 
     threads: at most the machine's processors, which is also the default. importance: GGUF tensor name -> weight of each
-    input channel (row length,) float32. Raises UserError with llama.cpp's reason.
+    input channel (row length,) float32, above 0; n_chunks, the rows of text behind it, is only noted in the file.
+    Raises UserError with llama.cpp's reason.
     """
-    if encoding.needs_imatrix and not importance:
-        raise UserError(f"GGUF encoding {encoding.name} is garbage without an importance matrix, and there is none; "
-                        "set export.calibration_tokens above 0 or take q2_k, q3_k_s, iq4_xs or a larger type")
+    check_imatrix(encoding, bool(importance))
     processors = os.cpu_count() or 1
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = encoding.ftype
@@ -104,14 +111,57 @@ def quantize_file(source: Path, target: Path, encoding: Encoding, threads: int |
     overrides = _overrides(source, encoding)
     if overrides is not None:
         params.tt_overrides = ctypes.cast(overrides, type(params.tt_overrides))
-    matrix = _imatrix(importance) if importance else None
-    if matrix is not None:
+    if importance:
+        matrix, notes = _imatrix(importance), _imatrix_metadata(len(importance), n_chunks)
         params.imatrix = ctypes.cast(matrix, type(params.imatrix))
+        params.kv_overrides = ctypes.cast(notes, type(params.kv_overrides))
     llama_log.listen()
     status = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params))
     if status:
         raise UserError(f"{target.name}: llama.cpp could not quantize to {encoding.name}: "
                         f"{llama_log.errors() or f'status {status}'}")
+
+
+def quantize_matrix(weight_OI: np.ndarray, type: GGMLQuantizationType, importance_I: np.ndarray | None = None
+                    ) -> np.ndarray:
+    """The blocks that llama.cpp's quantizer makes of one matrix: (O, bytes of a row) uint8, each row by itself.
+
+    importance_I: as in quantize_file, (I,) float32. Raises ValueError for what ggml would end the process on, and
+    UserError when the blocks are not finite.
+    """
+    weight_OI = np.ascontiguousarray(weight_OI, dtype=np.float32)
+    n_rows, row = weight_OI.shape
+    block, block_bytes = GGML_QUANT_SIZES[type]
+    ggml = _ggml()
+    if type not in {encoding.type for encoding in ENCODINGS.values() if not encoding.direct}:
+        raise ValueError(f"quantize: llama.cpp has no quantizer for {type.name}")
+    if row % block:
+        raise ValueError(f"quantize: row of {row} is not a multiple of {block} ({type.name} block)")
+    if importance_I is not None:
+        _check_importance("importance", importance_I, row)
+    elif ggml.ggml_quantize_requires_imatrix(type):
+        raise ValueError(f"quantize: {type.name} needs an importance")
+    blocks = np.empty((n_rows, row // block * block_bytes), np.uint8)
+    ggml.ggml_quantize_chunk(type, weight_OI.ctypes.data, blocks.ctypes.data, 0, n_rows, row,
+                             None if importance_I is None else importance_I.ctypes.data)
+    if not ggml.ggml_validate_row_data(type, blocks.ctypes.data, blocks.nbytes):
+        raise UserError(f"a matrix ({n_rows}, {row}) has weights that {type.name} cannot hold: NaN, infinite or too "
+                        "large; check the checkpoint")
+    return blocks
+
+
+@cache
+def _ggml() -> ctypes.CDLL:
+    """ggml's quantizer, found through the libllama that is loaded: a second copy of the library could differ."""
+    library = llama_cpp.llama_cpp._lib
+    pointer, count = ctypes.c_void_p, ctypes.c_int64
+    for name, result, arguments in (
+            ("ggml_quantize_chunk", ctypes.c_size_t, [ctypes.c_int, pointer, pointer, count, count, count, pointer]),
+            ("ggml_quantize_requires_imatrix", ctypes.c_bool, [ctypes.c_int]),
+            ("ggml_validate_row_data", ctypes.c_bool, [ctypes.c_int, pointer, ctypes.c_size_t])):
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
 
 
 def _imatrix(importance: Mapping[str, np.ndarray]) -> ctypes.Array:
@@ -122,10 +172,31 @@ def _imatrix(importance: Mapping[str, np.ndarray]) -> ctypes.Array:
     kind = llama_cpp.llama_cpp.llama_model_imatrix_data
     pointer = ctypes.POINTER(ctypes.c_float)
     for name, values in importance.items():
-        if values.dtype != np.float32 or values.ndim != 1 or not values.flags.c_contiguous:
-            raise ValueError(f"imatrix: {name} is {values.dtype} {values.shape}, need contiguous float32 (row length,)")
+        _check_importance(name, values, values.size)
     return (kind * (len(importance) + 1))(
         *(kind(name.encode(), values.ctypes.data_as(pointer), values.size) for name, values in importance.items()))
+
+
+def _check_importance(name: str, values: np.ndarray, row: int) -> None:
+    """Raise ValueError for what the quantizer misreads, or silently makes garbage of: it zeroes a block of zeros."""
+    if values.dtype != np.float32 or values.shape != (row,) or not values.flags.c_contiguous:
+        raise ValueError(f"imatrix: {name} is {values.dtype} {values.shape}, need contiguous float32 ({row},)")
+    if not (np.isfinite(values) & (values > 0)).all():
+        raise ValueError(f"imatrix: {name} has {values.min()} to {values.max()}, need finite values above 0")
+
+
+def _imatrix_metadata(n_entries: int, n_chunks: int | None) -> ctypes.Array:
+    """What llama-quantize notes in the file, but for the names of matrix and text, which are local paths.
+
+    The list ends with an entry without a key. Source: tools/quantize/quantize.cpp in llama.cpp.
+    """
+    counts = {"entries_count": n_entries} | ({"chunks_count": n_chunks} if n_chunks else {})
+    notes = (llama_cpp.llama_cpp.llama_model_kv_override * (len(counts) + 1))()
+    for i, (name, n) in enumerate(counts.items()):
+        notes[i].tag = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT
+        notes[i].key = f"quantize.imatrix.{name}".encode()
+        notes[i].value.val_i64 = n
+    return notes
 
 
 def _overrides(source: Path, encoding: Encoding) -> ctypes.Array | None:

@@ -27,8 +27,16 @@ from lrc_edge.export.gguf_metadata import (
     model_size,
     write_metadata,
 )
+from lrc_edge.export.imatrix import measured_weights
 from lrc_edge.export.modelfile import write_modelfile
-from lrc_edge.export.quantize import ENCODINGS, Encoding, parse_encoding, quantize_file, read_contents
+from lrc_edge.export.quantize import (
+    ENCODINGS,
+    Encoding,
+    check_imatrix,
+    parse_encoding,
+    quantize_file,
+    read_contents,
+)
 from lrc_edge.export.tokenizer import Vocabulary, check_tokenizer, read_vocabulary
 from lrc_edge.roles import Weight
 
@@ -58,15 +66,18 @@ _ROPE_FACTORS = TENSOR_NAMES[MODEL_TENSOR.ROPE_FREQS] + ".weight"
 
 
 def export_gguf(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[str],
-                progress: Callable[[str], None] | None = None, *,
-                importance: Mapping[str, np.ndarray] | None = None) -> list[Artifact]:
+                progress: Callable[[str], None] | None = None,
+                importance: Mapping[str, np.ndarray] | None = None, *, n_chunks: int | None = None) -> list[Artifact]:
     """Write one GGUF file for each encoding, and an Ollama Modelfile, into `folder`.
 
-    `importance`: export/imatrix.py's, by weight name. Returns the artifacts in the order of `encodings`, their paths
-    relative to folder's parent. A file bears its name only when it is whole. Raises UserError before writing when an
-    encoding, the tokenizer or the RoPE is not possible.
+    `importance`: imatrix.collect's, by weight name, and `n_chunks` how many rows it saw. Returns the artifacts in the
+    order of `encodings`, their paths relative to folder's parent. A file bears its name only when it is whole. Raises
+    UserError before writing when an encoding, the tokenizer or the RoPE is not possible.
     """
     wanted = list(dict.fromkeys(parse_encoding(name) for name in encodings))
+    for encoding in wanted:
+        check_imatrix(encoding, importance is not None)
+    by_tensor = None if importance is None else _by_tensor(checkpoint, importance)
     check_gguf(checkpoint)
     vocabulary = read_vocabulary(checkpoint)
     say = progress or (lambda _: None)
@@ -78,18 +89,26 @@ def export_gguf(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[s
             with _whole(file) as partial:
                 _write(checkpoint, vocabulary, encoding, partial)
     quantized = {encoding: file for encoding, file in files.items() if not encoding.direct}
-    by_tensor = {gguf_name(weight): importance[weight.name] for weight in checkpoint.weights()
-                 if importance and weight.name in importance}
     if quantized:
         with _lossless_file(checkpoint, vocabulary, files, folder) as source:
             for encoding, file in quantized.items():
                 say(f"quantizing {file.name}")
                 with _whole(file) as partial:
-                    quantize_file(source, partial, encoding, importance=by_tensor)
+                    quantize_file(source, partial, encoding, importance=by_tensor, n_chunks=n_chunks)
     artifacts = [_artifact(checkpoint, encoding, file) for encoding, file in files.items()]
     if files:
         write_modelfile(checkpoint, vocabulary, {encoding.name: file for encoding, file in files.items()})
     return artifacts
+
+
+def _by_tensor(checkpoint: DenseCheckpoint, importance: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The importance by GGUF tensor name. Raises ValueError when it is not the one of this checkpoint's matrices."""
+    shapes = {weight.name: weight.shape[1:] for weight in measured_weights(checkpoint)}
+    found = {name: values.shape for name, values in importance.items()}
+    if wrong := sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name)):
+        raise ValueError(f"imatrix: {wrong[0]} is {found.get(wrong[0])}, the checkpoint has {shapes.get(wrong[0])} "
+                         f"({len(wrong)} such entries)")
+    return {gguf_name(weight): importance[weight.name] for weight in measured_weights(checkpoint)}
 
 
 def check_gguf(checkpoint: DenseCheckpoint) -> None:

@@ -5,15 +5,23 @@ import re
 from pathlib import Path
 
 import llama_cpp
+import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as QType
-from gguf import GGUFReader
+from gguf import GGUFReader, quants
 from tiny_models import make_tiny
 
 from lrc_edge import llama_log
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
-from lrc_edge.export.quantize import ENCODINGS, judge_type, parse_encoding, quantize_file, read_contents
+from lrc_edge.export.quantize import (
+    ENCODINGS,
+    judge_type,
+    parse_encoding,
+    quantize_file,
+    quantize_matrix,
+    read_contents,
+)
 from lrc_edge.export.to_gguf import export_gguf
 from lrc_edge.targets.llamacpp import LlamaCpp
 
@@ -33,6 +41,17 @@ def f32_files(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int],
     return files
 
 
+def matrices(file: Path) -> dict[str, np.ndarray]:
+    return {t.name: np.array(t.data) for t in GGUFReader(file).tensors if len(t.shape) > 1}
+
+
+def importance_for(file: Path) -> dict[str, np.ndarray]:
+    """Any importance; as with a real one, an embedding beside an output has none."""
+    rng, names = np.random.default_rng(0), matrices(file)
+    return {name: rng.lognormal(0, 2, weight.shape[1]).astype(np.float32) for name, weight in names.items()
+            if name != "token_embd.weight" or "output.weight" not in names}
+
+
 def test_known_encodings() -> None:
     expected = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q4_0": 2, "q4_1": 3, "q5_0": 8, "q5_1": 9, "q2_k": 10,
                 "q3_k_s": 11, "q3_k_m": 12, "q3_k_l": 13, "q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16, "q5_k_m": 17,
@@ -48,20 +67,22 @@ def test_encodings_that_are_refused(text: str, message: str) -> None:
         parse_encoding(text)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("widths", WIDTHS)
 @pytest.mark.parametrize("name", QUANTIZED)
-def test_every_encoding(name: str, widths: tuple[int, int], f32_files: dict[tuple[int, int], Path], tmp_path: Path,
-                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_encoding(name: str, widths: tuple[int, int], weighted: bool, f32_files: dict[tuple[int, int], Path],
+                        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is made, or refused for want of an importance matrix; the fallbacks are those of llama.cpp's warnings."""
     encoding, target = ENCODINGS[name], tmp_path / "x.gguf"
-    if encoding.needs_imatrix:
+    if encoding.needs_imatrix and not weighted:
         with pytest.raises(UserError, match="importance matrix"):
             quantize_file(f32_files[widths], target, encoding, threads=1)
         return
+    importance = importance_for(f32_files[widths]) if weighted else None
     lines: list[str] = []
     callback = llama_cpp.llama_log_callback(lambda level, text, _: lines.append(text.decode()))
     monkeypatch.setattr(llama_log, "listen", lambda: llama_cpp.llama_log_set(callback, None))
-    quantize_file(f32_files[widths], target, encoding, threads=1)
+    quantize_file(f32_files[widths], target, encoding, threads=1, importance=importance)
     monkeypatch.undo()
     llama_log.listen()
     warned = {m[1]: m[2].upper() for m in re.finditer(r"warning: (\S+) .*?falling back to\s+(\S+)", "".join(lines))}
@@ -105,3 +126,71 @@ def test_a_failing_quantizer_says_why(tmp_path: Path) -> None:
     (tmp_path / "bad.gguf").write_bytes(b"not a GGUF file at all")
     with pytest.raises(UserError, match=r"x.gguf: llama.cpp could not quantize to q8_0: .*failed to"):
         quantize_file(tmp_path / "bad.gguf", tmp_path / "x.gguf", ENCODINGS["q8_0"])
+
+
+@pytest.mark.parametrize("widths", [(256, 512), (64, 172)])
+@pytest.mark.parametrize("name, weighted", [
+    ("q4_0", True), ("q4_0", False), ("q8_0", True), ("q4_k_m", True), ("q4_k_m", False), ("iq2_xs", True)])
+def test_a_matrix_becomes_what_the_file_holds(name: str, weighted: bool, widths: tuple[int, int],
+                                              f32_files: dict[tuple[int, int], Path], tmp_path: Path) -> None:
+    """Every tensor, in the type that the mixture gave it, whether one thread made it or two did in chunks of rows."""
+    source = f32_files[widths]
+    importance = importance_for(source) if weighted else {}
+    for threads in (1, 2):
+        quantize_file(source, tmp_path / "x.gguf", ENCODINGS[name], threads, importance)
+        quantized = [tensor for tensor in GGUFReader(tmp_path / "x.gguf").tensors if tensor.data.dtype == np.uint8]
+        assert len(quantized) > 10
+        for tensor in quantized:
+            blocks = quantize_matrix(matrices(source)[tensor.name], tensor.tensor_type, importance.get(tensor.name))
+            np.testing.assert_array_equal(tensor.data, blocks, err_msg=f"{tensor.name} {tensor.tensor_type.name}")
+
+
+@pytest.mark.parametrize("kind", [QType.Q4_0, QType.Q8_0])
+def test_a_matrix_without_importance_is_the_gguf_packages(kind: QType) -> None:
+    weight = np.random.default_rng(0).standard_normal((48, 96)).astype(np.float32)
+    weight[3, 32:64] = 0
+    np.testing.assert_array_equal(quantize_matrix(weight, kind), quants.quantize(weight, kind))
+
+
+def test_rows_do_not_influence_each_other() -> None:
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((8, 256)).astype(np.float32) * rng.lognormal(0, 2, (8, 1)).astype(np.float32)
+    importance = rng.lognormal(0, 2, 256).astype(np.float32)
+    for kind in (QType.Q4_0, QType.Q8_0, QType.Q4_K, QType.IQ2_XS):
+        whole = quantize_matrix(weight, kind, importance)
+        for row in range(8):
+            np.testing.assert_array_equal(whole[row], quantize_matrix(weight[row:row + 1], kind, importance)[0])
+
+
+ONES = np.ones(64, np.float32)
+
+
+@pytest.mark.parametrize("row, kind, importance, message", [
+    (48, QType.Q4_0, None, "row of 48 is not a multiple of 32"),
+    (64, QType.Q4_0, np.ones(32, np.float32), r"need contiguous float32 \(64,\)"),
+    (64, QType.Q4_0, np.ones(64), "is float64"),
+    (64, QType.Q4_0, np.zeros(64, np.float32), "0.0 to 0.0, need finite values above 0"),
+    (64, QType.Q4_0, ONES * np.nan, "need finite values above 0"),
+    (256, QType.IQ2_XS, None, "IQ2_XS needs an importance"),
+    (64, QType.Q8_1, None, "no quantizer for Q8_1"), (64, QType.F16, None, "no quantizer for F16")])
+def test_what_would_end_the_process_is_an_exception(row: int, kind: QType, importance: np.ndarray | None,
+                                                    message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        quantize_matrix(np.ones((2, row), np.float32), kind, importance)
+
+
+def test_a_matrix_with_nan_is_refused() -> None:
+    with pytest.raises(UserError, match="NaN"):
+        quantize_matrix(np.full((2, 64), np.nan), QType.Q8_0)
+
+
+def test_the_file_notes_its_importance_matrix(f32_files: dict[tuple[int, int], Path], tmp_path: Path) -> None:
+    source = f32_files[256, 512]
+    importance = importance_for(source)
+    noted = []
+    for given, n_chunks in ((None, None), (importance, None), (importance, 40)):
+        quantize_file(source, tmp_path / "x.gguf", ENCODINGS["q4_0"], 1, given, n_chunks)
+        noted.append({name: field.contents() for name, field in GGUFReader(tmp_path / "x.gguf").fields.items()
+                      if name.startswith("quantize.")})
+    entries = {"quantize.imatrix.entries_count": len(importance)}
+    assert noted == [{}, entries, entries | {"quantize.imatrix.chunks_count": 40}]

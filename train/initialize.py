@@ -53,8 +53,8 @@ def pca_values(clone: Clone, rows: torch.Tensor, turned: bool = True) -> dict[st
     """P spans the S principal components of the residual stream on `rows` (B, L): what the student loses is least.
 
     U (D x S) is a random basis of that span, not the components themselves: those differ in size by orders, so that a
-    quantization block holds channels of unlike weight. Turned, 4 bits cost a third of the KL (docs/LOG.md); `turned` is
-    off only to measure that. Whatever writes into the stream or reads it raw takes P = U. Whatever reads it through a
+    quantization block holds channels of unlike weight. Turned, 4 bits cost half the KL (docs/LOG.md); `turned` is off
+    only to measure that. Whatever writes into the stream or reads it raw takes P = U. Whatever reads it through a
     norm takes P = diag(gain) U, and the student's own gain starts at 1. A tied head shares the embedding's U, so there
     the gain stays in the norm, as near to U^T diag(gain) U as a diagonal can be.
     """
