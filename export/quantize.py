@@ -191,12 +191,10 @@ def _imatrix_metadata(n_entries: int, n_chunks: int | None) -> ctypes.Array:
     The list ends with an entry without a key. Source: tools/quantize/quantize.cpp in llama.cpp.
     """
     counts = {"entries_count": n_entries} | ({"chunks_count": n_chunks} if n_chunks else {})
-    notes = (llama_cpp.llama_cpp.llama_model_kv_override * (len(counts) + 1))()
-    for i, (name, n) in enumerate(counts.items()):
-        notes[i].tag = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT
-        notes[i].key = f"quantize.imatrix.{name}".encode()
-        notes[i].value.val_i64 = n
-    return notes
+    kind, value = llama_cpp.llama_cpp.llama_model_kv_override, llama_cpp.llama_cpp.llama_model_kv_override_value
+    return (kind * (len(counts) + 1))(
+        *(kind(llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT, f"quantize.imatrix.{name}".encode(), value(val_i64=n))
+          for name, n in counts.items()))
 
 
 def _overrides(source: Path, encoding: Encoding) -> ctypes.Array | None:

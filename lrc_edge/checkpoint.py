@@ -62,7 +62,7 @@ class DenseCheckpoint:
         if not any((path / file).exists() for file in TOKENIZER_FILES):
             raise UserError(f"{path}: no tokenizer (looked for {' and '.join(TOKENIZER_FILES)}); "
                             "copy the model's tokenizer files there")
-        return cls(path, config, shape, files, name or _recorded_name(path) or path.resolve().name)
+        return cls(path, config, shape, files, _recorded_name(path) or name or path.resolve().name)
 
     @property
     def rope(self) -> Rope:

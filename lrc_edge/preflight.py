@@ -8,6 +8,7 @@ from lrc_edge.build import free_bytes
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.corpus import SUFFIXES
 from lrc_edge.errors import UserError
+from lrc_edge.figures import human_bytes
 from lrc_edge.recipe import Recipe
 from lrc_edge.shape import ModelShape
 
@@ -155,5 +156,5 @@ def _build_bytes(teacher: ModelShape, recipe: Recipe, formats: list[tuple[str, s
 def _check_disk(out: Path, needed: float) -> None:
     free = free_bytes(out.resolve())
     if free < needed:
-        raise UserError(f"{out}: needs about {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free; "
+        raise UserError(f"{out}: needs about {human_bytes(needed)}, {human_bytes(free)} are free; "
                         "free some space or give an --out on another disk")

@@ -159,6 +159,8 @@ def test_stages_alone_make_the_same_student(built: Path, inputs: tuple[Path, Pat
                    "--set", "parity.positions=128", "--set", "parity.row_len=64")
     assert exported.returncode == 0, exported.stdout + exported.stderr
     assert report_of(tmp_path / "exported")["teacher"] is None
+    files = [f.name for f in (tmp_path / "exported" / "gguf").glob("*.gguf")]
+    assert len(files) == 1 and files[0].startswith("teacher-LRC-32-"), "the name that the fold gave it"
 
 
 def test_a_killed_training_continues(inputs: tuple[Path, Path], tmp_path: Path) -> None:
