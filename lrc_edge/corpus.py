@@ -6,6 +6,7 @@ import json
 import pydoc_data.topics
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,7 +155,9 @@ class HeldOut:
             n_bytes += len(text.encode(errors="replace"))
             if len(ids) >= limit:
                 break
-        openings = tuple(" ".join(text.split()[:6]) for text in texts[:8] if len(text.split()) > 12)
+        # A chat begins with special tokens: no prompt that shows what the model writes.
+        plain = (text for text in texts if not any(token in text for token in tokenizer.get_added_vocab()))
+        openings = tuple(" ".join(text.split()[:6]) for text in islice(plain, 8) if len(text.split()) > 12)
         return cls(np.asarray(ids, dtype=np.int64), n_bytes, openings)
 
     def save(self, path: Path) -> None:

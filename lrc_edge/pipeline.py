@@ -325,6 +325,8 @@ class Pipeline:
             "teacher": _describe(self.teacher.checkpoint) if self.teacher else None,
             "student": _describe(student), "artifacts": check["artifacts"], "gates": gates + check["gates"],
             "tokenizer": check["tokenizer"], "chat_template": check["chat_template"], "samples": check["samples"]}
+        if table["teacher"]:
+            table["teacher"]["proof_perplexity"] = check["teacher_perplexity"]
         if training is not None:
             from lrc_edge.train.stage import METRICS_FILE, read_metrics
 

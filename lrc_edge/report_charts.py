@@ -94,8 +94,8 @@ def _perplexity_points(report: Report, names: Names) -> Iterable[Point]:
             yield _point(a, names, m["ppl"], f"perplexity {figure(m['ppl'], 4)} ± {figure(error, 2)}", error)
     teacher = report.get("teacher") or {}
     models = [("student", "c4", report["student"], perplexity)]
-    if teacher.get("held_out"):
-        models.append(("teacher", "c3", teacher, teacher["held_out"]["perplexity"]))
+    if is_number(teacher.get("proof_perplexity")):
+        models.append(("teacher", "c3", teacher, teacher["proof_perplexity"]))
     for name, css, model, value in models:
         size = 2 * model["n_params"]
         yield Point(name, name, size, value, css, f"{human_bytes(size)} at 16 bits, perplexity {figure(value, 4)}")

@@ -38,6 +38,7 @@ class Proof:
     tokenizer: list[dict[str, Any]] = field(default_factory=list)
     chat_template: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
+    teacher_perplexity: float | None = None  # on the proof's rows
 
 
 def prove(artifacts: list[Artifact], folder: Path, student: DenseCheckpoint, ids: np.ndarray, prompts: list[str],
@@ -55,14 +56,18 @@ def prove(artifacts: list[Artifact], folder: Path, student: DenseCheckpoint, ids
             text = tokenizer.decode(runtime.generate(prompt, n_tokens, stop), skip_special_tokens=True)
             row["outputs"].append({"who": who, "text": text})
 
-    if teacher is not None:
-        progress("teacher: sample texts")
-        sample("teacher", Reference(teacher.model()))
     progress("student: reference logits in PyTorch")
     reference = Reference(student.model())
     held_out = HeldOutRows.of(reference, ids)
     sample("student", reference)
     reference.close()
+    if teacher is not None:
+        progress("teacher: perplexity and sample texts")
+        original = Reference(teacher.model())
+        proof.teacher_perplexity = held_out.compare(original.prefill, recipe.parity.near_tie).as_dict()["ppl"]
+        sample("teacher", original)
+        for row in proof.samples:
+            row["outputs"].reverse()  # the teacher first
     for artifact in artifacts:
         runtime = open_runtime(artifact, folder, ids.shape[1] + n_tokens, threads)
         try:

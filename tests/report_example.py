@@ -61,6 +61,7 @@ def example_report() -> dict[str, Any]:
         "versions": {"torch": "2.13.0", "transformers": "5.23.0", "gguf": "0.19.0", "onnxruntime": "1.31.1"},
         "teacher": {"name": "Fable-10M", "path": "teacher", "family": "llama", "shape": TEACHER_SHAPE,
                     "n_params": 27_300_000, "license": "apache-2.0",
+                    "proof_perplexity": 6.6,
                     "held_out": {"loss": 1.902, "perplexity": math.exp(1.902), "bits_per_byte": 0.731}},
         "student": {"name": NAME, "path": "student", "family": "llama", "shape": {**TEACHER_SHAPE, "hidden_size": 256},
                     "n_params": 13_900_000, "license": "apache-2.0",

@@ -179,3 +179,11 @@ def test_a_killed_training_continues(inputs: tuple[Path, Path], tmp_path: Path) 
     steps = [json.loads(line)["step"] for line in (out / "train" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps) and steps[-1] == 195
     assert not (out / "train" / "checkpoints").exists()
+
+
+def test_the_teacher_is_measured_on_the_same_text(built: Path) -> None:
+    report = report_of(built)
+    student = report["artifacts"][0]["parity"]["prefill"]
+    assert report["teacher"]["proof_perplexity"] > 1
+    assert report["teacher"]["proof_perplexity"] != student["ppl"] - student["delta_ppl"]
+    assert [output["who"] for output in report["samples"][0]["outputs"]][:2] == ["teacher", "student"]
