@@ -26,15 +26,16 @@ SHARD_BYTES = 2 * 1024**3
 DROPPED_CONFIG = ("_name_or_path", "auto_map", "torch_dtype", "transformers_version")
 
 
-def fold(teacher: DenseCheckpoint, projections: Path, folder: Path, provenance: dict[str, str],
+def fold(teacher: DenseCheckpoint, trained_file: Path, folder: Path, provenance: dict[str, str],
          progress: Callable[[str], None] | None = None) -> DenseCheckpoint:
     """Write the student to `folder` (which must not exist) and open it.
 
-    `projections`: safetensors with, for each weight with a residual axis, P (teacher width x student width) or the norm
-    itself, named after the weight. Composed in float32, one weight at a time. Raises UserError.
+    `trained_file`: safetensors with, for each weight with a residual axis, P (teacher width x student width) or the
+    norm itself, named after the weight; or, where its metadata says kind = weights, every weight itself, as a dense
+    phase leaves them. Composed in float32, one weight at a time. Raises UserError.
     """
-    with safe_open(projections, framework="pt") as trained:
-        shape = _student_shape(teacher.shape, trained, projections)
+    with safe_open(trained_file, framework="pt") as trained:
+        shape = _student_shape(teacher.shape, trained, trained_file)
         folder.mkdir(parents=True)
         _write_weights(_folded(teacher, shape, trained, progress), folder)
     config = student_config(teacher.config, shape, teacher.rope)
@@ -56,7 +57,8 @@ def _student_shape(teacher: ModelShape, trained: Any, where: Path) -> ModelShape
     for weight in weights_of(shape):
         if weight.role.kind == "copy":
             continue
-        wanted = [hidden_size] if weight.role.kind == "norm" else [teacher.hidden_size, hidden_size]
+        is_whole = weight.role.kind == "norm" or _holds_weights(trained)
+        wanted = list(weight.shape) if is_whole else [teacher.hidden_size, hidden_size]
         found = trained.get_slice(weight.name).get_shape() if weight.name in names else None
         if found != wanted:
             raise UserError(f"{where}: {weight.name} is {found or 'missing'}, need {wanted} for this teacher; "
@@ -68,15 +70,19 @@ def _student_shape(teacher: ModelShape, trained: Any, where: Path) -> ModelShape
     return shape
 
 
+def _holds_weights(trained: Any) -> bool:
+    return (trained.metadata() or {}).get("kind") == "weights"
+
+
 def _folded(teacher: DenseCheckpoint, shape: ModelShape, trained: Any, progress: Callable[[str], None] | None
             ) -> Iterator[tuple[str, torch.Tensor]]:
     for weight in weights_of(shape):
         if progress:
             progress(weight.name)
-        if weight.role.kind == "norm":
-            yield weight.name, trained.get_tensor(weight.name)
-        elif weight.role.kind == "copy":
+        if weight.role.kind == "copy":
             yield weight.name, teacher.tensor(weight.name).float()
+        elif weight.role.kind == "norm" or _holds_weights(trained):
+            yield weight.name, trained.get_tensor(weight.name)
         else:
             # float32, whatever the operands were stored in: folding must add no error of its own.
             yield weight.name, compose(weight.role, teacher.tensor(weight.name).float(),

@@ -31,7 +31,8 @@ from lrc_edge.recipe import Recipe
 from lrc_edge.report import write_report
 
 # Settings that change how training runs, not what it makes.
-RUN_SETTINGS = ("device", "log_every", "checkpoint_every")
+RUN_SETTINGS = ("device", "compile", "gradient_checkpointing", "workers", "log_every", "checkpoint_every",
+                "keep_checkpoints", "on_bad_batch", "spike_factor")
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class Pipeline:
                     work)
 
     def train(self) -> None:
-        from lrc_edge.train.stage import METRICS_FILE, PROJECTIONS_FILE, SUMMARY_FILE, Plan, train
+        from lrc_edge.train.stage import METRICS_FILE, TRAINED_FILE, SUMMARY_FILE, Plan, train
 
         recipe, folder = self.recipe, self.out / "train"
         plan = Plan.of(recipe, self._teacher, self.hidden_size, self.out / "data")
@@ -166,23 +167,22 @@ class Pipeline:
                              f"loss {summary['student_held_out_loss']:.3f} (teacher's "
                              f"{summary['teacher_held_out_loss']:.3f}) nats a token")
 
-        total = plan.schedule.steps * plan.schedule.tokens_per_step
-        self._stage("train", inputs, [folder / PROJECTIONS_FILE, folder / METRICS_FILE, folder / SUMMARY_FILE], work,
-                    total)
+        self._stage("train", inputs, [folder / TRAINED_FILE, folder / METRICS_FILE, folder / SUMMARY_FILE], work,
+                    plan.schedule.tokens)
 
     def fold(self) -> None:
         from lrc_edge.export.fold import fold
         from lrc_edge.targets.reference import Reference, compare_models
-        from lrc_edge.train.stage import PROJECTIONS_FILE, load_clone
+        from lrc_edge.train.stage import TRAINED_FILE, load_clone
 
-        projections, folder = self.out / "train" / PROJECTIONS_FILE, self.out / "student"
+        trained, folder = self.out / "train" / TRAINED_FILE, self.out / "student"
         provenance = self._provenance()
 
         def work(task: Task) -> tuple[Any, str]:
             with self.dir.partial("student") as partial:
-                student = fold(self._teacher, projections, partial, provenance, task.update)
+                student = fold(self._teacher, trained, partial, provenance, task.update)
                 task.update("folded vs clone")
-                clone = load_clone(self._teacher, self.hidden_size, projections=projections)
+                clone = load_clone(self._teacher, self.hidden_size, trained=trained)
                 metrics = compare_models(Reference(clone.student), Reference(student.model()),
                                          self.held_out_rows(self._teacher), self.recipe.parity.near_tie)
                 replace_tree(partial, folder)

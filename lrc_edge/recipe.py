@@ -34,30 +34,45 @@ class Data:
     held_out_share: float = 0.02  # of the documents, chosen by hash; at most 200,000 tokens are kept
 
 
+# Peak learning rates, times the square root of the teacher's hidden_size (benchmarks/sample_efficiency.py).
+CLONE_RATE, DENSE_RATE = 0.024, 0.024
+
+
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Low-Rank Clone. Loss = lm_weight * LM + kl_weight * KL + alpha * clone (arXiv 2505.12781)."""
+    """Low-Rank Clone, then dense. Loss = lm_weight * LM + kl_weight * KL + alpha * clone (arXiv 2505.12781)."""
 
     tokens: int = 0  # the budget; 0: one pass over the data; more than the data holds: several passes
     seq_len: int = 2048  # at most the teacher's max_position_embeddings
     batch_tokens: int = 0  # of an optimizer step; 0: a 400th of the budget, at least 4,096 and at most 32,768
-    micro_batch: int = 8  # sequences in one forward pass; the rest is gradient accumulation
-    # Peak. 0: 0.024 / sqrt(teacher's hidden_size), so that a step moves projections of any width by the same share.
+    micro_batch: int = 8  # sequences in one forward pass of one process; the rest is gradient accumulation
+    # Peaks. 0: CLONE_RATE or DENSE_RATE / sqrt(teacher's hidden_size), the same relative step at every width.
     learning_rate: float = 0.0
-    warmup_share: float = 0.02  # of the steps, linear; then linear to zero
+    dense_learning_rate: float = 0.0
+    warmup_share: float = 0.02  # of the steps, linear, in each phase; then linear to zero over the run
     max_grad_norm: float = 1.0
     # pca: principal components of the residual stream; selection: its strongest channels (RED); gaussian: as published
     init: Literal["pca", "selection", "gaussian"] = "pca"
+    # The last share of the steps trains the folded matrices themselves: Train What You Deploy, arXiv 2609.02006.
+    dense_share: float = 0.0
     alpha: float = 0.2  # weight of the clone terms
     kl_weight: float = 1.0
     lm_weight: float = 1.0
     kl_temperature: float = 1.0  # the KL is per token and scaled by its square
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the processor computes in it
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on a GPU
+    gradient_checkpointing: bool = False  # the student's layers are computed again in the backward pass: less memory
+    workers: int = 2  # processes that read rows ahead, for a GPU; on a CPU there are none
     seed: int = 0
     eval_every: int = 100  # steps between evaluations on held-out text
     checkpoint_every: int = 200  # steps between checkpoints
+    keep_checkpoints: int = 2
     log_every: int = 10
+    # A batch is bad when a loss is not finite or above spike_factor times its running average (0: no such limit). It
+    # never reaches the weights; `stop` ends the run with its name, `skip` goes on without it.
+    on_bad_batch: Literal["stop", "skip"] = "stop"
+    spike_factor: float = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,12 +224,14 @@ def _check(recipe: Recipe) -> None:
     t, p, d = recipe.train, recipe.parity, recipe.data
     at_least_1 = {"train.seq_len": t.seq_len, "train.micro_batch": t.micro_batch, "train.eval_every": t.eval_every,
                   "train.checkpoint_every": t.checkpoint_every, "train.log_every": t.log_every,
+                  "train.keep_checkpoints": t.keep_checkpoints,
                   "parity.positions": p.positions, "parity.row_len": p.row_len,
                   "parity.generate_tokens": p.generate_tokens}
     above_0: dict[str, float] = {"train.kl_temperature": t.kl_temperature,
                                  "train.max_grad_norm": t.max_grad_norm}
     not_negative: dict[str, float] = {"train.tokens": t.tokens, "train.batch_tokens": t.batch_tokens,
                                       "train.learning_rate": t.learning_rate, "train.alpha": t.alpha,
+                                      "train.dense_learning_rate": t.dense_learning_rate, "train.workers": t.workers,
                                       "export.calibration_tokens": recipe.export.calibration_tokens,
                                       "student.hidden_size": recipe.student.hidden_size,
                                       "train.kl_weight": t.kl_weight, "train.lm_weight": t.lm_weight,
@@ -230,6 +247,10 @@ def _check(recipe: Recipe) -> None:
             raise UserError(f"recipe: {name} = {value}: need 0 or more")
     if not 0 < d.held_out_share < 1:
         raise UserError(f"recipe: data.held_out_share = {d.held_out_share}: need a share between 0 and 1")
+    if 0 < t.spike_factor <= 1:
+        raise UserError(f"recipe: train.spike_factor = {t.spike_factor}: need more than 1, or 0 for no limit")
+    if not 0 <= t.dense_share <= 1:
+        raise UserError(f"recipe: train.dense_share = {t.dense_share}: need a share between 0 and 1")
     if t.warmup_share >= 1:
         raise UserError(f"recipe: train.warmup_share = {t.warmup_share}: need less than 1")
     if t.lm_weight == t.kl_weight == t.alpha == 0:

@@ -18,7 +18,7 @@ from lrc_edge.export import fold as fold_module
 from lrc_edge.export.fold import fold
 from lrc_edge.train import initialize
 from lrc_edge.train.clone import Clone
-from lrc_edge.train.trainer import save_projections
+from lrc_edge.train.trainer import save_trained
 
 PROVENANCE = {"name": "tiny-LRC-32", "teacher": "someone/tiny", "tool": "lrc-edge"}
 
@@ -35,7 +35,7 @@ def folded(tmp_path: Path, **options: object) -> tuple[Clone, DenseCheckpoint, D
         for name, p in clone.trainable().items():
             p.mul_(8.0 if p.ndim > 1 else 1.3).add_(0.01 * len(name) % 0.07)
     clone.compose_()
-    save_projections(clone, tmp_path / "projections.safetensors")
+    save_trained(clone, tmp_path / "projections.safetensors")
     return clone, teacher, fold(teacher, tmp_path / "projections.safetensors", tmp_path / "student", PROVENANCE)
 
 

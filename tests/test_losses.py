@@ -1,11 +1,16 @@
 """The losses against torch's own functions on whole tensors."""
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.train import losses
+from lrc_edge.train.clone import Clone
 
 
 def make(n: int = 50, v: int = 37, d: int = 8) -> tuple[torch.Tensor, ...]:
@@ -23,25 +28,82 @@ def test_chunked_losses_and_gradients_equal_whole_ones(temperature: float, chunk
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "CHUNK_TOKENS", chunk)
     student, head, teacher, teacher_head, labels = make()
-    lm, kl = losses.head_losses(student, head, teacher, teacher_head, labels, temperature)
-    (lm + kl).backward()
+    objective = losses.Objective(lm=0.7, kl=0.4, temperature=temperature)
+    total, lm, kl = losses.head_losses(student, head, teacher, teacher_head, labels, objective)
+    (3.0 * total).backward()
     got = (student.grad.clone(), head.grad.clone())  # type: ignore[union-attr]
     student.grad = head.grad = None
     logits, target = student @ head.T, teacher @ teacher_head.T
     p = F.softmax(target / temperature, -1)
-    whole_kl = (p * (p.log() - F.log_softmax(logits / temperature, -1))).sum(-1).mean() * temperature**2
+    whole_kl = (p * (p.log() - F.log_softmax(logits / temperature, -1))).sum(-1)[labels != -100].mean() * temperature**2
     whole_lm = F.cross_entropy(logits, labels)
-    (whole_lm + whole_kl).backward()
+    (3.0 * (0.7 * whole_lm + 0.4 * whole_kl)).backward()
+    assert total.item() == pytest.approx((0.7 * whole_lm + 0.4 * whole_kl).item(), rel=1e-4)
     assert lm.item() == pytest.approx(whole_lm.item(), rel=1e-5)
     assert kl.item() == pytest.approx(whole_kl.item(), rel=1e-4)
     torch.testing.assert_close(got[0], student.grad)
     torch.testing.assert_close(got[1], head.grad)
 
 
-def test_kl_of_equal_logits_is_zero_and_of_others_is_not() -> None:
-    logits = torch.randn(5, 9)
-    assert losses.kl_divergence(logits, logits, 1.0).item() == pytest.approx(0.0, abs=1e-6)
-    assert losses.kl_divergence(logits, logits.flip(-1), 1.0).item() > 0.1
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest number of elements that any operation made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("chunk", [64, 256])
+def test_no_tensor_of_all_tokens_by_vocabulary(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward: the largest thing made is one chunk's logits. 2,048 tokens x 5,000 would be 10M."""
+    monkeypatch.setattr(losses, "CHUNK_TOKENS", chunk)
+    student, head, teacher, teacher_head, labels = make(n=2048, v=5000, d=4)
+    with LargestTensor() as seen:
+        losses.head_losses(student, head, teacher, teacher_head, labels, losses.Objective())[0].backward()
+    assert seen.elements == chunk * 5000
+
+
+def test_the_largest_tensor_of_plain_losses_is_seen() -> None:
+    """The negative of the above: what a plain implementation allocates is found."""
+    student, head, teacher, teacher_head, labels = make(n=2048, v=5000, d=4)
+    with LargestTensor() as seen:
+        F.cross_entropy(student @ head.T, labels).backward()
+    assert seen.elements == 2048 * 5000
+
+
+def test_a_whole_training_step_makes_no_logits_of_all_tokens(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+                                                             ) -> None:
+    monkeypatch.setattr(losses, "CHUNK_TOKENS", 32)
+    teacher = DenseCheckpoint.open(tiny_llama)
+    clone = Clone(teacher.model(), teacher.shape, 32)
+    ids = torch.randint(0, 500, (8, 128), generator=torch.Generator().manual_seed(0))
+    with LargestTensor() as seen:
+        clone(ids).total.backward()
+        clone.pull_back_()
+    vocabulary = teacher.shape.vocab_size
+    assert 32 * vocabulary <= seen.elements < 8 * 128 * vocabulary / 4
+
+
+def test_tokens_without_label_count_for_nothing() -> None:
+    student, head, teacher, teacher_head, labels = make()
+    some = labels != -100
+    whole = losses.head_losses(student, head, teacher, teacher_head, labels, losses.Objective())
+    part = losses.head_losses(student[some], head, teacher[some], teacher_head, labels[some], losses.Objective())
+    for a, b in zip(whole, part, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_without_a_teacher_there_is_no_kl() -> None:
+    student, head, _, _, labels = make()
+    total, lm, kl = losses.head_losses(student, head, None, None, labels, losses.Objective(lm=2.0))
+    assert kl.item() == 0 and total.item() == pytest.approx(2 * lm.item())
 
 
 def test_mse_is_the_mean_in_float32() -> None:

@@ -1,9 +1,10 @@
 """Clone: teacher and student run layer by layer, side by side, on the same tokens.
 
-The student is transformers' own model of a smaller hidden_size. Its weights are not trained: `compose_` writes
-W = f(teacher's W, P) into them, the backward pass leaves gradients on them, and `pull_back_` hands those to the
-projections P, which are what the optimizer sees. So a weight is composed once per optimizer step, however many
-micro-batches it has. Norms have no projection; the student trains its own.
+The student is transformers' own model of a smaller hidden_size. In the clone phase its matrices are not trained:
+`compose_` writes W = f(teacher's W, P) into them, the backward pass leaves gradients on them, and `pull_back_` hands
+those to the projections P, which are what the optimizer sees. So a weight is composed once per optimizer step, however
+many batches it has. Norms have no projection; the student trains its own. `start_dense_phase` ends this: from there
+on the matrices themselves are trained, as a folded student's would be (Train What You Deploy, arXiv 2609.02006).
 """
 from __future__ import annotations
 
@@ -13,11 +14,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lrc_edge.roles import EMBEDDING, HEAD, Weight, compose, weights_of
+from lrc_edge.roles import Weight, compose, weights_of
 from lrc_edge.shape import ModelShape
 from lrc_edge.train import losses, lowrank
+from lrc_edge.train.losses import Objective
+from lrc_edge.train.masks import attention_mask, positions_of
 
 # Modules of a layer whose outputs are cloned. The first five are in the teacher's coordinates; the last two write into
 # the residual stream, so the teacher's output goes through the projection first.
@@ -45,51 +49,115 @@ class Tap:
 
 @dataclass
 class Losses:
-    """The three parts of the loss, unweighted, as 0-d tensors."""
+    """`total` is weighted and has gradients; its parts are unweighted, detached 0-d tensors."""
 
+    total: torch.Tensor
     lm: torch.Tensor
     kl: torch.Tensor
     clone: torch.Tensor
+
+
+class LayerPair(nn.Module):
+    """A teacher's layer and its student's: the teacher's activations live as long as this layer's forward pass."""
+
+    def __init__(self, teacher: nn.Module, student: nn.Module, teacher_width: int, student_width: int,
+                 recompute: bool):
+        super().__init__()
+        self.teacher, self.student, self.recompute = teacher, student, recompute
+        self.projections = nn.ParameterDict(
+            {_key(name): nn.Parameter(torch.zeros(teacher_width, student_width)) for name in RESIDUAL_WRITERS})
+        self._theirs, self._mine = Tap(teacher), Tap(student)
+
+    def forward(self, theirs: torch.Tensor | None, mine: torch.Tensor, with_terms: bool, mask: torch.Tensor | None,
+                rope: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """The two residual streams behind this layer, and the sum of its clone terms. `theirs` None: student alone."""
+        targets: dict[str, torch.Tensor] = {}
+        if theirs is not None:
+            with torch.no_grad():
+                theirs = self.teacher(theirs, attention_mask=mask, position_embeddings=rope)
+            targets = self._theirs.take() if with_terms else {}
+        if self.recompute and torch.is_grad_enabled():
+            mine, terms = checkpoint(self._student, mine, targets, mask, rope, use_reentrant=False)
+        else:
+            mine, terms = self._student(mine, targets, mask, rope)
+        return theirs, mine, terms
+
+    def _student(self, stream: torch.Tensor, targets: dict[str, torch.Tensor], mask: torch.Tensor | None,
+                 rope: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The student's layer, and its seven terms (section 3.2 of the paper), each an MSE of equal weight."""
+        stream = self.student(stream, attention_mask=mask, position_embeddings=rope)
+        mine = self._mine.take()
+        terms = stream.new_zeros((), dtype=torch.float32)
+        for name, target in targets.items():
+            if name in RESIDUAL_WRITERS:
+                target = target @ self.projections[_key(name)].to(target.dtype)
+            terms = terms + losses.mse(mine[name], target)
+        return stream, terms
 
 
 class Clone(nn.Module):
     """A frozen teacher, its narrower student, and the projections between them."""
 
     def __init__(self, teacher: PreTrainedModel, teacher_shape: ModelShape, hidden_size: int,
-                 compute_dtype: torch.dtype = torch.float32):
-        """`compute_dtype`: float32, or bfloat16 for autocast forward passes and compositions on float32 masters."""
+                 compute_dtype: torch.dtype = torch.float32, recompute: bool = False):
+        """`compute_dtype`: float32, or bfloat16 for autocast forward passes and compositions on float32 masters.
+
+        `recompute`: the student's layers keep nothing for the backward pass but their inputs (gradient checkpointing).
+        """
         super().__init__()
         self.shape = teacher_shape.with_hidden_size(hidden_size)
         self.teacher_width = teacher_shape.hidden_size
         self.compute_dtype = compute_dtype
-        self.teacher = teacher.requires_grad_(False).eval()
+        self.is_dense = False
+        teacher.requires_grad_(False)
         config = type(teacher.config).from_dict(teacher.config.to_dict())
         config.hidden_size, config.head_dim = hidden_size, teacher_shape.head_dim
-        config._attn_implementation = "sdpa"
-        self.student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        self.teacher_weights = dict(teacher.named_parameters())
-        self.student_weights = dict(self.student.named_parameters())
+        config._attn_implementation = teacher.config._attn_implementation = "sdpa"
+        student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        # No dropout, whatever the teacher was trained with: then a step draws no random numbers at all.
+        teacher.eval(), student.eval()
+        # Both models stay whole for those who read them, but this module owns their layers as pairs: a layer that
+        # could be reached by two paths could not be sharded as one unit.
+        object.__setattr__(self, "teacher", teacher)
+        object.__setattr__(self, "student", student)
+        self.pairs = nn.ModuleList(
+            LayerPair(theirs, mine, self.teacher_width, hidden_size, recompute)
+            for theirs, mine in zip(teacher.model.layers, student.model.layers, strict=True))
+        self.ends = nn.ModuleList([end for m in (teacher, student)
+                                   for end in (m.model.embed_tokens, m.model.rotary_emb, m.model.norm, m.lm_head)])
         self.weights = list(weights_of(self.shape))
-        self.projections = nn.ParameterDict()
+        # These P only make weights: no forward pass reads them.
+        self.projections = nn.ParameterDict(
+            {_key(weight.name): nn.Parameter(torch.zeros(self.teacher_width, hidden_size)) for weight in self.weights
+             if weight.role.kind == "project_in"})
+        self.bind()
         for weight in self.weights:
-            mine = self.student_weights[weight.name]
             if weight.role.kind == "copy":
-                mine.data.copy_(self.teacher_weights[weight.name].data)
-                mine.requires_grad_(False)
-            elif weight.role.kind != "norm":
-                self.projections[_key(weight.name)] = nn.Parameter(torch.zeros(self.teacher_width, hidden_size))
-        self._teacher_taps = [Tap(layer) for layer in self.teacher.model.layers]
-        self._student_taps = [Tap(layer) for layer in self.student.model.layers]
+                self.student_weights[weight.name].data.copy_(self.teacher_weights[weight.name].data)
+                self.student_weights[weight.name].requires_grad_(False)
 
-    def projection(self, name: str) -> torch.Tensor:
+    def bind(self) -> None:
+        """Find the parameters by name. Call it again when they were replaced by shards."""
+        self.teacher_weights = dict(self.teacher.named_parameters())
+        self.student_weights = dict(self.student.named_parameters())
+
+    def projection(self, name: str) -> nn.Parameter:
         """P (teacher width x student width) of the weight with this Hugging Face name."""
-        return self.projections[_key(name)]
+        if _key(name) in self.projections:
+            return self.projections[_key(name)]
+        _, _, layer, module = name.removesuffix(".weight").split(".", 3)
+        parameter: nn.Parameter = self.pairs[int(layer)].projections[_key(module)]
+        return parameter
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """What the optimizer trains, by the name of the weight that it makes: projections and norms."""
-        return {weight.name: self.student_weights[weight.name] if weight.role.kind == "norm"
-                else self.projections[_key(weight.name)]
-                for weight in self.weights if weight.role.kind != "copy"}
+        """What the optimizer trains, by the name of the weight that it makes: projections, or weights, and norms."""
+        return {weight.name: self.student_weights[weight.name] if self.is_dense or weight.role.kind == "norm"
+                else self.projection(weight.name) for weight in self.weights if weight.role.kind != "copy"}
+
+    def writer_projections(self) -> dict[str, nn.Parameter]:
+        """The P that the clone terms of the dense phase still compare through, by the weight's name."""
+        return {weight.name: self.projection(weight.name) for weight in self.weights
+                if weight.role.kind == "project_out"}
 
     def initialize(self, values: dict[str, torch.Tensor]) -> None:
         """Set every trainable tensor, by name; no more and no fewer. Composes the student."""
@@ -100,77 +168,77 @@ class Clone(nn.Module):
             trainable[name].data.copy_(value)
         self.compose_()
 
+    def start_dense_phase(self) -> None:
+        """From now on the student's matrices are trained themselves. The projections stay as they are."""
+        self.compose_(torch.float32)  # masters: the first dense weights must not be rounded to the compute type
+        self.is_dense = True
+        for weight, _, _ in self._projected():
+            self.projection(weight.name).requires_grad_(False)
+            self.projection(weight.name).grad = None
+
     def _projected(self) -> Iterator[tuple[Weight, torch.Tensor, nn.Parameter]]:
         for weight in self.weights:
             if weight.role.kind in ("project_in", "project_out"):
                 yield weight, self.teacher_weights[weight.name], self.student_weights[weight.name]
 
     @torch.no_grad()
-    def compose_(self) -> None:
+    def compose_(self, dtype: torch.dtype | None = None) -> None:
         """Write every composed weight into the student. Call it whenever projections have changed."""
+        if self.is_dense:
+            return
+        dtype = dtype or self.compute_dtype
         for weight, theirs, mine in self._projected():
             p = self.projection(weight.name)
-            mine.copy_(compose(weight.role, theirs.to(self.compute_dtype), p.to(self.compute_dtype)))
+            composed = compose(weight.role, theirs.to(dtype), p.to(dtype))
+            mine.copy_(lowrank.placed_as(composed, mine))
 
     @torch.no_grad()
     def pull_back_(self) -> None:
         """Add the composed weights' gradients to the projections' and clear them. Call it before clipping."""
+        if self.is_dense:
+            return
         for weight, theirs, mine in self._projected():
             if mine.grad is None:
                 continue
-            grad = lowrank.pull_back(weight.role, theirs.to(self.compute_dtype), mine.grad.to(self.compute_dtype))
-            grad = grad.float()
             p = self.projection(weight.name)
+            grad = lowrank.pull_back(weight.role, theirs.to(self.compute_dtype), mine.grad.to(self.compute_dtype))
+            grad = lowrank.placed_as(grad, p).float()
             p.grad = grad if p.grad is None else p.grad.add_(grad)
             mine.grad = None
 
-    def forward(self, input_ids: torch.Tensor, temperature: float = 1.0) -> Losses:
-        """Losses of one batch of rows, (B, L) ids; the labels are the ids, one ahead."""
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None,
+                documents: torch.Tensor | None = None, *, objective: Objective | None = None,
+                n_labels: torch.Tensor | None = None, share: float = 1.0) -> Losses:
+        """Losses of rows of ids, (B, L).
+
+        `labels`: the id that each position should predict, -100 for none; default: the ids, one ahead. `documents`:
+        each position's document within the row; attention then stays within documents and positions restart in each.
+        A step of several batches gives its count of labels as `n_labels` and this batch's share of it, so that the
+        batches' losses add up to the step's.
+        """
+        objective = objective or Objective()
+        if labels is None:
+            labels = nn.functional.pad(input_ids[:, 1:], (0, 1), value=losses.NO_LABEL)
+        theirs: torch.Tensor | None = None
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
-            with torch.no_grad():
+            if objective.needs_teacher:
                 theirs = self.teacher.model.embed_tokens(input_ids)
             mine = self.student.model.embed_tokens(input_ids)
-            positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-            rope = self.student.model.rotary_emb(mine, positions)
+            rope = self.student.model.rotary_emb(mine.to(self.compute_dtype), positions_of(input_ids, documents))
             clone = mine.new_zeros((), dtype=torch.float32)
-            for i in range(self.shape.num_hidden_layers):
-                mask = _causal_mask(self.student.config, i, input_ids)
-                with torch.no_grad():
-                    theirs = self.teacher.model.layers[i](theirs, attention_mask=mask, position_embeddings=rope)
-                mine = self.student.model.layers[i](mine, attention_mask=mask, position_embeddings=rope)
-                clone = clone + self._clone_terms(i)
-            with torch.no_grad():
-                theirs = self.teacher.model.norm(theirs)
-            labels = nn.functional.pad(input_ids[:, 1:], (0, 1), value=-100)
-            lm, kl = losses.head_losses(self.student.model.norm(mine).flatten(0, 1), self._head(self.student_weights),
-                                        theirs.flatten(0, 1), self._head(self.teacher_weights), labels.flatten(),
-                                        temperature)
-        return Losses(lm, kl, clone)
-
-    def _head(self, weights: dict[str, nn.Parameter]) -> torch.Tensor:
-        return weights[EMBEDDING.weight if self.shape.tied else HEAD.weight]
-
-    def _clone_terms(self, i: int) -> torch.Tensor:
-        """The seven terms of layer i (section 3.2 of the paper), each an MSE of equal weight."""
-        theirs, mine = self._teacher_taps[i].take(), self._student_taps[i].take()
-        total = sum(losses.mse(mine[name], theirs[name]) for name in SAME_COORDINATES)
-        for name in RESIDUAL_WRITERS:
-            p = self.projection(f"model.layers.{i}.{name}.weight")
-            total = total + losses.mse(mine[name], theirs[name] @ p.to(theirs[name].dtype))
-        return torch.as_tensor(total)
+            for i, pair in enumerate(self.pairs):
+                mask = attention_mask(self.student.config, i, input_ids, documents)
+                theirs, mine, terms = pair(theirs, mine, objective.alpha != 0, mask, rope)
+                clone = clone + terms * share
+            hidden = self.student.model.norm(mine).flatten(0, 1)
+            target = target_head = None
+            if objective.kl and theirs is not None:
+                target, target_head = self.teacher.model.norm(theirs).flatten(0, 1), self.teacher.lm_head.weight
+            token_loss, lm, kl = losses.head_losses(hidden, self.student.lm_head.weight, target, target_head,
+                                                    labels.flatten(), objective, n_labels)
+        return Losses(token_loss + objective.alpha * clone, lm, kl, clone.detach())
 
 
 def _key(name: str) -> str:
     return name.replace(".", "|")  # a module's attribute may hold no dot
 
-
-def _causal_mask(config: Any, layer: int, input_ids: torch.Tensor) -> torch.Tensor | None:
-    """None lets SDPA take its causal path; a layer with a sliding window shorter than the row needs the mask."""
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    length = input_ids.shape[1]
-    if window is None or window >= length or (kinds and kinds[layer] != "sliding_attention"):
-        return None
-    offset = torch.arange(length, device=input_ids.device)
-    behind = offset[:, None] - offset[None, :]
-    return ((behind >= 0) & (behind < window))[None, None]

@@ -27,7 +27,8 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
         return len(self.rows_RL)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": torch.from_numpy(self.rows_RL[index].astype(np.int64))}
+        ids = torch.from_numpy(self.rows_RL[index].astype(np.int64))
+        return {"input_ids": ids, "labels": torch.nn.functional.pad(ids[1:], (0, 1), value=-100)}
 
 
 def prepare(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, folder: Path, *, held_out_share: float,

@@ -1,44 +1,109 @@
 """Losses as pure functions. Shapes: N tokens, V vocabulary, D width."""
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 CHUNK_TOKENS = 2048  # tokens whose logits exist at one time
+NO_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Loss = lm * LM + kl * KL at `temperature` + alpha * clone (arXiv 2505.12781, section 3.2)."""
+
+    lm: float = 1.0
+    kl: float = 1.0
+    alpha: float = 0.2
+    temperature: float = 1.0
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.kl != 0 or self.alpha != 0
 
 
 def mse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Mean squared error in float32: one clone term."""
-    return (student.float() - teacher.float()).square().mean()
+    """Mean squared error, summed in float32: one clone term. What it keeps for the backward pass is the difference in
+    the type of its operands, not a float32 copy of it."""
+    return torch.linalg.vector_norm(student - teacher, dtype=torch.float32).square() / student.numel()
 
 
-def kl_divergence(student_NV: torch.Tensor, teacher_NV: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Sum over tokens of T^2 KL(teacher || student) in nats, both softened by T (Hinton et al., 2015)."""
-    log_q = F.log_softmax(student_NV.float() / temperature, dim=-1)
-    log_p = F.log_softmax(teacher_NV.float() / temperature, dim=-1)
-    return F.kl_div(log_q, log_p, reduction="sum", log_target=True) * temperature**2
+def token_losses(student_NV: torch.Tensor, teacher_NV: torch.Tensor | None, labels_N: torch.Tensor,
+                 objective: Objective) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(cross entropy, KL, gradient): sums over the tokens that have a label, in nats, from float32 logits.
 
-
-def head_losses(student_ND: torch.Tensor, student_head_VD: torch.Tensor, teacher_ND: torch.Tensor,
-                teacher_head_VD: torch.Tensor, labels_N: torch.Tensor, temperature: float
-                ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cross entropy, KL), both means a token, heads included; label -100 is left out of the cross entropy.
-
-    Goes chunk by chunk and recomputes in the backward pass: no N x V tensor outlives its chunk.
+    KL is T^2 KL(teacher || student), both softened by T (Hinton et al., 2015). The gradient (N, V) is of
+    lm * cross entropy + kl * KL to the student's logits, in closed form: q - onehot, and T (q_T - p_T).
     """
-    def chunk(student: torch.Tensor, head: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor
-              ) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = F.linear(student, head)
-        with torch.no_grad():
-            target = F.linear(teacher, teacher_head_VD)
-        lm = F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
-        return lm, kl_divergence(logits, target, temperature)
+    mask_N1 = (labels_N != NO_LABEL)[:, None]
+    label_N1 = labels_N.clamp(min=0)[:, None]
+    log_q = F.log_softmax(student_NV, dim=-1)
+    lm = -(log_q.gather(1, label_N1) * mask_N1).sum()
+    grad = log_q.exp() * objective.lm
+    grad.scatter_add_(1, label_N1, torch.full_like(label_N1, -objective.lm, dtype=grad.dtype))
+    kl = torch.zeros_like(lm)
+    if teacher_NV is not None:
+        t = objective.temperature
+        if t != 1.0:
+            log_q = F.log_softmax(student_NV / t, dim=-1)
+        log_p = F.log_softmax(teacher_NV / t, dim=-1)
+        p = log_p.exp()
+        kl = ((p * (log_p - log_q)).sum(1, keepdim=True) * mask_N1).sum() * t**2
+        grad += (log_q.exp() - p) * (t * objective.kl)
+    return lm, kl, grad * mask_N1
 
-    lm = kl = student_ND.new_zeros((), dtype=torch.float32)
-    for s, t, y in zip(student_ND.split(CHUNK_TOKENS), teacher_ND.split(CHUNK_TOKENS), labels_N.split(CHUNK_TOKENS),
-                       strict=True):
-        part_lm, part_kl = checkpoint(chunk, s, student_head_VD, t, y, use_reentrant=False)
-        lm, kl = lm + part_lm, kl + part_kl
-    n_labels = (labels_N != -100).sum().clamp(min=1)
-    return lm / n_labels, kl / len(labels_N)
+
+class _HeadLosses(torch.autograd.Function):
+    """Forward and backward in one pass over chunks: the gradients are ready when the losses are."""
+
+    @staticmethod
+    def forward(ctx: Any, student_ND: torch.Tensor, student_head_VD: torch.Tensor, teacher_ND: torch.Tensor | None,
+                teacher_head_VD: torch.Tensor | None, labels_N: torch.Tensor, n_labels: torch.Tensor,
+                objective: Objective, with_grad: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        kind = student_ND.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else student_ND.dtype
+        head = student_head_VD.to(dtype)
+        lm = kl = student_ND.new_zeros((), dtype=torch.float32)
+        if with_grad:
+            ctx.grad_hidden = torch.empty_like(student_ND)
+            ctx.grad_head = torch.zeros_like(student_head_VD)
+        for start in range(0, len(labels_N), CHUNK_TOKENS):
+            part = slice(start, start + CHUNK_TOKENS)
+            hidden = student_ND[part].to(dtype)
+            target = None
+            if teacher_ND is not None and teacher_head_VD is not None:
+                target = F.linear(teacher_ND[part].to(teacher_head_VD.dtype), teacher_head_VD).float()
+            part_lm, part_kl, grad = token_losses(F.linear(hidden, head).float(), target, labels_N[part], objective)
+            lm, kl = lm + part_lm, kl + part_kl
+            del target
+            if with_grad:
+                grad = (grad / n_labels).to(dtype)
+                ctx.grad_hidden[part] = grad @ head
+                ctx.grad_head += grad.T @ hidden
+        lm, kl = lm / n_labels, kl / n_labels
+        ctx.mark_non_differentiable(lm, kl)
+        return objective.lm * lm + objective.kl * kl, lm, kl
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # Called once a forward pass: scaling in place spares a copy of the head's size.
+        return ctx.grad_hidden.mul_(grad), ctx.grad_head.mul_(grad), None, None, None, None, None, None
+
+
+def head_losses(student_ND: torch.Tensor, student_head_VD: torch.Tensor, teacher_ND: torch.Tensor | None,
+                teacher_head_VD: torch.Tensor | None, labels_N: torch.Tensor, objective: Objective,
+                n_labels: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(lm * cross entropy + kl * KL, cross entropy, KL) of hidden states, heads included; only the first has gradients.
+
+    Means over `n_labels` tokens (default: those of `labels_N` that have a label): a step of several batches divides
+    each by the step's count. Without a teacher the KL is 0. No tensor of N x V exists: CHUNK_TOKENS x V at most.
+    """
+    if n_labels is None:
+        n_labels = (labels_N != NO_LABEL).sum().clamp(min=1)
+    total: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _HeadLosses.apply(
+        student_ND, student_head_VD, teacher_ND, teacher_head_VD, labels_N, n_labels, objective,
+        torch.is_grad_enabled())
+    return total

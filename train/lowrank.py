@@ -6,6 +6,7 @@ P_TS^T W_TI (lrc_edge.roles.compose).
 from __future__ import annotations
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from lrc_edge.roles import Role
 
@@ -34,3 +35,10 @@ def pull_back(role: Role, teacher: torch.Tensor, grad: torch.Tensor) -> torch.Te
     W = W_OT P_TS gives W_OT^T dW_OS; W = P_TS^T W_TI gives W_TI dW_SI^T.
     """
     return teacher.T @ grad if role.kind == "project_in" else teacher @ grad.T
+
+
+def placed_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Where parameters are sharded over processes, a product of shards is put as `like` lies; else itself."""
+    if isinstance(tensor, DTensor) and isinstance(like, DTensor):
+        return tensor.redistribute(placements=like.placements)
+    return tensor

@@ -10,27 +10,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.corpus import HeldOut
 from lrc_edge.recipe import Recipe
 from lrc_edge.train import initialize
+from lrc_edge.train.checkpoints import latest
 from lrc_edge.train.clone import Clone
 from lrc_edge.train.data import HELD_OUT_FILE, TOKENS_FILE, PackedRows
+from lrc_edge.train.schedule import Schedule
 from lrc_edge.train.trainer import (
     EVAL_TOKENS,
     METRICS_FILE,
-    PROJECTIONS_FILE,
-    CloneTrainer,
+    TRAINED_FILE,
     Progress,
-    Schedule,
+    Trainer,
     choose_device,
     choose_precision,
     held_out_loss,
-    last_checkpoint,
-    save_projections,
+    read_metrics,
+    save_trained,
 )
 
 SUMMARY_FILE = "training.json"
@@ -49,50 +50,54 @@ class Plan:
     def of(cls, recipe: Recipe, teacher: DenseCheckpoint, hidden_size: int, data: Path) -> Plan:
         device = choose_device(recipe.train.device)
         n_tokens = len(np.load(data / TOKENS_FILE, mmap_mode="r"))
-        return cls(hidden_size, Schedule.of(recipe.train, teacher.shape.max_position_embeddings, n_tokens), device,
-                   choose_precision(recipe.train.precision, device))
+        schedule = Schedule.of(recipe.train, teacher.shape.max_position_embeddings, n_tokens, teacher.shape.hidden_size)
+        return cls(hidden_size, schedule, device, choose_precision(recipe.train.precision, device))
 
 
 def load_clone(teacher: DenseCheckpoint, hidden_size: int, *, dtype: torch.dtype = torch.float32,
-               device: torch.device | None = None, projections: Path | None = None) -> Clone:
-    """A clone on `device`, with the trained tensors of `projections` if given (else P = 0: initialize it)."""
+               device: torch.device | None = None, trained: Path | None = None, recompute: bool = False) -> Clone:
+    """A clone on `device`, with the tensors of the file `trained` if given (else P = 0: initialize it)."""
     # The teacher is stored in the type it computes in: at bf16 that halves its memory.
     model: PreTrainedModel = teacher.model().to(device or torch.device("cpu"), dtype)  # type: ignore[arg-type]
-    clone = Clone(model, teacher.shape, hidden_size, dtype).to(device or torch.device("cpu"))
-    if projections is not None:
-        clone.initialize(load_file(projections))
+    clone = Clone(model, teacher.shape, hidden_size, dtype, recompute).to(device or torch.device("cpu"))
+    if trained is not None:
+        with safe_open(trained, framework="pt") as file:
+            if (file.metadata() or {}).get("kind") == "weights":
+                clone.start_dense_phase()
+            clone.initialize({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     return clone
 
 
 def train(teacher: DenseCheckpoint, recipe: Recipe, plan: Plan, data: Path, folder: Path, progress: Progress) -> None:
-    """Train in `folder`; continues from its last whole checkpoint. Leaves projections, metrics and a summary there."""
-    settings = recipe.train
+    """Train in `folder`; continues from its last checkpoint. Leaves the trained tensors, metrics and a summary there."""
+    settings, schedule = recipe.train, plan.schedule
     torch.manual_seed(settings.seed)
-    clone = load_clone(teacher, plan.hidden_size, dtype=plan.dtype, device=plan.device)
-    rows = PackedRows(data / TOKENS_FILE, plan.schedule.seq_len)
+    clone = load_clone(teacher, plan.hidden_size, dtype=plan.dtype, device=plan.device,
+                       recompute=settings.gradient_checkpointing)
+    rows = PackedRows(data / TOKENS_FILE, schedule.seq_len)
     held_out = HeldOut.load(data / HELD_OUT_FILE)
-    held_out_BL = held_out.rows(min(plan.schedule.seq_len, len(held_out.ids) // 2), EVAL_TOKENS,
+    held_out_BL = held_out.rows(min(schedule.seq_len, len(held_out.ids) // 2), EVAL_TOKENS,
                                 teacher.config.get("bos_token_id") if _adds_bos(teacher) else None)
     teacher_loss = held_out_loss(clone.teacher, held_out_BL, plan.dtype)
-    checkpoint = last_checkpoint(folder)
-    if checkpoint is None:
+    if latest(folder / "checkpoints") is None:
         _initialize(clone, settings.init, rows, settings.seed)
-        (folder / METRICS_FILE).unlink(missing_ok=True)
-    else:
-        _drop_rows_after(folder / METRICS_FILE, int(checkpoint.name.rsplit("-", 1)[1]))
-    trainer = CloneTrainer(clone, settings, plan.schedule, rows, held_out_BL, folder, progress)
+    trainer = Trainer(clone, settings, schedule, rows, held_out_BL, folder, progress)
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.run()
+    save_trained(clone, folder / TRAINED_FILE)
+    if not trainer.is_main:
+        return
     curve = read_metrics(folder / METRICS_FILE)
     last = next(row["held_out_loss"] for row in reversed(curve) if "held_out_loss" in row)
-    save_projections(clone, folder / PROJECTIONS_FILE)
     (folder / SUMMARY_FILE).write_text(json.dumps({
-        "steps": plan.schedule.steps, "tokens": plan.schedule.steps * plan.schedule.tokens_per_step,
+        "steps": schedule.steps, "tokens": schedule.tokens, "dense_from_step": schedule.dense_from,
         "seconds": round(time.monotonic() - started, 1), "device": plan.device.type,
+        "processes": trainer.processes.num_processes,
         "precision": "bf16" if plan.dtype == torch.bfloat16 else "fp32", "init": settings.init,
+        "skipped_batches": sum("skipped" in row for row in curve),
         "teacher_held_out_loss": teacher_loss, "student_held_out_loss": last,
         "bytes_per_token": held_out.bytes_per_token}, indent=1))
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the projections are what they led to
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the trained tensors are what they led to
 
 
 def _initialize(clone: Clone, init: str, rows: PackedRows, seed: int) -> None:
@@ -108,13 +113,3 @@ def _initialize(clone: Clone, init: str, rows: PackedRows, seed: int) -> None:
 def _adds_bos(teacher: DenseCheckpoint) -> bool:
     ids: Any = teacher.tokenizer()("a")["input_ids"]
     return ids[0] == teacher.config.get("bos_token_id")
-
-
-def read_metrics(file: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def _drop_rows_after(file: Path, step: int) -> None:
-    """A killed run logged past its last checkpoint; the continued one logs those steps again."""
-    kept = [row for row in read_metrics(file) if row["step"] <= step]
-    file.write_text("".join(json.dumps(row) + "\n" for row in kept))

@@ -1,62 +1,38 @@
-"""Training: the HF Trainer with the clone's losses, its optimizer over projections, and metrics.jsonl."""
+"""Training: the steps of both phases, what is logged, what is kept, and how a killed run goes on.
+
+A loop of our own on accelerate's processes, torch's FSDP2, AdamW and DataLoader, and not the HF Trainer: the trained
+tensors change between the phases, weights are composed once a step, a bad batch is skipped on the device, and a
+continued run ends with the same bits (docs/LOG.md).
+"""
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import TrainerControl, TrainerState
+from torch.utils.data import DataLoader
 
 from lrc_edge import recipe as recipes
 from lrc_edge.errors import UserError
+from lrc_edge.train import checkpoints, processes
 from lrc_edge.train.clone import Clone
 from lrc_edge.train.data import PackedRows
+from lrc_edge.train.guard import MOST_SKIPPED, BadBatch, Guard
+from lrc_edge.train.losses import NO_LABEL, Objective
+from lrc_edge.train.schedule import ProcessBatches, RowOrder, Schedule
 
-PROJECTIONS_FILE = "projections.safetensors"  # every trainable tensor, by the name of the weight that it makes
+TRAINED_FILE = "trained.safetensors"  # every trained tensor by its weight's name; its metadata says which kind
 METRICS_FILE = "metrics.jsonl"
-COMPLETE_MARK = "complete"  # written last into a checkpoint: one without it was cut off by a kill
 EVAL_TOKENS = 32_768
 
 Progress = Callable[[dict[str, float]], None]  # gets each logged row
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The recipe's token counts as the steps and batches that the Trainer runs."""
-
-    seq_len: int
-    micro_batch: int
-    accumulation: int
-    steps: int
-
-    @classmethod
-    def of(cls, train: recipes.Train, max_position_embeddings: int, n_tokens: int) -> Schedule:
-        """`n_tokens`: what the data holds, which is the budget when the recipe names none."""
-        seq_len = min(train.seq_len, max_position_embeddings)
-        budget = train.tokens or n_tokens
-        batch_tokens = train.batch_tokens or min(32_768, max(4_096, budget // 400))
-        rows = max(1, round(batch_tokens / seq_len))
-        micro = math.gcd(rows, train.micro_batch)
-        return cls(seq_len, micro, rows // micro, max(1, round(budget / (rows * seq_len))))
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.seq_len * self.micro_batch * self.accumulation
-
-
-def peak_learning_rate(train: recipes.Train, teacher_width: int) -> float:
-    """The recipe's, or the default. A projection's entries are about 1 / sqrt(teacher width), and Adam moves each by
-    the learning rate: 0.024 / sqrt(width) moves it by 2.4 % a step at every width."""
-    return train.learning_rate or 0.024 / math.sqrt(teacher_width)
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -74,6 +50,10 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
+def objective_of(train: recipes.Train) -> Objective:
+    return Objective(train.lm_weight, train.kl_weight, train.alpha, train.kl_temperature)
+
+
 @torch.inference_mode()
 def held_out_loss(model: nn.Module, rows_BL: np.ndarray, dtype: torch.dtype) -> float:
     """Mean cross entropy in nats a token of a Hugging Face model on rows of held-out ids."""
@@ -88,123 +68,228 @@ def held_out_loss(model: nn.Module, rows_BL: np.ndarray, dtype: torch.dtype) -> 
     return nats / (rows_BL.shape[0] * (rows_BL.shape[1] - 1))
 
 
-class CloneTrainer(Trainer):
-    """Trains a Clone: composes before each step's first micro-batch, pulls gradients back after its last."""
+@dataclass
+class Clock:
+    """Seconds spent in steps: evaluations and checkpoints do not count into the rate."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    _since: float = field(default_factory=time.monotonic)
+
+    def resume(self) -> None:
+        self._since = time.monotonic()
+
+    def stop(self, tokens: int) -> None:
+        self.seconds += time.monotonic() - self._since
+        self.tokens += tokens
+        self.resume()
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+class Trainer:
+    """Trains a Clone over a Schedule. `run` continues from the folder's last checkpoint."""
 
     def __init__(self, clone: Clone, settings: recipes.Train, schedule: Schedule, rows: PackedRows,
                  held_out_BL: np.ndarray, folder: Path, progress: Progress):
-        self.settings, self.schedule, self.held_out_BL, self.folder = settings, schedule, held_out_BL, folder
-        self.learning_rate = peak_learning_rate(settings, clone.teacher_width)
-        self.progress = progress
-        self._parts = torch.zeros(3)  # lm, kl, clone: summed since the last log, on the device, without a sync
-        self._n_parts = 0
-        self._started = time.monotonic()
-        self._tokens_at_start = 0
-        super().__init__(model=clone, args=_arguments(settings, schedule, folder, clone, self.learning_rate),
-                         train_dataset=rows, callbacks=[_Callback(self)])
+        self.clone, self.settings, self.schedule, self.rows = clone, settings, schedule, rows
+        self.held_out_BL, self.folder, self.progress = held_out_BL, folder, progress
+        self.device = next(clone.parameters()).device
+        self.objective = objective_of(settings)
+        self.processes = processes.join(self.device)
+        self.rows_here, self.micro_batch = schedule.rows_of_process(self.processes.num_processes, settings.micro_batch)
+        self.order = RowOrder(len(rows), schedule.rows, settings.seed)
+        self.guard = Guard(self.device, settings.spike_factor)
+        self.clock = Clock()
+        self._bad_in_a_row = 0
+        if settings.compile == "on" or (settings.compile == "auto" and self.device.type == "cuda"):
+            for pair in clone.pairs:
+                pair.compile()
+        self.optimizer = self._new_optimizer()
+
+    def _new_optimizer(self) -> torch.optim.AdamW:
+        # Fused: one kernel on either device, and it is the one that knows how to skip a step without being asked.
+        return torch.optim.AdamW(self.clone.trainable().values(), lr=0.0, betas=(0.9, 0.999), weight_decay=0.0,
+                                 fused=True)
 
     @property
-    def clone(self) -> Clone:
-        model = self.model
-        assert isinstance(model, Clone)
-        return model
+    def is_main(self) -> bool:
+        return bool(self.processes.is_main_process)
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        self.optimizer = torch.optim.AdamW(self.clone.trainable().values(), lr=self.learning_rate,
-                                           betas=(0.9, 0.999), weight_decay=0.0)
-        self.optimizer.register_step_post_hook(lambda *_: self.clone.compose_())
-        return self.optimizer
+    def run(self) -> None:
+        checkpoint = checkpoints.latest(self.folder / "checkpoints")
+        step = self._continue_from(checkpoint) if checkpoint else 0
+        if checkpoint is None:
+            processes.shard(self.clone, self.processes)
+            self.optimizer = self._new_optimizer()
+            self._forget_metrics(-1)
+            self.evaluate(0)
+        self.clock.resume()
+        for batch in self._batches(step):
+            if step == self.schedule.dense_from:
+                self.clone.start_dense_phase()
+                self.optimizer = self._new_optimizer()
+            self._step(step, batch)
+            step += 1
+            self._after(step)
+        self._report(step)
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool = False,
-                     num_items_in_batch: Any = None) -> Any:
-        s = self.settings
-        parts = model(inputs["input_ids"], temperature=s.kl_temperature)
-        loss = s.lm_weight * parts.lm + s.kl_weight * parts.kl + s.alpha * parts.clone
-        self._parts = self._parts.to(loss.device) + torch.stack([parts.lm, parts.kl, parts.clone]).detach()
-        self._n_parts += 1
+    def _batches(self, first: int) -> DataLoader[dict[str, torch.Tensor]]:
+        on_gpu = self.device.type == "cuda"
+        here = ProcessBatches(self.order, range(first, self.schedule.steps), self.processes.process_index,
+                              self.processes.num_processes)
+        return DataLoader(self.rows, batch_sampler=here, num_workers=self.settings.workers if on_gpu else 0,
+                          pin_memory=on_gpu)
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def _step(self, step: int, batch: dict[str, torch.Tensor]) -> None:
+        """One optimizer step: its batches forward and backward, gradients back to the projections, the update."""
+        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        world = self.processes.num_processes
+        n_labels = (batch["labels"] != NO_LABEL).sum()
+        if world > 1:
+            dist.all_reduce(n_labels)
+        n_labels = n_labels.clamp(min=1)
+        terms = torch.zeros(3, device=self.device)
+        for start in range(0, self.rows_here, self.micro_batch):
+            part = {name: tensor[start:start + self.micro_batch] for name, tensor in batch.items()}
+            losses = self.clone(**part, objective=self.objective, n_labels=n_labels,
+                                share=self.micro_batch / self.schedule.rows)
+            (losses.total * world).backward()  # FSDP takes the mean over processes where the step wants the sum
+            terms += torch.stack([losses.lm, losses.kl, losses.clone])
+        if world > 1:
+            dist.all_reduce(terms)
+        self.clone.pull_back_()
+        self._update(step, terms)
+
+    def _update(self, step: int, terms: torch.Tensor) -> None:
+        norm = nn.utils.clip_grad_norm_(self.clone.trainable().values(), self.settings.max_grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, processes.DTensor) else norm
+        self.optimizer.found_inf = self.guard.judge(step, torch.cat([terms, norm.detach()[None]]))  # type: ignore[attr-defined]
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.learning_rate(step)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.clone.compose_()
+
+    # -- between steps -------------------------------------------------------------------------------------------------
+
+    def _after(self, step: int) -> None:
+        """What is due when `step` steps are done."""
+        s, last = self.settings, step == self.schedule.steps
+        self.clock.stop(self.schedule.tokens_per_step)
+        if step % s.log_every == 0 or step % s.checkpoint_every == 0:
+            self._report(step)
+        if step % s.eval_every == 0 or last:
+            self.evaluate(step)
+        if step % s.checkpoint_every == 0 and not last:
+            self._save(step)
+        self.clock.resume()
+
+    def _report(self, step: int) -> None:
+        """Log the means since the last row; stop for a bad batch, or tell of it. The one place that waits."""
+        means, bad = self.guard.report()
+        if means is not None:
+            lm, kl, clone, norm = means
+            o = self.objective
+            self.row({"step": step, "tokens": step * self.schedule.tokens_per_step,
+                      "loss": o.lm * lm + o.kl * kl + o.alpha * clone, "lm": lm, "kl": kl, "clone": clone,
+                      "grad_norm": norm, "lr": self.schedule.learning_rate(step - 1),
+                      "tokens_per_second": self.clock.rate})
+        self._bad_in_a_row = self._bad_in_a_row + len(bad) if means is None else len(bad)
+        for batch in bad:
+            if self.settings.on_bad_batch == "stop" or self._bad_in_a_row >= MOST_SKIPPED:
+                raise UserError(self._stopped(batch))
+            self.row({"step": batch.step, "skipped": str(batch)})  # type: ignore[dict-item]
+
+    def _stopped(self, bad: BadBatch) -> str:
+        rows = ", ".join(map(str, self.order.of_step(bad.step)[:4]))
+        last = checkpoints.latest(self.folder / "checkpoints")
+        kept = f"continues from {last.name}" if last else "starts again"
+        return (f"train: {bad} of {self.schedule.steps} (rows {rows}, ... of the data); its update was not made. Lower "
+                f"train.learning_rate (now {self.schedule.learning_rate(bad.step):.3g}), or leave such batches out with "
+                f"--set train.on_bad_batch=skip: the same command {kept}")
+
+    @torch.no_grad()
+    def evaluate(self, step: int) -> float:
+        """Held-out loss of the student, in nats a token; every process takes its part of the rows."""
+        world, rank = self.processes.num_processes, self.processes.process_index
+        rows = torch.from_numpy(self.held_out_BL)
+        rows = rows[: max(world, len(rows) // world * world)][rank::world]
+        total = torch.zeros(2, device=self.device)
+        for part in rows.split(4):
+            alone = Objective(lm=1.0, kl=0.0, alpha=0.0)
+            total += torch.stack([self.clone(part.to(self.device), objective=alone).lm * len(part),
+                                  torch.tensor(len(part), device=self.device)])
+        if world > 1:
+            dist.all_reduce(total)
+        loss = (total[0] / total[1]).item()
+        self.row({"step": step, "tokens": step * self.schedule.tokens_per_step, "held_out_loss": loss})
         return loss
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients:
-            self.clone.pull_back_()
-        return loss
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Turns the Trainer's row into ours, appends it to metrics.jsonl and shows it. Stops on NaN."""
-        if "loss" not in logs:
-            return
-        lm, kl, clone = (self._parts / max(1, self._n_parts)).tolist()
-        self._parts, self._n_parts = torch.zeros(3), 0
-        s, step = self.settings, self.state.global_step
-        tokens = step * self.schedule.tokens_per_step
-        seconds = time.monotonic() - self._started
-        self.row({"step": step, "tokens": tokens, "loss": s.lm_weight * lm + s.kl_weight * kl + s.alpha * clone,
-                  "lm": lm, "kl": kl, "clone": clone, "lr": logs.get("learning_rate", 0.0),
-                  "tokens_per_second": (tokens - self._tokens_at_start) / seconds})
-        for term, value in (("lm", lm), ("kl", kl), ("clone", clone)):
-            if not math.isfinite(value):
-                raise UserError(f"train: the {term} loss is {value} at step {step} of {self.schedule.steps}; lower "
-                                f"train.learning_rate (now {self.learning_rate:g}), then run the same command again")
 
     def row(self, row: dict[str, float]) -> None:
-        with (self.folder / METRICS_FILE).open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        self.progress(row)
+        if self.is_main:
+            with (self.folder / METRICS_FILE).open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            self.progress(row)
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        assert output_dir is not None
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        save_projections(self.clone, Path(output_dir) / PROJECTIONS_FILE)
+    # -- state ---------------------------------------------------------------------------------------------------------
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.clone.initialize(load_file(Path(resume_from_checkpoint) / PROJECTIONS_FILE))
+    def _save(self, step: int) -> None:
+        tensors = {f"trained.{name}": processes.whole(p) for name, p in self.clone.trainable().items()}
+        if self.clone.is_dense:
+            tensors |= {f"writer.{n}": processes.whole(p) for n, p in self.clone.writer_projections().items()}
+        for name, parameter in self.clone.trainable().items():
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"{key}.{name}"] = processes.whole(value)
+        tensors["guard.average"] = self.guard.average.cpu()
+        if self.is_main:
+            checkpoints.save(self.folder / "checkpoints", step, tensors, {"dense": self.clone.is_dense},
+                             self.settings.keep_checkpoints)
+        self.processes.wait_for_everyone()
 
+    def _continue_from(self, checkpoint: Path) -> int:
+        """Restore every tensor of a checkpoint; returns the steps that are done."""
+        tensors, facts = checkpoints.load(checkpoint)
+        if facts["dense"]:
+            for name, p in self.clone.writer_projections().items():
+                p.data.copy_(tensors[f"writer.{name}"])
+            self.clone.start_dense_phase()
+        processes.shard(self.clone, self.processes)
+        self.optimizer = self._new_optimizer()
+        for name, parameter in self.clone.trainable().items():
+            processes.put(tensors[f"trained.{name}"], parameter)
+            state = self.optimizer.state[parameter]
+            state["step"] = tensors[f"step.{name}"].to(self.device)
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = torch.zeros_like(parameter.detach())
+                processes.put(tensors[f"{key}.{name}"], state[key])
+        self.clone.compose_()
+        self.guard.average = tensors["guard.average"].to(self.device)
+        self._forget_metrics(facts["step"])
+        return int(facts["step"])
 
-class _Callback(TrainerCallback):
-    """Evaluates on held-out text, and marks a checkpoint as whole once everything of it is on disk."""
-
-    def __init__(self, trainer: CloneTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.trainer._started = time.monotonic()
-        self.trainer._tokens_at_start = state.global_step * self.trainer.schedule.tokens_per_step
-        if state.global_step == 0:
-            self._evaluate(0)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step % self.trainer.settings.eval_every == 0 or state.global_step == state.max_steps:
-            self._evaluate(state.global_step)
-
-    def _evaluate(self, step: int) -> None:
-        t = self.trainer
-        loss = held_out_loss(t.clone.student, t.held_out_BL, t.clone.compute_dtype)
-        t.row({"step": step, "tokens": step * t.schedule.tokens_per_step, "held_out_loss": loss})
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        assert args.output_dir is not None
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE_MARK).touch()
-
-
-def save_projections(clone: Clone, path: Path) -> None:
-    save_file({name: p.detach().float().cpu().contiguous() for name, p in clone.trainable().items()}, path)
-
-
-def _arguments(settings: recipes.Train, schedule: Schedule, folder: Path, clone: Clone, learning_rate: float
-               ) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(folder / "checkpoints"), max_steps=schedule.steps, seed=settings.seed,
-        per_device_train_batch_size=schedule.micro_batch, gradient_accumulation_steps=schedule.accumulation,
-        learning_rate=learning_rate, lr_scheduler_type="linear",
-        warmup_steps=math.ceil(settings.warmup_share * schedule.steps), max_grad_norm=settings.max_grad_norm,
-        logging_steps=settings.log_every, logging_nan_inf_filter=False, save_strategy="steps",
-        save_steps=settings.checkpoint_every, save_total_limit=2, report_to="none", disable_tqdm=True,
-        remove_unused_columns=False, use_cpu=next(clone.parameters()).device.type == "cpu",
-        dataloader_drop_last=True)
+    def _forget_metrics(self, step: int) -> None:
+        """A killed run logged past its last checkpoint; the continued one logs those steps again."""
+        file = self.folder / METRICS_FILE
+        if self.is_main and file.exists():
+            kept = [row for row in read_metrics(file) if row["step"] <= step]
+            file.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written whole."""
-    marks = (folder / "checkpoints").glob(f"checkpoint-*/{COMPLETE_MARK}")
-    return max((mark.parent for mark in marks), key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+def save_trained(clone: Clone, path: Path) -> None:
+    """Write what was trained: projections, or, after a dense phase, weights. Every process must call it."""
+    tensors = {name: processes.whole(p) for name, p in clone.trainable().items()}
+    if processes.join(next(clone.parameters()).device).is_main_process:
+        save_file(tensors, path, metadata={"kind": "weights" if clone.is_dense else "projections"})
+
+
+def read_metrics(file: Path) -> list[dict[str, float]]:
+    """The rows; a last line that a kill cut off is left out."""
+    lines = file.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+

@@ -1,0 +1,69 @@
+"""The guard: a batch whose loss is not finite, or far above its average, never reaches the weights.
+
+It decides on the device, where the optimizer's own `found_inf` skips the update, so that a step waits for nothing;
+the host hears of it with the next log row.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+TERMS = ("lm loss", "kl loss", "clone loss", "gradient norm")
+DECAY = 0.9  # of the running average that a spike is measured against
+MOST_SKIPPED = 10  # bad batches in a row: no bad batch, but a run that has diverged
+
+
+@dataclass(frozen=True)
+class BadBatch:
+    step: int
+    term: str
+    value: float
+    average: float
+
+    def __str__(self) -> str:
+        if not math.isfinite(self.value):
+            return f"the {self.term} is {self.value} at step {self.step}"
+        return f"the {self.term} jumped to {self.value:.4g} at step {self.step}, from about {self.average:.4g}"
+
+
+class Guard:
+    """Judges each step's terms: (4,) lm, kl, clone, gradient norm, on the device."""
+
+    def __init__(self, device: torch.device, spike_factor: float):
+        """`spike_factor`: how far above its running average a loss may be; 0: any finite value passes."""
+        self.spike_factor = spike_factor
+        self.average = torch.zeros(len(TERMS), device=device)
+        self._seen: list[tuple[int, torch.Tensor]] = []
+
+    def judge(self, step: int, terms: torch.Tensor) -> torch.Tensor:
+        """1.0 (0-d) where the step's update must be skipped, else 0.0. No synchronization."""
+        fine = terms.isfinite().all()
+        started = self.average.any()
+        if self.spike_factor:
+            limits = self.average * self.spike_factor
+            # The gradient's norm may jump: clipping is there for that.
+            fine &= ((terms <= limits) | ~started)[:3].all()
+        self._seen.append((step, torch.cat([terms, self.average, fine[None].float()])))
+        # The first value is the average; afterwards it decays. A bad batch leaves no trace in it.
+        updated = torch.where(started, DECAY * self.average + (1 - DECAY) * terms, terms)
+        self.average = torch.where(fine, updated, self.average)
+        return 1.0 - fine.float()
+
+    def report(self) -> tuple[list[float] | None, list[BadBatch]]:
+        """The terms' means over the good steps since the last report, and the bad ones. Waits for the device."""
+        steps = [step for step, _ in self._seen]
+        rows = torch.stack([row for _, row in self._seen]).tolist() if self._seen else []
+        self._seen = []
+        good = [row[:len(TERMS)] for row in rows if row[-1]]
+        means = [sum(column) / len(good) for column in zip(*good, strict=True)] if good else None
+        bad = [self._describe(step, row) for step, row in zip(steps, rows, strict=True) if not row[-1]]
+        return means, bad
+
+    def _describe(self, step: int, row: list[float]) -> BadBatch:
+        terms, averages = row[:len(TERMS)], row[len(TERMS):-1]
+        named = list(zip(TERMS, terms, averages, strict=True))
+        term, value, average = next((n for n in named if not math.isfinite(n[1])),
+                                    max(named[:3], key=lambda n: n[1] / max(n[2], 1e-30)))
+        return BadBatch(step, term, value, average)

@@ -1,0 +1,42 @@
+"""What a position may see, and where it stands: causal order, sliding windows, document boundaries.
+
+Shapes: B rows, L positions.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def positions_of(input_ids: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor:
+    """Positions for RoPE: (1, L), or (B, L) counted from each document's beginning."""
+    offsets = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+    if documents is None:
+        return offsets
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return offsets - (offsets * begins).cummax(1).values
+
+
+def attention_mask(config: Any, layer: int, input_ids: torch.Tensor, documents: torch.Tensor | None
+                   ) -> torch.Tensor | None:
+    """True where a query (row) may look at a key (column): (1 or B, 1, L, L).
+
+    None where causal order is all there is: SDPA then takes its fast path.
+    """
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    length = input_ids.shape[1]
+    if window is not None and (window >= length or (kinds and kinds[layer] != "sliding_attention")):
+        window = None
+    if window is None and documents is None:
+        return None
+    offsets = torch.arange(length, device=input_ids.device)
+    behind = offsets[:, None] - offsets[None, :]
+    seen = (behind >= 0)[None]
+    if window is not None:
+        seen = seen & (behind < window)
+    if documents is not None:
+        seen = seen & (documents[:, :, None] == documents[:, None, :])
+    return seen[:, None]

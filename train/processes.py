@@ -1,0 +1,56 @@
+"""Several processes, as torchrun or `accelerate launch` start them: accelerate joins them, FSDP2 shards the clone."""
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lrc_edge.train.clone import Clone
+
+# The first process tokenizes while the others wait, and that can take a day.
+TIMEOUT = timedelta(days=2)
+
+
+def join(device: torch.device) -> PartialState:
+    """This process among its peers; alone where nothing started it as one of several."""
+    if PartialState._shared_state:
+        return PartialState()
+    return PartialState(cpu=device.type == "cpu", timeout=TIMEOUT) if dist.is_torchelastic_launched() else \
+        PartialState(cpu=device.type == "cpu")
+
+
+def shard(clone: Clone, state: PartialState) -> None:
+    """Spread every parameter over the processes (FSDP2): a unit for each pair of layers, one for the ends, one for the
+    projections that no forward pass reads. Starts from the first process's values. Nothing to do for one process."""
+    if state.num_processes == 1:
+        return
+    for parameter in clone.parameters():
+        dist.broadcast(parameter.data, 0)
+    mesh = init_device_mesh(state.device.type, (state.num_processes,))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) \
+        if clone.compute_dtype == torch.bfloat16 else MixedPrecisionPolicy()
+    for pair in clone.pairs:
+        fully_shard(pair, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    fully_shard(clone.projections, mesh=mesh)
+    # Resharded after its forward pass, too: compose_ writes into the shards, and gathered copies would stay old.
+    fully_shard(clone, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    clone.bind()
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole tensor of a shard, on every process (all must ask); float32 on the CPU."""
+    full = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    return full.float().cpu().contiguous()
+
+
+def put(values: torch.Tensor, into: torch.Tensor) -> None:
+    """Copy a whole tensor into a parameter or a shard of one."""
+    if isinstance(into, DTensor):
+        values = distribute_tensor(values.to(into.device, into.dtype), into.device_mesh, into.placements,
+                                   src_data_rank=None)
+    into.data.copy_(values)

@@ -1,0 +1,101 @@
+"""The recipe's token counts as optimizer steps, batches, phases and learning rates."""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from lrc_edge import recipe as recipes
+from lrc_edge.errors import UserError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """`dense_from` is the first step (counted from 0) of the dense phase; `steps` when there is none."""
+
+    seq_len: int
+    rows: int  # of an optimizer step, over all processes and batches
+    steps: int
+    dense_from: int
+    warmup: int  # steps, at the beginning of each phase
+    clone_rate: float  # peaks
+    dense_rate: float
+
+    @classmethod
+    def of(cls, train: recipes.Train, max_position_embeddings: int, n_tokens: int, teacher_width: int) -> Schedule:
+        """`n_tokens`: what the data holds, which is the budget when the recipe names none."""
+        seq_len = min(train.seq_len, max_position_embeddings)
+        budget = train.tokens or n_tokens
+        batch_tokens = train.batch_tokens or min(32_768, max(4_096, budget // 400))
+        rows = max(1, round(batch_tokens / seq_len))
+        steps = max(1, round(budget / (rows * seq_len)))
+        # A projection's entries are about 1 / sqrt(teacher width), a weight's likewise, and Adam moves each by the
+        # rate: the default moves both by the same share at every width.
+        clone_rate = train.learning_rate or recipes.CLONE_RATE / math.sqrt(teacher_width)
+        dense_rate = train.dense_learning_rate or recipes.DENSE_RATE / math.sqrt(teacher_width)
+        return cls(seq_len, rows, steps, round(steps * (1 - train.dense_share)),
+                   math.ceil(train.warmup_share * steps), clone_rate, dense_rate)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.seq_len * self.rows
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.tokens_per_step
+
+    def is_dense(self, step: int) -> bool:
+        return step >= self.dense_from
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up at the start of each phase, whose optimizer is new; linear to zero over the whole run."""
+        begin, peak = (self.dense_from, self.dense_rate) if self.is_dense(step) else (0, self.clone_rate)
+        warm = min(1.0, (step - begin + 1) / self.warmup) if self.warmup else 1.0
+        return peak * warm * (1 - step / self.steps)
+
+    def rows_of_process(self, world: int, micro_batch: int) -> tuple[int, int]:
+        """(rows of one process, rows of one forward pass): the largest divisor that is at most `micro_batch`.
+
+        Raises UserError when the step's rows do not divide among `world` processes.
+        """
+        if self.rows % world:
+            raise UserError(f"train.batch_tokens: a step of {self.rows} rows of {self.seq_len} does not divide among "
+                            f"{world} processes; take {math.ceil(self.rows / world) * world * self.seq_len}")
+        mine = self.rows // world
+        return mine, next(n for n in range(min(mine, micro_batch), 0, -1) if mine % n == 0)
+
+
+class RowOrder:
+    """Which rows of the data each step reads: every row once an epoch, in an order that the seed decides.
+
+    A function of the step alone, so that a continued run, on however many processes, reads on where it stopped.
+    """
+
+    def __init__(self, n_rows: int, rows_per_step: int, seed: int):
+        self.n_rows, self.rows_per_step, self.seed = n_rows, rows_per_step, seed
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
+
+    def _row(self, position: int) -> int:
+        epoch, offset = divmod(position, self.n_rows)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            self._epoch, self._order = epoch, torch.randperm(self.n_rows, generator=generator)
+        return int(self._order[offset])
+
+    def of_step(self, step: int) -> list[int]:
+        first = step * self.rows_per_step
+        return [self._row(position) for position in range(first, first + self.rows_per_step)]
+
+
+class ProcessBatches(torch.utils.data.Sampler[list[int]]):
+    """The rows that one of `world` processes reads, a list a step: a DataLoader's batch_sampler."""
+
+    def __init__(self, order: RowOrder, steps: range, rank: int, world: int):
+        self.order, self.steps, self.rank, self.world = order, steps, rank, world
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        return (self.order.of_step(step)[self.rank::self.world] for step in self.steps)
