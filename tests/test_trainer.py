@@ -6,35 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import TEXT
+from tiny_models import tiny_data
+from train_runs import run
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.corpus import HeldOut
 from lrc_edge.errors import UserError
-from lrc_edge.recipe import load_recipe
-from lrc_edge.train.data import prepare
-from lrc_edge.train.stage import Plan, load_clone, train
+from lrc_edge.train.stage import load_clone
 from lrc_edge.train.trainer import EVAL_TOKENS, TRAINED_FILE, choose_device, choose_precision, held_out_loss
 
 
-@pytest.fixture
-def data(tiny_llama: Path, tmp_path: Path) -> Path:
-    folder = tmp_path / "data"
-    folder.mkdir()
-    texts = (TEXT[i:i + 500] for i in range(0, 60_000, 500))
-    prepare(texts, DenseCheckpoint.open(tiny_llama).tokenizer(), folder, held_out_share=0.1, max_tokens=None,
-            seq_len=64, progress=lambda n: None)
-    return folder
-
-
-def run(teacher: Path, data: Path, folder: Path, *settings: str) -> list[dict[str, float]]:
-    recipe = load_recipe(None, ["train.seq_len=64", "train.batch_tokens=256", "train.tokens=5120", "train.eval_every=5",
-                                "train.log_every=1", "train.checkpoint_every=4", "student.hidden_size=32", *settings])
-    model = DenseCheckpoint.open(teacher)
-    rows: list[dict[str, float]] = []
-    folder.mkdir(exist_ok=True)
-    train(model, recipe, Plan.of(recipe, model, 32, data), data, folder, rows.append)
-    return rows
+@pytest.fixture(scope="module")
+def data(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_data(tiny_llama, tmp_path_factory.mktemp("data"))
 
 
 def test_device_and_precision() -> None:
@@ -80,6 +64,6 @@ def test_saved_projections_make_the_same_student(tiny_llama: Path, data: Path, t
 
 
 def test_a_loss_that_is_not_finite_stops_and_is_named(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"loss is (nan|inf) at step \d+ of 20; lower train.learning_rate"):
+    with pytest.raises(UserError, match=r"the \w+ loss is (nan|inf) at step \d+ of 20 \(rows \d+, .*Lower"):
         run(tiny_llama, data, tmp_path / "train", "train.learning_rate=1e30", "train.warmup_share=0",
             "train.max_grad_norm=1e30")

@@ -14,6 +14,9 @@ from packaging.version import Version
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from lrc_edge.checkpoint import DenseCheckpoint
+from lrc_edge.train.data import prepare
+
 TEXT = "\n\n".join(pydoc_data.topics.topics.values())  # English that every Python installation holds
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
           r"|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -125,3 +128,11 @@ def make_tiny(path: Path, family: str = "llama", *, tied: bool = True, hidden_si
     model.to(dtype).save_pretrained(path)
     tok.save_pretrained(path)
     return Path(path)
+
+
+def tiny_data(teacher: Path, folder: Path) -> Path:
+    """Tokens and held-out text of TEXT for a teacher, as the data stage leaves them in `folder`."""
+    texts = (TEXT[i:i + 500] for i in range(0, 60_000, 500))
+    prepare(texts, DenseCheckpoint.open(teacher).tokenizer(), folder, held_out_share=0.1, max_tokens=None, seq_len=64,
+            progress=lambda n: None)
+    return folder

@@ -1,0 +1,221 @@
+"""How many tokens each way of making a student needs: same teacher, text, order, student shape, steps.
+
+    python benchmarks/sample_efficiency.py --quick                     # under 15 minutes on 2 cores
+    python benchmarks/sample_efficiency.py --text stories.jsonl --held-out other.jsonl --hidden-size 128 \
+        --tokens 819200 --seeds 3 --out benchmarks/results/sample_efficiency
+
+Every method trains with lrc_edge's own trainer, at each learning rate of its small grid with seed 0; the best rate then
+runs with the other seeds. Finished runs stand in OUT/runs.jsonl and are not repeated, so a killed benchmark continues,
+and several may share OUT with different --methods. Ends with the table, OUT/table.md, and OUT/curves.png where
+matplotlib is installed; --render does only that.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from efficiency_table import Run, best_rate, read_runs, render
+from torch import nn
+
+from lrc_edge.checkpoint import DenseCheckpoint
+from lrc_edge.corpus import HeldOut, documents
+from lrc_edge.recipe import Train, load_recipe
+from lrc_edge.train import initialize, losses
+from lrc_edge.train.clone import Clone, Losses
+from lrc_edge.train.data import PackedRows, prepare
+from lrc_edge.train.schedule import Schedule
+from lrc_edge.train.trainer import Trainer, choose_device, choose_precision, held_out_loss
+
+DEMO = Path(__file__).parent.parent / "examples" / "demo"
+EVAL_TOKENS, CALIBRATION_ROWS = 8_192, 16
+WEIGHT_GRID, PROJECTION_GRID = (1e-3, 3e-3, 1e-2), (3e-4, 1e-3, 3e-3)
+
+
+@dataclass(frozen=True)
+class Method:
+    """`start` puts the first values into a fresh clone; `settings` go over the recipe's [train]."""
+
+    name: str
+    start: Callable[[Clone, torch.Tensor, int], None]
+    settings: dict[str, Any]
+    grid: tuple[float, ...]
+    kind: type[Clone] = Clone
+
+
+def from_random(clone: Clone, rows: torch.Tensor, seed: int) -> None:
+    """A student of its own, as transformers initializes one; the teacher gives it no weight."""
+    torch.manual_seed(seed)
+    clone.start_dense_phase()
+    clone.student.apply(clone.student._init_weights)
+
+
+def from_projections(clone: Clone, rows: torch.Tensor, seed: int, init: str) -> None:
+    values = {"gaussian": lambda: initialize.gaussian_values(clone, seed),
+              "selection": lambda: initialize.selection_values(clone, rows),
+              "pca": lambda: initialize.pca_values(clone, rows)}[init]
+    clone.initialize(values())
+
+
+gaussian, selection, pca = (partial(from_projections, init=name) for name in ("gaussian", "selection", "pca"))
+
+
+class Aligned(Clone):
+    """TinyBERT's feature distillation (arXiv 1909.10351): the student's residual stream behind every layer, through a
+    trained matrix a layer, is to be the teacher's; and the KL at the head. Terms are relative to the teacher's energy.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        generator = torch.Generator().manual_seed(0)
+        width = self.shape.hidden_size
+        self.align = nn.ParameterDict({str(i): nn.Parameter(
+            torch.randn(width, self.teacher_width, generator=generator) / width**0.5) for i in range(len(self.pairs))})
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return super().trainable() | {f"align.{i}": p for i, p in self.align.items()}
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, documents: torch.Tensor | None = None,
+                *, objective: losses.Objective | None = None, n_labels: torch.Tensor | None = None, share: float = 1.0
+                ) -> Losses:
+        objective = objective or losses.Objective()
+        if not objective.needs_teacher:
+            return super().forward(input_ids, labels, objective=objective, n_labels=n_labels, share=share)
+        assert labels is not None
+        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
+            theirs, mine = (m.model.embed_tokens(input_ids) for m in (self.teacher, self.student))
+            rope = self.student.model.rotary_emb(mine.to(self.compute_dtype), torch.arange(input_ids.shape[1])[None])
+            features = mine.new_zeros(())
+            for i, pair in enumerate(self.pairs):
+                theirs, mine, _ = pair(theirs, mine, False, None, rope)
+                features = features + losses.mse(mine @ self.align[str(i)], theirs) / theirs.float().square().mean()
+            total, lm, kl = losses.head_losses(
+                self.student.model.norm(mine).flatten(0, 1), self.student.lm_head.weight,
+                self.teacher.model.norm(theirs).flatten(0, 1), self.teacher.lm_head.weight, labels.flatten(), objective,
+                n_labels)
+        return Losses(total + objective.alpha * features * share, lm, kl, features.detach() * share)
+
+
+KD = {"alpha": 0.0, "dense_share": 1.0}
+METHODS = {method.name: method for method in (
+    Method("scratch", from_random, KD | {"kl_weight": 0.0}, WEIGHT_GRID),
+    Method("KD from scratch", from_random, KD, WEIGHT_GRID),
+    Method("TinyBERT-like", from_random, {"alpha": 1.0, "dense_share": 1.0}, WEIGHT_GRID, Aligned),
+    Method("hard pruning + KD", selection, KD, WEIGHT_GRID),
+    Method("LRC as published", gaussian, {"kl_temperature": 40.0, "kl_weight": 1.28}, PROJECTION_GRID),
+    Method("LRC, selection (RED)", selection, {}, PROJECTION_GRID),
+    Method("LRC, selection, then dense", selection, {"dense_share": 0.75}, WEIGHT_GRID),
+    Method("LRC, components", pca, {}, PROJECTION_GRID),
+    Method("LRC, components, then dense", pca, {"dense_share": 0.75}, WEIGHT_GRID),
+    Method("components + KD", pca, KD, WEIGHT_GRID),
+)}
+
+
+def train_once(method: Method, rate: float, seed: int, args: argparse.Namespace, data: Path) -> Run:
+    teacher = DenseCheckpoint.open(args.teacher)
+    settings = load_recipe(None, (), train={
+        "tokens": args.tokens, "seq_len": args.seq_len, "batch_tokens": args.batch_tokens, "seed": seed,
+        "dense_learning_rate": rate, "learning_rate": args.clone_rate if "dense_share" in method.settings else rate,
+        "log_every": 10, "eval_every": max(1, args.tokens // args.batch_tokens // 20), "checkpoint_every": 10**9,
+        "spike_factor": 0.0, "on_bad_batch": "skip", **method.settings}).train
+    device = choose_device("auto")
+    dtype = choose_precision("auto", device)
+    rows = PackedRows(data / "tokens.npy", args.seq_len)
+    schedule = Schedule.of(settings, args.seq_len, 0, teacher.shape.hidden_size)
+    clone = method.kind(teacher.model().to(device, dtype), teacher.shape, args.hidden_size, dtype).to(device)
+    picked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:CALIBRATION_ROWS]
+    sample = torch.stack([rows[int(i)]["input_ids"] for i in picked]).to(device)
+    started = time.monotonic()
+    method.start(clone, sample, seed)
+    held_out_BL = HeldOut.load(data / "held_out.npz").rows(args.seq_len, EVAL_TOKENS, None)
+    with tempfile.TemporaryDirectory() as folder:
+        metrics: list[dict[str, Any]] = []
+        trainer = Trainer(clone, settings, schedule, rows, held_out_BL, Path(folder), metrics.append)
+        trainer.run()
+    return Run(method.name, rate, seed, args.tokens, time.monotonic() - started, trainer.clock.rate,
+               [(row["tokens"], row["held_out_loss"]) for row in metrics if "held_out_loss" in row],
+               sum("skipped" in row for row in metrics))
+
+
+def prepare_data(args: argparse.Namespace) -> Path:
+    """Tokens of the text, packed; held-out documents of it, or of a text of their own."""
+    data: Path = args.out / "data"
+    if (data / "held_out.npz").exists():
+        return data
+    partial_folder = args.out / ".data"
+    shutil.rmtree(partial_folder, ignore_errors=True)
+    partial_folder.mkdir(parents=True)
+    tokenizer = DenseCheckpoint.open(args.teacher).tokenizer()
+    prepare(documents([str(args.text)], "text"), tokenizer, partial_folder, held_out_share=0.05, max_tokens=None,
+            seq_len=args.seq_len, progress=lambda n: None)
+    if args.held_out:
+        HeldOut.from_texts(list(documents([str(args.held_out)], "text")), tokenizer).save(
+            partial_folder / "held_out.npz")
+    partial_folder.rename(data)
+    return data
+
+
+def teacher_loss(args: argparse.Namespace, data: Path) -> float:
+    rows = HeldOut.load(data / "held_out.npz").rows(args.seq_len, EVAL_TOKENS, None)
+    return held_out_loss(DenseCheckpoint.open(args.teacher).model(), rows, torch.float32)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", type=Path, default=DEMO / "storyteller", help="Hugging Face directory")
+    parser.add_argument("--text", type=Path, default=DEMO / "stories.jsonl")
+    parser.add_argument("--held-out", type=Path, help="text to judge by; default: a twentieth of --text")
+    parser.add_argument("--hidden-size", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=819_200, help="of one run")
+    parser.add_argument("--batch-tokens", type=int, default=4_096, help="of one optimizer step")
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--clone-rate", type=float, default=1e-3, help="of the clone phase before a dense one")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", default="", help=f"comma-separated numbers, 0 to {len(METHODS) - 1}; default: all")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sample_efficiency"))
+    parser.add_argument("--quick", action="store_true", help="102,400 tokens, one seed, the middle of each grid")
+    parser.add_argument("--render", action="store_true", help="only the table and the plot, from what has run")
+    args = parser.parse_args()
+    if args.quick:
+        args.tokens, args.seeds, args.out = 102_400, 1, args.out.with_name("quick")
+        shutil.rmtree(args.out, ignore_errors=True)
+    methods = list(METHODS.values())
+    chosen = [methods[int(i)] for i in args.methods.split(",")] if args.methods else methods
+    args.out.mkdir(parents=True, exist_ok=True)
+    data = prepare_data(args)
+    if not args.render:
+        run_all(chosen, args, data)
+    shape = DenseCheckpoint.open(args.teacher).shape
+    print(render(args.out, list(METHODS), teacher_loss(args, data),
+                 f"teacher {shape.hidden_size} wide ({shape.n_params:,} parameters), student {args.hidden_size} wide "
+                 f"({shape.with_hidden_size(args.hidden_size).n_params:,})"))
+
+
+def run_all(methods: list[Method], args: argparse.Namespace, data: Path) -> None:
+    def once(method: Method, rate: float, seed: int) -> None:
+        if any((r.method, r.rate, r.seed, r.tokens) == (method.name, rate, seed, args.tokens)
+               for r in read_runs(args.out)):
+            return
+        run = train_once(method, rate, seed, args, data)
+        with (args.out / "runs.jsonl").open("a") as file:
+            file.write(json.dumps(vars(run)) + "\n")
+        print(f"{method.name}, rate {rate:g}, seed {seed}: {run.loss:.4f} in {run.seconds:.0f} s", flush=True)
+
+    for method in methods:
+        for rate in (method.grid[1:2] if args.quick else method.grid):
+            once(method, rate, 0)
+    for seed in range(1, args.seeds):
+        for method in methods:
+            once(method, best_rate(read_runs(args.out), method.name), seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""A training run of the tiny model, as the tests of training start it: here, in a child, or under torchrun."""
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from lrc_edge.checkpoint import DenseCheckpoint
+from lrc_edge.recipe import load_recipe
+from lrc_edge.train.stage import Plan, train
+
+SETTINGS = ["train.seq_len=64", "train.batch_tokens=256", "train.tokens=5120", "train.eval_every=5",
+            "train.log_every=1", "train.checkpoint_every=4", "train.device=cpu", "student.hidden_size=32"]
+
+
+def run(teacher: Path, data: Path, folder: Path, *settings: str) -> list[dict[str, float]]:
+    """Train in `folder`; returns the rows that were logged."""
+    recipe = load_recipe(None, [*SETTINGS, *settings])
+    model = DenseCheckpoint.open(teacher)
+    rows: list[dict[str, float]] = []
+    folder.mkdir(exist_ok=True, parents=True)
+    train(model, recipe, Plan.of(recipe, model, 32, data), data, folder, rows.append)
+    return rows
+
+
+if __name__ == "__main__":
+    run(*map(Path, sys.argv[1:4]), *sys.argv[4:])
