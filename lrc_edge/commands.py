@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,23 @@ from lrc_edge.report import gate_table, verdict, write_report
 
 def build(source: str, out: Path, recipe: Recipe, console: Console, until: str = "report") -> bool:
     """The whole pipeline, or up to the stage `until` ("train", "fold"). Returns whether every gate passed."""
+    if until == "train" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return _train_together(source, out, recipe, console)
+    pipeline = _before_training(source, out, recipe, console, until)
+    if pipeline is None:
+        return False
+    pipeline.train()
+    if until == "train":
+        return True
+    pipeline.fold()
+    if until == "fold":
+        return all(gate["passed"] for gate in pipeline.dir.result("fold"))
+    student = DenseCheckpoint.open(out / "student")
+    return _prove_and_report(pipeline, student, console)
+
+
+def _before_training(source: str, out: Path, recipe: Recipe, console: Console, until: str) -> Pipeline | None:
+    """Checks, and the stages up to the identity gate; None where it failed."""
     teacher = Teacher.of(source)
     # A machine that only trains need not have the runtimes; what they cannot run is then found where they are.
     trains_only = until == "train" and find_spec("llama_cpp") is None
@@ -36,15 +54,25 @@ def build(source: str, out: Path, recipe: Recipe, console: Console, until: str =
     if not all(gate["passed"] for gate in pipeline.dir.result("identity")):
         console.print("identity gate failed: this teacher's clone would not be the teacher; not trained",
                       style="red", soft_wrap=True)
-        return False
+        return None
+    return pipeline
+
+
+def _train_together(source: str, out: Path, recipe: Recipe, console: Console) -> bool:
+    """As one of the processes that torchrun started: the first does what comes before training, all train."""
+    from lrc_edge.train.processes import join
+    from lrc_edge.train.trainer import choose_device
+
+    peers = join(choose_device(recipe.train.device))
+    pipeline = _before_training(source, out, recipe, console, "train") if peers.is_main_process else None
+    if peers.is_main_process and pipeline is None:
+        raise UserError(f"{out}: identity gate failed; not trained")
+    peers.wait_for_everyone()
+    if pipeline is None:
+        pipeline = Pipeline(out, recipe, Console(quiet=True), Teacher.of(source), leads=False)
     pipeline.train()
-    if until == "train":
-        return True
-    pipeline.fold()
-    if until == "fold":
-        return all(gate["passed"] for gate in pipeline.dir.result("fold"))
-    student = DenseCheckpoint.open(out / "student")
-    return _prove_and_report(pipeline, student, console)
+    peers.wait_for_everyone()
+    return True
 
 
 def export(source: str, out: Path, recipe: Recipe, console: Console) -> bool:

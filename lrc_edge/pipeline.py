@@ -52,9 +52,11 @@ class Teacher:
 class Pipeline:
     """One output directory being built. The methods are the stages, in their order."""
 
-    def __init__(self, out: Path, recipe: Recipe, console: Console, teacher: Teacher | None = None):
-        self.recipe, self.console, self.teacher = recipe, console, teacher
-        self.dir = BuildDir.create(out)
+    def __init__(self, out: Path, recipe: Recipe, console: Console, teacher: Teacher | None = None,
+                 leads: bool = True):
+        """`leads`: off in all but the first of several processes that train together; they write nothing here."""
+        self.recipe, self.console, self.teacher, self.leads = recipe, console, teacher, leads
+        self.dir = BuildDir.create(out) if leads else BuildDir(out)
         self.out = out
         self._stage_work = 0  # stages that really ran
 
@@ -64,6 +66,9 @@ class Pipeline:
         fingerprint = self.dir.fingerprint(name, inputs)
         if self.dir.is_done(name, fingerprint):
             stage_line(self.console, name, "unchanged, nothing to do")
+            return
+        if not self.leads:
+            work(Task(self.console, name, None))
             return
         self.dir.forget(name)
         started = time.monotonic()
@@ -157,11 +162,13 @@ class Pipeline:
         def work(task: Task) -> tuple[Any, str]:
             # Checkpoints of other inputs would be continued as if they were ours.
             mark, fingerprint = folder / "fingerprint", self.dir.fingerprint("train", inputs)
-            if not mark.exists() or mark.read_text() != fingerprint:
+            if self.leads and (not mark.exists() or mark.read_text() != fingerprint):
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir()
                 mark.write_text(fingerprint)
             train(self._teacher, recipe, plan, self.out / "data", folder, lambda row: _show_training(task, row))
+            if not self.leads:
+                return None, ""
             summary = json.loads((folder / SUMMARY_FILE).read_text())
             return summary, (f"{summary['tokens']:,} tokens on {summary['device']} in {summary['precision']}: held-out "
                              f"loss {summary['student_held_out_loss']:.3f} (teacher's "

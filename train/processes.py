@@ -17,11 +17,8 @@ TIMEOUT = timedelta(days=2)
 
 
 def join(device: torch.device) -> PartialState:
-    """This process among its peers; alone where nothing started it as one of several."""
-    if PartialState._shared_state:
-        return PartialState()
-    return PartialState(cpu=device.type == "cpu", timeout=TIMEOUT) if dist.is_torchelastic_launched() else \
-        PartialState(cpu=device.type == "cpu")
+    """This process among its peers; alone where nothing started it as one of several. Later calls return the same."""
+    return PartialState(cpu=device.type == "cpu", timeout=TIMEOUT)
 
 
 def shard(clone: Clone, state: PartialState) -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.corpus import HeldOut
 from lrc_edge.recipe import Recipe
-from lrc_edge.train import initialize
+from lrc_edge.train import initialize, processes
 from lrc_edge.train.checkpoints import latest
 from lrc_edge.train.clone import Clone
 from lrc_edge.train.data import HELD_OUT_FILE, TOKENS_FILE, PackedRows
@@ -69,8 +69,12 @@ def load_clone(teacher: DenseCheckpoint, hidden_size: int, *, dtype: torch.dtype
 
 
 def train(teacher: DenseCheckpoint, recipe: Recipe, plan: Plan, data: Path, folder: Path, progress: Progress) -> None:
-    """Train in `folder`; continues from its last checkpoint. Leaves the trained tensors, metrics and a summary there."""
+    """Train in `folder`; continues from its last checkpoint. Leaves the trained tensors, metrics and a summary there.
+
+    Under torchrun every process calls it, with the same arguments.
+    """
     settings, schedule = recipe.train, plan.schedule
+    processes.join(plan.device).wait_for_everyone()
     torch.manual_seed(settings.seed)
     clone = load_clone(teacher, plan.hidden_size, dtype=plan.dtype, device=plan.device,
                        recompute=settings.gradient_checkpointing)

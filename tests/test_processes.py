@@ -1,0 +1,114 @@
+"""Several processes: the same losses as one, checkpoints that cross, rows that no two read."""
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from tiny_models import TEXT, tiny_data
+
+from lrc_edge.errors import UserError
+from lrc_edge.train.schedule import ProcessBatches, RowOrder, Schedule
+from lrc_edge.train.trainer import METRICS_FILE, TRAINED_FILE, read_metrics
+
+SETTINGS = ["train.precision=fp32", "train.dense_share=0.5", "train.micro_batch=1"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+RUN = str(Path(__file__).with_name("train_runs.py"))
+
+
+@pytest.fixture(scope="module")
+def data(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_data(tiny_llama, tmp_path_factory.mktemp("data"))
+
+
+def start(n_processes: int, teacher: Path, data: Path, folder: Path) -> subprocess.Popen[bytes]:
+    launcher = TORCHRUN if n_processes == 2 else [sys.executable]
+    return subprocess.Popen([*launcher, RUN, str(teacher), str(data), str(folder), *SETTINGS],
+                            start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def kill_after(process: subprocess.Popen[bytes], folder: Path, step: int) -> None:
+    """SIGKILL to the launcher and all its processes once `step` is logged."""
+    file = folder / METRICS_FILE
+    while process.poll() is None and not (file.exists() and any(r["step"] > step for r in read_metrics(file))):
+        time.sleep(0.01)
+    assert process.poll() is None, "ended before it could be killed"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_llama: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("alone") / "train"
+    assert start(1, tiny_llama, data, folder).wait() == 0
+    return folder
+
+
+def same_as(alone: Path, folder: Path) -> None:
+    expected, got = read_metrics(alone / METRICS_FILE), read_metrics(folder / METRICS_FILE)
+    assert len(got) == len(expected) > 20
+    for a, b in zip(expected, got, strict=True):
+        for key in {"lm", "kl", "clone", "held_out_loss"} & a.keys():
+            assert b[key] == pytest.approx(a[key], abs=1e-5), (a["step"], key)
+    theirs = load_file(folder / TRAINED_FILE)
+    for name, tensor in load_file(alone / TRAINED_FILE).items():
+        assert (tensor - theirs[name]).abs().max() < 1e-4, name
+
+
+def test_two_processes_learn_what_one_does(alone: Path, tiny_llama: Path, data: Path, tmp_path: Path) -> None:
+    assert start(2, tiny_llama, data, tmp_path / "train").wait() == 0
+    same_as(alone, tmp_path / "train")
+
+
+@pytest.mark.parametrize(("first", "then", "step"), [(2, 1, 9), (1, 2, 13)])
+def test_a_checkpoint_continues_on_another_number(first: int, then: int, step: int, alone: Path, tiny_llama: Path,
+                                                  data: Path, tmp_path: Path) -> None:
+    """Killed in the clone phase on two, in the dense phase on one."""
+    folder = tmp_path / "train"
+    kill_after(start(first, tiny_llama, data, folder), folder, step)
+    assert any((folder / "checkpoints").glob("step-*"))
+    assert start(then, tiny_llama, data, folder).wait() == 0
+    same_as(alone, folder)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_every_row_once_an_epoch_whatever_the_processes(world: int) -> None:
+    n_rows, per_step, steps = 64, 8, 16  # two epochs
+    order = RowOrder(n_rows, per_step, seed=3)
+    parts = [list(ProcessBatches(order, range(steps), rank, world)) for rank in range(world)]
+    whole = [sorted(row for part in parts for row in part[step]) for step in range(steps)]
+    assert whole == [sorted(RowOrder(n_rows, per_step, seed=3).of_step(step)) for step in range(steps)]
+    for epoch in (whole[:8], whole[8:]):
+        assert sorted(row for step in epoch for row in step) == list(range(n_rows))
+    assert whole[:8] != whole[8:]
+    for a, b in pairwise(parts):
+        assert not any(set(x) & set(y) for x, y in zip(a, b, strict=True))
+    continued = list(ProcessBatches(order, range(11, steps), 0, world))
+    assert continued == parts[0][11:]
+
+
+def test_rows_that_do_not_divide_are_refused_with_a_number_that_does() -> None:
+    schedule = Schedule(64, 6, 10, 10, 1, 1e-3, 1e-3)
+    assert schedule.rows_of_process(2, 8) == (3, 3)
+    with pytest.raises(UserError, match=r"6 rows of 64 does not divide among 4 processes; take 512"):
+        schedule.rows_of_process(4, 8)
+
+
+def test_train_under_torchrun_from_the_command_line(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT[:200_000])
+    command = [*TORCHRUN, "-m", "lrc_edge", "train", str(tiny_llama), "--data", str(tmp_path / "text.txt"), "--out",
+               str(tmp_path / "out"), "--set", "train.seq_len=64", "--set", "train.batch_tokens=256", "--set",
+               "train.tokens=2560", "--set", "student.hidden_size=32", "--set", "train.device=cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("tokens on cpu") == 1  # the first process speaks, the other is silent
+    again = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert again.returncode == 0 and "train  unchanged" in again.stdout
+    assert (tmp_path / "out" / "train" / TRAINED_FILE).exists()
