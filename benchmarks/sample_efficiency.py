@@ -28,7 +28,7 @@ from torch import nn
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.corpus import HeldOut, documents
-from lrc_edge.recipe import Train, load_recipe
+from lrc_edge.recipe import load_recipe
 from lrc_edge.train import initialize, losses
 from lrc_edge.train.clone import Clone, Losses
 from lrc_edge.train.data import PackedRows, prepare
@@ -83,9 +83,9 @@ class Aligned(Clone):
     def trainable(self) -> dict[str, nn.Parameter]:
         return super().trainable() | {f"align.{i}": p for i, p in self.align.items()}
 
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, documents: torch.Tensor | None = None,
-                *, objective: losses.Objective | None = None, n_labels: torch.Tensor | None = None, share: float = 1.0
-                ) -> Losses:
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None,
+                documents: torch.Tensor | None = None, *, objective: losses.Objective | None = None,
+                n_labels: torch.Tensor | None = None, share: float = 1.0) -> Losses:
         objective = objective or losses.Objective()
         if not objective.needs_teacher:
             return super().forward(input_ids, labels, objective=objective, n_labels=n_labels, share=share)

@@ -67,7 +67,10 @@ def _train_together(source: str, out: Path, recipe: Recipe, console: Console) ->
     pipeline = _before_training(source, out, recipe, console, "train") if peers.is_main_process else None
     if peers.is_main_process and pipeline is None:
         raise UserError(f"{out}: identity gate failed; not trained")
-    peers.wait_for_everyone()
+    try:
+        peers.wait_for_everyone()
+    except RuntimeError as error:  # the connection broke: the first process stopped, and has said why
+        raise SystemExit(2) from error
     if pipeline is None:
         pipeline = Pipeline(out, recipe, Console(quiet=True), Teacher.of(source), leads=False)
     pipeline.train()

@@ -152,7 +152,7 @@ class Pipeline:
                     work)
 
     def train(self) -> None:
-        from lrc_edge.train.stage import METRICS_FILE, TRAINED_FILE, SUMMARY_FILE, Plan, train
+        from lrc_edge.train.stage import METRICS_FILE, SUMMARY_FILE, TRAINED_FILE, Plan, train
 
         recipe, folder = self.recipe, self.out / "train"
         plan = Plan.of(recipe, self._teacher, self.hidden_size, self.out / "data")

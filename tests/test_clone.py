@@ -1,6 +1,7 @@
 """The clone: composed weights, their gradients, the seven terms, initial values."""
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -137,9 +138,9 @@ def test_isolated_documents_are_read_as_if_alone(window: int | None, tmp_path: P
     labels = F.pad(ids[:, 1:], (0, 1), value=-100)
     labels[0, [4, 19]] = -100  # the last token of a document predicts nothing
     together = clone(ids, labels, documents)
-    alone = [clone(ids[:, a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
-    weights = [b - a - 1 for a, b in zip(cuts, cuts[1:], strict=False)]
-    lengths = [b - a for a, b in zip(cuts, cuts[1:], strict=False)]
+    alone = [clone(ids[:, a:b]) for a, b in pairwise(cuts)]
+    lengths = [b - a for a, b in pairwise(cuts)]
+    weights = [n - 1 for n in lengths]
     for term, parts in (("lm", weights), ("kl", weights), ("clone", lengths)):
         expected = sum(getattr(a, term) * n for a, n in zip(alone, parts, strict=True)) / sum(parts)
         torch.testing.assert_close(getattr(together, term), expected, rtol=1e-4, atol=1e-5)

@@ -72,7 +72,7 @@ def test_no_tensor_of_all_tokens_by_vocabulary(chunk: int, monkeypatch: pytest.M
 
 def test_the_largest_tensor_of_plain_losses_is_seen() -> None:
     """The negative of the above: what a plain implementation allocates is found."""
-    student, head, teacher, teacher_head, labels = make(n=2048, v=5000, d=4)
+    student, head, _, _, labels = make(n=2048, v=5000, d=4)
     with LargestTensor() as seen:
         F.cross_entropy(student @ head.T, labels).backward()
     assert seen.elements == 2048 * 5000

@@ -104,7 +104,8 @@ def test_train_under_torchrun_from_the_command_line(tiny_llama: Path, tmp_path: 
     (tmp_path / "text.txt").write_text(TEXT[:200_000])
     command = [*TORCHRUN, "-m", "lrc_edge", "train", str(tiny_llama), "--data", str(tmp_path / "text.txt"), "--out",
                str(tmp_path / "out"), "--set", "train.seq_len=64", "--set", "train.batch_tokens=256", "--set",
-               "train.tokens=2560", "--set", "student.hidden_size=32", "--set", "train.device=cpu"]
+               "train.tokens=2560", "--set", "data.held_out_share=0.2",
+               "--set", "student.hidden_size=32", "--set", "train.device=cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
@@ -112,3 +113,6 @@ def test_train_under_torchrun_from_the_command_line(tiny_llama: Path, tmp_path: 
     again = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert again.returncode == 0 and "train  unchanged" in again.stdout
     assert (tmp_path / "out" / "train" / TRAINED_FILE).exists()
+    wrong = subprocess.run([*command, "--set", "train.batch_tokens=64"], capture_output=True, text=True,
+                           env=environment)
+    assert "does not divide among 2 processes; take 128" in wrong.stderr and wrong.returncode != 0

@@ -109,7 +109,7 @@ def test_a_damaged_checkpoint_is_told_in_one_line(tmp_path: Path) -> None:
     checkpoints.save(tmp_path, 1, some_state(1), {}, keep=2)
     file = tmp_path / "step-00000001" / checkpoints.STATE_FILE
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(UserError, match="damaged checkpoint .*delete this folder"):
+    with pytest.raises(UserError, match=r"damaged checkpoint .*delete this folder"):
         checkpoints.load(tmp_path / "step-00000001")
 
 

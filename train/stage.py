@@ -64,7 +64,7 @@ def load_clone(teacher: DenseCheckpoint, hidden_size: int, *, dtype: torch.dtype
         with safe_open(trained, framework="pt") as file:
             if (file.metadata() or {}).get("kind") == "weights":
                 clone.start_dense_phase()
-            clone.initialize({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            clone.initialize({name: file.get_tensor(name) for name in file.keys()})
     return clone
 
 

@@ -209,9 +209,10 @@ class Trainer:
         rows = ", ".join(map(str, self.order.of_step(bad.step)[:4]))
         last = checkpoints.latest(self.folder / "checkpoints")
         kept = f"continues from {last.name}" if last else "starts again"
+        rate = self.schedule.learning_rate(bad.step)
         return (f"train: {bad} of {self.schedule.steps} (rows {rows}, ... of the data); its update was not made. Lower "
-                f"train.learning_rate (now {self.schedule.learning_rate(bad.step):.3g}), or leave such batches out with "
-                f"--set train.on_bad_batch=skip: the same command {kept}")
+                f"train.learning_rate (now {rate:.3g}), or leave such batches out with --set train.on_bad_batch=skip: "
+                f"the same command {kept}")
 
     @torch.no_grad()
     def evaluate(self, step: int) -> float:
