@@ -113,7 +113,8 @@ class Clone(nn.Module):
         config = type(teacher.config).from_dict(teacher.config.to_dict())
         config.hidden_size, config.head_dim = hidden_size, teacher_shape.head_dim
         config._attn_implementation = teacher.config._attn_implementation = "sdpa"
-        student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with teacher.device:
+            student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         # No dropout, whatever the teacher was trained with: then a step draws no random numbers at all.
         teacher.eval(), student.eval()
         # Both models stay whole for those who read them, but this module owns their layers as pairs: a layer that

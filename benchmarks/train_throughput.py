@@ -1,0 +1,296 @@
+"""How fast a clone trains, beside what else one would run: tokens/s, FLOPs utilisation, peak memory, in one run.
+
+    python benchmarks/train_throughput.py --shape tiny               # on a CPU, under 5 minutes
+    python benchmarks/train_throughput.py --shape llama-3.2-3b       # LRC-1.5B's shape; needs a GPU of 80 GB
+
+Random weights and tokens. Each row is a process of its own:
+
+    lrc-edge    lrc_edge's trainer: layers side by side, weights composed once a step, head losses in one pass
+    plain       the student alone on cross entropy, as a dense model, with the same layers, head loss and optimizer
+    KD          the same with the whole teacher's forward pass and KL
+    reference   the published code's cost structure, transcribed: every weight applied as projection and teacher's
+                weight to every token, whole-vocabulary log-softmaxes of all tokens, each clone term read by the host
+
+Utilisation counts the same model FLOPs for lrc-edge, KD and the reference: forward and backward of the student, forward
+of the teacher, attention included, over the speed of a large matrix product measured first.
+"""
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from lrc_edge.recipe import load_recipe
+from lrc_edge.shape import ModelShape
+from lrc_edge.train import initialize, losses
+from lrc_edge.train.clone import RESIDUAL_WRITERS, SAME_COORDINATES, Clone, Tap
+from lrc_edge.train.schedule import Schedule
+from lrc_edge.train.trainer import Trainer, choose_device, choose_precision
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A teacher's shape, the student's width, and how a step is cut up."""
+
+    hidden_size: int
+    student_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    seq_len: int
+    rows: int  # of an optimizer step
+    micro_batch: int
+
+    def config(self, width: int) -> LlamaConfig:
+        return LlamaConfig(
+            hidden_size=width, num_hidden_layers=self.layers, num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads, head_dim=self.head_dim, intermediate_size=self.intermediate_size,
+            vocab_size=self.vocab_size, tie_word_embeddings=True, max_position_embeddings=131_072, rms_norm_eps=1e-5,
+            rope_parameters={"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 32.0, "low_freq_factor": 1.0,
+                             "high_freq_factor": 4.0, "original_max_position_embeddings": 8192})
+
+    def flops(self, width: int, passes: int) -> float:
+        """Model FLOPs a token: 2 a weight and pass (backward is two), and causal attention, half of the full square."""
+        shape = self.shape(width)
+        return passes * (2 * shape.n_params + 2 * self.layers * self.seq_len * shape.q_size)
+
+    def shape(self, width: int) -> ModelShape:
+        return ModelShape.from_config(self.config(width).to_dict(), "setup")
+
+
+SHAPES = {
+    "llama-3.2-3b": Setup(3072, 1536, 28, 24, 8, 128, 8192, 128_256, 2048, 16, 4),
+    "tiny": Setup(512, 256, 4, 8, 2, 64, 1024, 8192, 256, 16, 4),
+}
+Step = Callable[[torch.Tensor], Any]
+
+
+def model(setup: Setup, width: int, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    with device:
+        torch.manual_seed(0)
+        built: PreTrainedModel = LlamaForCausalLM(setup.config(width)).to(dtype)
+    return built
+
+
+def lrc_edge(setup: Setup, device: torch.device, dtype: torch.dtype, args: argparse.Namespace) -> Step:
+    clone = Clone(model(setup, setup.hidden_size, device, dtype), setup.shape(setup.hidden_size), setup.student_size,
+                  dtype, args.gradient_checkpointing).to(device)
+    clone.initialize(initialize.gaussian_values(clone, seed=0))
+    settings = load_recipe(None, (), train={"micro_batch": args.micro_batch or setup.micro_batch, "seq_len":
+                           setup.seq_len, "compile": args.compile, "spike_factor": 0.0}).train
+    schedule = Schedule(setup.seq_len, setup.rows, 1000, 1000, 10, 1e-4, 1e-4)
+    trainer = Trainer(clone, settings, schedule, range(10**6), np.zeros((1, 2)),  # type: ignore[arg-type]
+                      Path(tempfile.mkdtemp()), lambda row: None)
+    count = iter(range(10**6))
+    return lambda ids: trainer._step(next(count), {"input_ids": ids, "labels": shifted(ids)})
+
+
+def shifted(ids: torch.Tensor) -> torch.Tensor:
+    return F.pad(ids[:, 1:], (0, 1), value=losses.NO_LABEL)
+
+
+def dense(setup: Setup, device: torch.device, dtype: torch.dtype, args: argparse.Namespace, with_teacher: bool) -> Step:
+    """Ordinary training of the student, on cross entropy or on that and the KL to a teacher."""
+    student = model(setup, setup.student_size, device, torch.float32)
+    teacher = model(setup, setup.hidden_size, device, dtype).requires_grad_(False) if with_teacher else None
+    for m in (student, teacher) if teacher is not None else (student,):
+        if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
+            for layer in m.model.layers:
+                layer.compile()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
+    objective = losses.Objective(kl=1.0 if with_teacher else 0.0, alpha=0.0)
+
+    def step(ids: torch.Tensor) -> None:
+        n_labels = torch.tensor(ids.numel() - len(ids), device=device)
+        for part in ids.split(args.micro_batch or setup.micro_batch):
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                target = target_head = None
+                if teacher is not None:
+                    with torch.no_grad():
+                        target = teacher.model(part, use_cache=False).last_hidden_state.flatten(0, 1)
+                    target_head = teacher.lm_head.weight
+                hidden = student.model(part, use_cache=False).last_hidden_state.flatten(0, 1)
+                loss, _, _ = losses.head_losses(hidden, student.lm_head.weight, target, target_head,
+                                                shifted(part).flatten(), objective, n_labels)
+            loss.backward()
+        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+class Projected(nn.Module):
+    """A student's linear as the published code runs it: projection and teacher's weight, both on every token."""
+
+    def __init__(self, theirs: nn.Linear, student_width: int, writes_stream: bool):
+        super().__init__()
+        object.__setattr__(self, "theirs", theirs)
+        self.writes_stream = writes_stream
+        width = theirs.out_features if writes_stream else theirs.in_features
+        self.p = nn.Parameter(torch.randn(width, student_width, device=theirs.weight.device) * 0.02)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.theirs.weight) @ self.p if self.writes_stream else \
+            F.linear(x @ self.p.T, self.theirs.weight)
+
+
+def reference(setup: Setup, device: torch.device, dtype: torch.dtype, args: argparse.Namespace) -> Step:
+    """Everything that the published code pays for, in our words: lrc_edge computes the same losses."""
+    teacher = model(setup, setup.hidden_size, device, dtype).requires_grad_(False)
+    student = model(setup, setup.student_size, device, torch.float32).requires_grad_(False)
+    taps = [(Tap(a), Tap(b)) for a, b in zip(teacher.model.layers, student.model.layers, strict=True)]
+    for theirs, mine in zip(teacher.model.layers, student.model.layers, strict=True):
+        for name in SAME_COORDINATES + RESIDUAL_WRITERS:
+            parent, _, leaf = name.rpartition(".")
+            projected = Projected(theirs.get_submodule(name), setup.student_size, name in RESIDUAL_WRITERS)
+            hooks = mine.get_submodule(name)._forward_hooks
+            setattr(mine.get_submodule(parent), leaf, projected)
+            projected._forward_hooks.update(hooks)
+    p_embed = nn.Parameter(torch.randn(setup.hidden_size, setup.student_size, device=device) * 0.02)
+    norms = [p.requires_grad_(True) for name, p in student.named_parameters() if "norm" in name]
+    trained = [p_embed, *norms, *(m.p for m in student.modules() if isinstance(m, Projected))]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
+    table = teacher.model.embed_tokens.weight
+
+    def step(ids: torch.Tensor) -> None:
+        n_parts = len(ids) // (args.micro_batch or setup.micro_batch)
+        for part in ids.chunk(n_parts):
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                with torch.no_grad():
+                    target = teacher(part, use_cache=False).logits
+                stream = F.embedding(part, table) @ p_embed
+                hidden = student.model(inputs_embeds=stream, use_cache=False).last_hidden_state
+                logits = (hidden @ p_embed.T) @ table.T
+                clone = torch.zeros((), device=device)
+                for (a, b), layer in zip(taps, student.model.layers, strict=True):
+                    theirs, mine = a.take(), b.take()
+                    for name in theirs:
+                        goal = theirs[name]
+                        if name in RESIDUAL_WRITERS:
+                            goal = goal @ layer.get_submodule(name).p
+                        term = F.mse_loss(mine[name].float(), goal.float())
+                        term.item()
+                        clone = clone + term
+                kl = F.kl_div(F.log_softmax(logits.float() / 40, -1).flatten(0, 1),
+                              F.log_softmax(target.float() / 40, -1).flatten(0, 1), log_target=True,
+                              reduction="batchmean")
+                lm = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), part[:, 1:].flatten())
+            ((lm + kl + 0.2 * clone) / n_parts).backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+ROWS: dict[str, tuple[Callable[..., Step], bool]] = {  # row -> (how to build its step, whether the teacher runs)
+    "lrc-edge": (lrc_edge, True),
+    "plain": (lambda *a: dense(*a, with_teacher=False), False),
+    "KD": (lambda *a: dense(*a, with_teacher=True), True),
+    "reference": (reference, True),
+}
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the fastest of several large matrix products."""
+    n = 8192 if device.type == "cuda" else 1536
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(12):
+        synchronize(device)
+        started = time.perf_counter()
+        a @ b
+        synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * n**3 / best
+
+
+def measure(name: str, args: argparse.Namespace, pipe: Any) -> None:
+    """In a process of its own: (seconds a step, peak bytes), the seconds as the median of the timed steps."""
+    setup, device = SHAPES[args.shape], choose_device("auto")
+    dtype = choose_precision("auto", device)
+    try:
+        step = ROWS[name][0](setup, device, dtype, args)
+        ids = torch.randint(0, setup.vocab_size, (setup.rows, setup.seq_len), device=device)
+        seconds = []
+        for _ in range(args.warmup + args.steps):
+            synchronize(device)
+            started = time.perf_counter()
+            step(ids)
+            synchronize(device)
+            seconds.append(time.perf_counter() - started)
+    except torch.OutOfMemoryError as error:
+        pipe.send(f"out of memory: {str(error)[:80]}")
+        return
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else \
+        1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pipe.send((sorted(seconds[args.warmup:])[args.steps // 2], peak))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, required=True)
+    parser.add_argument("--rows", default=",".join(ROWS), help="comma-separated; default: all")
+    parser.add_argument("--micro-batch", type=int, default=0, help="rows of a forward pass; default: the shape's")
+    parser.add_argument("--warmup", type=int, default=3, help="steps that do not count")
+    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="of lrc-edge's row")
+    args = parser.parse_args()
+    setup, device = SHAPES[args.shape], choose_device("auto")
+    dtype = choose_precision("auto", device)
+    ceiling = matmul_ceiling(device, dtype)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    tokens = setup.rows * setup.seq_len
+    print(f"{args.shape}: {setup.hidden_size} -> {setup.student_size}, {tokens:,} tokens a step, {setup.seq_len} a row, "
+          f"{str(dtype).removeprefix('torch.')}; {where}; matrix product {ceiling / 1e12:.2f} TFLOP/s\n")
+    print("| | tokens/s | to plain | FLOPs utilisation | peak memory |\n|---|---|---|---|---|", flush=True)
+    results: dict[str, Any] = {}
+    for name in args.rows.split(","):
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=measure, args=(name, args, theirs))
+        process.start()
+        theirs.close()
+        try:
+            results[name] = ours.recv()
+        except EOFError:
+            results[name] = "died without a word (memory?)"
+        process.join()
+    for name, result in results.items():
+        print(row(name, result, results.get("plain"), setup, tokens, ceiling))
+
+
+def row(name: str, result: Any, plain: Any, setup: Setup, tokens: int, ceiling: float) -> str:
+    if isinstance(result, str):
+        return f"| {name} | {result} | | | |"
+    seconds, peak = result
+    flops = setup.flops(setup.student_size, 3) + (setup.flops(setup.hidden_size, 1) if ROWS[name][1] else 0.0)
+    ratio = f"{plain[0] / seconds:.2f}" if plain is not None and not isinstance(plain, str) else ""
+    return (f"| {name} | {tokens / seconds:,.0f} | {ratio} | {flops * tokens / seconds / ceiling:.0%} | "
+            f"{peak / 1e9:.1f} GB |")
+
+
+if __name__ == "__main__":
+    main()
