@@ -108,10 +108,11 @@ def dense(setup: Setup, device: torch.device, dtype: torch.dtype, args: argparse
     """Ordinary training of the student, on cross entropy or on that and the KL to a teacher."""
     student = model(setup, setup.student_size, device, torch.float32)
     teacher = model(setup, setup.hidden_size, device, dtype).requires_grad_(False) if with_teacher else None
-    for m in (student, teacher) if teacher is not None else (student,):
-        if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
-            for layer in m.model.layers:
-                layer.compile()
+    per_token = losses.token_losses
+    if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
+        per_token = torch.compile(per_token)
+        for layer in [*student.model.layers, *(teacher.model.layers if teacher is not None else ())]:
+            layer.compile()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
     objective = losses.Objective(kl=1.0 if with_teacher else 0.0, alpha=0.0)
 
@@ -126,7 +127,7 @@ def dense(setup: Setup, device: torch.device, dtype: torch.dtype, args: argparse
                     target_head = teacher.lm_head.weight
                 hidden = student.model(part, use_cache=False).last_hidden_state.flatten(0, 1)
                 loss, _, _ = losses.head_losses(hidden, student.lm_head.weight, target, target_head,
-                                                shifted(part).flatten(), objective, n_labels)
+                                                shifted(part).flatten(), objective, n_labels, per_token)
             loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()

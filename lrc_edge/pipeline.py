@@ -31,8 +31,8 @@ from lrc_edge.recipe import Recipe
 from lrc_edge.report import write_report
 
 # Settings that change how training runs, not what it makes.
-RUN_SETTINGS = ("device", "compile", "gradient_checkpointing", "workers", "log_every", "checkpoint_every",
-                "keep_checkpoints", "on_bad_batch", "spike_factor")
+RUN_SETTINGS = ("device", "compile", "gradient_checkpointing", "micro_batch", "workers", "log_every", "eval_every",
+                "checkpoint_every", "keep_checkpoints", "on_bad_batch", "spike_factor")
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class Pipeline:
             "teacher": self.teacher.source if self.teacher.revision != "local" else self._teacher.name,
             "teacher_revision": self.teacher.revision,
             "teacher_sha256": self.dir.fingerprint("fold", self._teacher_hashes()),
-            "method": "Low-Rank Clone (arXiv 2505.12781)",
+            "method": _method(training),
             "teacher_hidden_size": str(self._teacher.shape.hidden_size),
             "student_hidden_size": str(self.hidden_size),
             "init": training["init"],
@@ -408,6 +408,14 @@ def _show_training(task: Task, row: dict[str, float]) -> None:
     if "loss" in row:
         task.update(f"step {row['step']:.0f}  loss {row['loss']:.3f} = lm {row['lm']:.3f}, kl {row['kl']:.3f}, clone "
                     f"{row['clone']:.3f}  {row['tokens_per_second']:,.0f} tok/s", int(row["tokens"]))
+
+
+def _method(training: dict[str, Any]) -> str:
+    clone, dense = "Low-Rank Clone (arXiv 2505.12781)", "dense distillation of all weights (arXiv 2609.02006)"
+    first = training.get("dense_from_step", training["steps"])
+    if first == training["steps"]:
+        return clone
+    return f"{clone} for {first} steps, then {dense} for {training['steps'] - first}" if first else dense
 
 
 def _describe(model: DenseCheckpoint) -> dict[str, Any]:

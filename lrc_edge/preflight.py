@@ -147,7 +147,9 @@ def _build_bytes(teacher: ModelShape, recipe: Recipe, formats: list[tuple[str, s
     width = student_width(recipe, teacher)
     student = teacher.with_hidden_size(width)
     projections = 4 * teacher.hidden_size * width * (7 * teacher.num_hidden_layers + 2)
-    training = 7 * projections  # two checkpoints with both Adam moments, and the result
+    trained = max(projections, 4 * student.n_params) if recipe.train.dense_share else projections
+    # Checkpoints with both Adam moments, one more while it is being written, and the result.
+    training = (3 * (recipe.train.keep_checkpoints + 1) + 1) * trained
     identity = 4 * teacher.n_params  # the teacher folded through P = I; gone before training
     tokens = recipe.train.tokens * (2 if teacher.vocab_size <= 2**16 else 4)
     return tokens + max(identity, training + 4 * student.n_params + _export_bytes(student, formats))

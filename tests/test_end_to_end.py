@@ -168,7 +168,7 @@ def test_a_killed_training_continues(inputs: tuple[Path, Path], tmp_path: Path) 
     args = command("train", inputs[0], "--out", out, "--data", inputs[1], *COMMON[:-2], "--set", "train.tokens=200000")
     process = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     for _ in range(1200):
-        if list(out.glob("train/checkpoints/checkpoint-*/complete")):
+        if list(out.glob("train/checkpoints/step-*")):
             break
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)

@@ -92,6 +92,22 @@ def test_several_shards_are_the_same_model(tmp_path: Path, monkeypatch: pytest.M
         torch.testing.assert_close(p, expected[name], rtol=0, atol=0)
 
 
+def test_folded_dense_phase_equals_clone(tmp_path: Path) -> None:
+    """After a dense phase the file holds weights, which are what is written."""
+    teacher = DenseCheckpoint.open(make_tiny(tmp_path / "teacher", family="qwen2", tied=False, tokenizer="qwen2"))
+    clone = Clone(teacher.model(), teacher.shape, 32)
+    clone.initialize(initialize.gaussian_values(clone, seed=3))
+    clone.start_dense_phase()
+    with torch.no_grad():
+        for p in clone.trainable().values():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.1)
+    save_trained(clone, tmp_path / "trained.safetensors")
+    student = fold(teacher, tmp_path / "trained.safetensors", tmp_path / "student", PROVENANCE)
+    ids = torch.randint(0, 500, (4, 128), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.equal(student.model()(ids).logits, clone.student(ids).logits)
+
+
 def test_projections_of_another_teacher_are_refused(tmp_path: Path) -> None:
     _, teacher, _ = folded(tmp_path)
     tensors = load_file(tmp_path / "projections.safetensors")

@@ -67,3 +67,13 @@ def test_a_loss_that_is_not_finite_stops_and_is_named(tiny_llama: Path, data: Pa
     with pytest.raises(UserError, match=r"the \w+ loss is (nan|inf) at step \d+ of 20 \(rows \d+, .*Lower"):
         run(tiny_llama, data, tmp_path / "train", "train.learning_rate=1e30", "train.warmup_share=0",
             "train.max_grad_norm=1e30")
+
+
+def test_compiled_layers_learn_the_same(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
+    settings = ["train.precision=fp32", "train.tokens=1024", "train.gradient_checkpointing=true"]
+    plain = run(tiny_llama, data, tmp_path / "plain", *settings)
+    compiled = run(tiny_llama, data, tmp_path / "compiled", *settings, "train.compile=on")
+    assert [row["step"] for row in plain] == [row["step"] for row in compiled]
+    for a, b in zip(plain, compiled, strict=True):
+        for key in {"lm", "kl", "clone", "held_out_loss"} & a.keys():
+            assert b[key] == pytest.approx(a[key], rel=1e-5), key

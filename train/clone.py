@@ -68,6 +68,14 @@ class LayerPair(nn.Module):
             {_key(name): nn.Parameter(torch.zeros(teacher_width, student_width)) for name in RESIDUAL_WRITERS})
         self._theirs, self._mine = Tap(teacher), Tap(student)
 
+    def compile_(self) -> None:
+        """torch.compile, as one graph, or as two where the student's is run again: a graph cannot replay its taps."""
+        if self.recompute:
+            self.teacher.compile()
+            self._student = torch.compile(self._student)  # type: ignore[method-assign]
+        else:
+            self.compile()
+
     def forward(self, theirs: torch.Tensor | None, mine: torch.Tensor, with_terms: bool, mask: torch.Tensor | None,
                 rope: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """The two residual streams behind this layer, and the sum of its clone terms. `theirs` None: student alone."""
@@ -109,6 +117,7 @@ class Clone(nn.Module):
         self.teacher_width = teacher_shape.hidden_size
         self.compute_dtype = compute_dtype
         self.is_dense = False
+        self._token_losses: losses.TokenLosses = losses.token_losses
         teacher.requires_grad_(False)
         config = type(teacher.config).from_dict(teacher.config.to_dict())
         config.hidden_size, config.head_dim = hidden_size, teacher_shape.head_dim
@@ -136,6 +145,12 @@ class Clone(nn.Module):
             if weight.role.kind == "copy":
                 self.student_weights[weight.name].data.copy_(self.teacher_weights[weight.name].data)
                 self.student_weights[weight.name].requires_grad_(False)
+
+    def compile_(self) -> None:
+        """torch.compile of every layer and of the losses at the head."""
+        for pair in self.pairs:
+            pair.compile_()
+        self._token_losses = torch.compile(losses.token_losses)
 
     def bind(self) -> None:
         """Find the parameters by name. Call it again when they were replaced by shards."""
@@ -236,7 +251,7 @@ class Clone(nn.Module):
             if objective.kl and theirs is not None:
                 target, target_head = self.teacher.model.norm(theirs).flatten(0, 1), self.teacher.lm_head.weight
             token_loss, lm, kl = losses.head_losses(hidden, self.student.lm_head.weight, target, target_head,
-                                                    labels.flatten(), objective, n_labels)
+                                                    labels.flatten(), objective, n_labels, self._token_losses)
         return Losses(token_loss + objective.alpha * clone, lm, kl, clone.detach())
 
 

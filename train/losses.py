@@ -1,6 +1,7 @@
 """Losses as pure functions. Shapes: N tokens, V vocabulary, D width."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,13 +57,18 @@ def token_losses(student_NV: torch.Tensor, teacher_NV: torch.Tensor | None, labe
     return lm, kl, grad * mask_N1
 
 
+TokenLosses = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor, Objective],
+                       tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
 class _HeadLosses(torch.autograd.Function):
     """Forward and backward in one pass over chunks: the gradients are ready when the losses are."""
 
     @staticmethod
     def forward(ctx: Any, student_ND: torch.Tensor, student_head_VD: torch.Tensor, teacher_ND: torch.Tensor | None,
                 teacher_head_VD: torch.Tensor | None, labels_N: torch.Tensor, n_labels: torch.Tensor,
-                objective: Objective, with_grad: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+                objective: Objective, with_grad: bool, per_token: TokenLosses
+                ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         kind = student_ND.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else student_ND.dtype
         head = student_head_VD.to(dtype)
@@ -76,9 +82,10 @@ class _HeadLosses(torch.autograd.Function):
             target = None
             if teacher_ND is not None and teacher_head_VD is not None:
                 target = F.linear(teacher_ND[part].to(teacher_head_VD.dtype), teacher_head_VD).float()
-            part_lm, part_kl, grad = token_losses(F.linear(hidden, head).float(), target, labels_N[part], objective)
+            logits = F.linear(hidden, head).float()
+            part_lm, part_kl, grad = per_token(logits, target, labels_N[part], objective)
             lm, kl = lm + part_lm, kl + part_kl
-            del target
+            del logits, target
             if with_grad:
                 grad = (grad / n_labels).to(dtype)
                 ctx.grad_hidden[part] = grad @ head
@@ -90,20 +97,22 @@ class _HeadLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # Called once a forward pass: scaling in place spares a copy of the head's size.
-        return ctx.grad_hidden.mul_(grad), ctx.grad_head.mul_(grad), None, None, None, None, None, None
+        return ctx.grad_hidden.mul_(grad), ctx.grad_head.mul_(grad), None, None, None, None, None, None, None
 
 
 def head_losses(student_ND: torch.Tensor, student_head_VD: torch.Tensor, teacher_ND: torch.Tensor | None,
                 teacher_head_VD: torch.Tensor | None, labels_N: torch.Tensor, objective: Objective,
-                n_labels: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+                n_labels: torch.Tensor | None = None, per_token: TokenLosses = token_losses
+                ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(lm * cross entropy + kl * KL, cross entropy, KL) of hidden states, heads included; only the first has gradients.
 
     Means over `n_labels` tokens (default: those of `labels_N` that have a label): a step of several batches divides
     each by the step's count. Without a teacher the KL is 0. No tensor of N x V exists: CHUNK_TOKENS x V at most.
+    `per_token` is `token_losses` or that compiled.
     """
     if n_labels is None:
         n_labels = (labels_N != NO_LABEL).sum().clamp(min=1)
     total: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _HeadLosses.apply(
         student_ND, student_head_VD, teacher_ND, teacher_head_VD, labels_N, n_labels, objective,
-        torch.is_grad_enabled())
+        torch.is_grad_enabled(), per_token)
     return total

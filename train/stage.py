@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.corpus import HeldOut
+from lrc_edge.errors import UserError
 from lrc_edge.recipe import Recipe
 from lrc_edge.train import initialize, processes
 from lrc_edge.train.checkpoints import latest
@@ -87,7 +88,12 @@ def train(teacher: DenseCheckpoint, recipe: Recipe, plan: Plan, data: Path, fold
         _initialize(clone, settings.init, rows, settings.seed)
     trainer = Trainer(clone, settings, schedule, rows, held_out_BL, folder, progress)
     started = time.monotonic()
-    trainer.run()
+    try:
+        trainer.run()
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"train: out of memory on {plan.device} ({str(error).split('. ')[0]}); lower train.micro_batch "
+                        f"(now {settings.micro_batch}) or set train.gradient_checkpointing=true: the same command "
+                        "continues") from error
     save_trained(clone, folder / TRAINED_FILE)
     if not trainer.is_main:
         return

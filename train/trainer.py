@@ -105,8 +105,7 @@ class Trainer:
         self.clock = Clock()
         self._bad_in_a_row = 0
         if settings.compile == "on" or (settings.compile == "auto" and self.device.type == "cuda"):
-            for pair in clone.pairs:
-                pair.compile()
+            clone.compile_()
         self.optimizer = self._new_optimizer()
 
     def _new_optimizer(self) -> torch.optim.AdamW:
