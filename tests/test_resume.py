@@ -31,9 +31,23 @@ def data(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_data(tiny_llama, tmp_path_factory.mktemp("data"))
 
 
-def rows_logged(folder: Path) -> int:
+def last_step(folder: Path) -> int:
     file = folder / METRICS_FILE
-    return len(file.read_text().splitlines()) if file.exists() else 0
+    rows = read_metrics(file) if file.exists() else []
+    return int(rows[-1]["step"]) if rows else -1
+
+
+def kill_at_random(child: multiprocessing.process.BaseProcess, folder: Path, target: float) -> None:
+    """SIGKILL soon after step `target`; where an earlier start came that far, while this one is still starting."""
+    assert child.pid is not None
+    if last_step(folder) >= target:
+        time.sleep(random.random() * 0.1)
+    while last_step(folder) < target and child.is_alive():
+        time.sleep(0.001)
+    time.sleep(random.random() * 0.01)
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    assert child.exitcode == -signal.SIGKILL, "the run ended before the last kill: nothing was shown"
 
 
 def test_twenty_kills_leave_no_trace(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
@@ -43,20 +57,12 @@ def test_twenty_kills_leave_no_trace(tiny_llama: Path, data: Path, tmp_path: Pat
     whole = context.Process(target=run, args=(tiny_llama, data, tmp_path / "whole", *LONG))
     whole.start()
     whole.join()
-    moments = random.Random(time.time_ns())
     folder = tmp_path / "killed"
     folder.mkdir()
-    for _ in range(KILLS):
+    for kill in range(KILLS):
         child = context.Process(target=run, args=(tiny_llama, data, folder, *LONG))
         child.start()
-        assert child.pid is not None
-        n_rows = rows_logged(folder) if moments.random() < 0.2 else rows_logged(folder) + moments.randint(0, 4)
-        while rows_logged(folder) <= n_rows and child.is_alive():
-            time.sleep(0.002)
-        time.sleep(moments.random() * 0.03)
-        os.kill(child.pid, signal.SIGKILL)
-        child.join()
-        assert child.exitcode == -signal.SIGKILL, "the run ended before the last kill: nothing was shown"
+        kill_at_random(child, folder, random.uniform(-1, STEPS * (kill + 1) / (KILLS + 4)))
     last = context.Process(target=run, args=(tiny_llama, data, folder, *LONG))
     last.start()
     last.join()
