@@ -4,7 +4,7 @@
     python make_teacher.py export --valid valid.jsonl --work WORK --out storyteller
     python make_teacher.py sample --teacher storyteller --out stories.jsonl
 
-`train` takes 90 minutes on one CPU core with bf16 instructions (8.9M parameters, 16M tokens) and continues from
+`train` takes about 94 minutes on one CPU core with bf16 instructions (8.9M parameters, 16M tokens) and continues from
 WORK/state.pt after a kill. `sample` writes the student's corpus: what the teacher itself tells.
 
 The teacher is an ordinary Hugging Face Llama: byte-level BPE with the llama-3 pre-tokenizer, grouped query attention,
