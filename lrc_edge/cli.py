@@ -29,7 +29,8 @@ Settings = Annotated[list[str] | None, typer.Option("--set", "-s", metavar="SECT
                                                     help="Override one recipe key; may be repeated.")]
 Sources = Annotated[list[str] | None, typer.Option(
     "--data", "-d", metavar="SRC",
-    help="Text: a .txt, .jsonl or .parquet file, a folder of them, or a hub dataset; may be repeated.")]
+    help="Text or conversations: a .txt, .jsonl or .parquet file, a folder of them, a hub dataset (name, name:config, "
+         "name:config:split), or `self`, what the teacher itself says; may be repeated.")]
 Formats = Annotated[str | None, typer.Option(
     help="What to write, comma-separated: gguf:f32, gguf:f16, gguf:bf16, gguf:q8_0, gguf:q4_0, gguf:q4_k_m and every "
          "other llama.cpp type; onnx:fp32, onnx:int4.")]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import tomllib
 import typing
 from collections.abc import Iterable, Mapping
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lrc_edge.errors import UserError
+from lrc_edge.sources import SELF
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +31,13 @@ class Student:
 class Data:
     """The text: distilled on, and held out for evaluation and proof."""
 
-    sources: tuple[str, ...] = ()  # .txt, .jsonl, .parquet, a folder of them, or a hub dataset id
-    text_field: str = "text"  # of jsonl and parquet rows
+    # .txt, .jsonl, .parquet, a folder of them, a hub dataset (name:config:split), or `self`: the teacher's own samples
+    sources: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()  # each source's share of the tokens, in any unit; empty: one source after another
+    text_field: str = "text"  # of jsonl, parquet and hub rows
+    messages_field: str = "messages"  # of rows that are conversations: only the answers are learnt; empty: none are
+    isolate_documents: bool = False  # no attention from one document to the one before it in the row
+    cache: str = ""  # a folder that keeps tokenized corpora for other builds; empty: tokens live in the build alone
     held_out_share: float = 0.02  # of the documents, chosen by hash; at most 200,000 tokens are kept
 
 
@@ -191,10 +198,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             raise UserError(f"{where} = {value!r}: need one of {', '.join(map(str, choices))}")
         return value
     if origin is tuple:
-        items = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
-        if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
-            raise UserError(f"{where} = {value!r}: need a list of strings")
-        return tuple(items)
+        return _convert_list(value, typing.get_args(hint)[0], where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     # 10e9 reads well for a token budget.
@@ -205,8 +209,37 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     return value
 
 
+def _convert_list(value: Any, kind: type, where: str) -> tuple[Any, ...]:
+    """A list, or its items between commas, or one number."""
+    items = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+    if kind is float and isinstance(items, int | float):
+        items = [items]
+    allowed = (str, int, float) if kind is float else str
+    if isinstance(items, list | tuple) and all(isinstance(i, allowed) and not isinstance(i, bool) for i in items):
+        try:
+            return tuple(kind(item) for item in items)
+        except ValueError:
+            pass  # a word among the numbers
+    raise UserError(f"{where} = {value!r}: need a list of {'numbers' if kind is float else 'strings'}")
+
+
+def _check_data(recipe: Recipe) -> None:
+    d = recipe.data
+    if not 0 < d.held_out_share < 1:
+        raise UserError(f"recipe: data.held_out_share = {d.held_out_share}: need a share between 0 and 1")
+    if d.weights and len(d.weights) != len(d.sources):
+        raise UserError(f"recipe: data.weights: {len(d.weights)} weights for {len(d.sources)} sources; need one each")
+    if bad := [w for w in d.weights if not 0 < w < math.inf]:
+        raise UserError(f"recipe: data.weights: {bad[0]} is no share; need numbers above 0, leave a source out instead")
+    if d.sources.count(SELF) > 1:
+        raise UserError("recipe: data.sources has `self` more than once; need it once, with a weight")
+    if SELF in d.sources and not recipe.train.tokens:
+        raise UserError("recipe: data.sources has `self`: a teacher never stops talking; "
+                        "say how much with --set train.tokens=...")
+
+
 def _check(recipe: Recipe) -> None:
-    t, p, d = recipe.train, recipe.parity, recipe.data
+    t, p = recipe.train, recipe.parity
     at_least_1 = {"train.seq_len": t.seq_len, "train.micro_batch": t.micro_batch, "train.eval_every": t.eval_every,
                   "train.checkpoint_every": t.checkpoint_every, "train.log_every": t.log_every,
                   "parity.positions": p.positions, "parity.row_len": p.row_len,
@@ -228,8 +261,7 @@ def _check(recipe: Recipe) -> None:
     for name, value in not_negative.items():
         if not value >= 0:
             raise UserError(f"recipe: {name} = {value}: need 0 or more")
-    if not 0 < d.held_out_share < 1:
-        raise UserError(f"recipe: data.held_out_share = {d.held_out_share}: need a share between 0 and 1")
+    _check_data(recipe)
     if t.warmup_share >= 1:
         raise UserError(f"recipe: train.warmup_share = {t.warmup_share}: need less than 1")
     if t.lm_weight == t.kl_weight == t.alpha == 0:

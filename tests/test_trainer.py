@@ -32,8 +32,8 @@ def data(tiny_llama: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "data"
     folder.mkdir()
     texts = (TEXT[i:i + 500] for i in range(0, 60_000, 500))
-    prepare(texts, DenseCheckpoint.open(tiny_llama).tokenizer(), folder, held_out_share=0.1, max_tokens=None,
-            seq_len=64, progress=lambda n: None)
+    prepare([("text", texts)], DenseCheckpoint.open(tiny_llama).tokenizer(), folder, held_out_share=0.1,
+            max_tokens=None, seq_len=64, progress=lambda n: None)
     return folder
 
 
