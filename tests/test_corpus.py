@@ -1,8 +1,11 @@
 """Texts from every kind of source; the split by hash; rows for the proof."""
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -75,6 +78,60 @@ def test_parquet_without_the_column(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"content": ["x"]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"no text field 'text' .*among its columns \(content\)"):
         texts(tmp_path / "a.parquet")
+
+
+def test_a_folder_that_datasets_wrote(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_list([{"text": f"Row {i}.", "id": i} for i in range(5)])
+    for i in range(2):
+        rows.shard(2, i).to_parquet(tmp_path / f"train-0000{i}-of-00002.parquet")
+    assert texts(tmp_path) == [f"Row {i}." for i in range(5)]
+
+
+def test_a_parquet_file_that_is_cut(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": [f"{i} " * 100 for i in range(2000)]}), file)
+    content = bytearray(file.read_bytes())
+    content[100:2000] = bytes(1900)  # the footer is whole, the pages are not
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="not a readable parquet"):
+        texts(file)
+
+
+@pytest.mark.parametrize(("source", "asked"), [
+    ("org/name", ("org/name", None, "train")), ("name:sample-10BT", ("name", "sample-10BT", "train")),
+    ("org/name:v1.0:test", ("org/name", "v1.0", "test")), ("org/name::validation", ("org/name", None, "validation")),
+])
+def test_a_hub_dataset_is_streamed(source: str, asked: tuple[str, str | None, str],
+                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real streaming dataset; only the download is not."""
+    def load(name: str, config: str | None, *, split: str, streaming: bool) -> datasets.IterableDataset:
+        assert (name, config, split) == asked and streaming
+        return datasets.IterableDataset.from_generator(lambda: iter([{"text": "One."}, {"text": "Two."}]))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert texts(source) == ["One.", "Two."]
+
+
+def test_a_hub_that_refuses_and_one_that_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows(*_: Any, **__: Any) -> Iterator[dict[str, str]]:
+        yield {"text": "One."}
+        raise ConnectionError("reset by peer")
+
+    monkeypatch.setattr(datasets, "load_dataset", rows)
+    with pytest.raises(UserError, match=r"org/name: the hub stopped after row 1 \(reset by peer\)"):
+        texts("org/name")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ValueError("Bad split: x")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(UserError, match=r"the hub did not give it as a dataset \(Bad split: x\)"):
+        texts("org/name:default:x")
+
+
+def test_self_is_no_text(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="only `build` and `train` have a teacher"):
+        texts("self")
 
 
 def test_split_is_by_content_and_near_its_share() -> None:

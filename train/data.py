@@ -167,9 +167,9 @@ def describe(tallies: list[Tally]) -> str:
     total = sum(tally.tokens for tally in tallies)
     parts = [f"{tally.source} {tally.tokens / total:.1%}" + ", ran out" * tally.ran_out for tally in tallies]
     told = "; ".join(parts) if len(tallies) > 1 else ""
-    for n, what in ((sum(t.skipped_conversations for t in tallies), "conversations skipped"),
-                    (sum(t.missed_answers for t in tallies), "answers without loss")):
-        told += f"; {n:,} {what}" if n else ""
+    for what, n in (("skipped conversations", sum(t.skipped_conversations for t in tallies)),
+                    ("answers without loss", sum(t.missed_answers for t in tallies))):
+        told += f"; {what}: {n:,}" if n else ""
     return told.removeprefix("; ")
 
 

@@ -1,6 +1,7 @@
 """`--data self`: the corpus is what the teacher itself says, sampled at temperature 1, kept as jsonl batch by batch."""
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +34,7 @@ def self_documents(teacher: DenseCheckpoint, file: Path, *, max_length: int, see
     sampler = _Sampler(teacher, max_length, device, dtype)
     with file.open("a") as lines:
         while True:
-            texts = sampler(batch, (seed * 2**32 + n_done) % 2**63)
+            texts = sampler(batch, _seed_of_batch(seed, n_done))
             if not any(text.strip() for text in texts):
                 raise UserError(f"--data self: {teacher.name} ended {batch} texts before their first word; "
                                 "give text with --data")
@@ -50,6 +51,11 @@ def batch_size(shape: ModelShape, max_length: int, device: torch.device, dtype: 
     kv_bytes = shape.kv_elements_per_token * max_length * dtype.itemsize
     memory = torch.cuda.get_device_properties(device).total_memory
     return max(1, min(MAX_BATCH["cuda"], memory // 4 // kv_bytes))
+
+
+def _seed_of_batch(seed: int, n_done: int) -> int:
+    """Spread by a hash: torch's CPU generator looks at 32 bits of a seed only."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {n_done}".encode()).digest()[:7], "big")
 
 
 def _keep_whole_batches(file: Path, batch: int) -> int:
