@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 
+# Llama 3's template writes today's date into every conversation, but tokens may not depend on when they were made. This
+# is the date that it falls back to itself.
+DAY = "26 Jul 2024"
+
+
 class Encoded(NamedTuple):
     """A document as ids. `counts` says which ids the loss looks at; None: all, as in plain text."""
 
@@ -41,7 +46,8 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, answer_next: 
         raise UserError("--data: it holds conversations, and the teacher has no chat template; give a chat teacher, or "
                         '--set data.messages_field="" to read the text field of the rows')
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next,
+                                                 date_string=DAY))
     except jinja2.TemplateError:
         return None
 

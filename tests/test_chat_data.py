@@ -11,7 +11,7 @@ import pytest
 from tiny_models import make_tokenizer
 
 from lrc_edge.corpus import HeldOut, is_held_out
-from lrc_edge.encode import encode
+from lrc_edge.encode import encode, render
 from lrc_edge.errors import UserError
 from lrc_edge.sources import Document, Fields, Messages, source_documents
 from lrc_edge.train.data import PackedRows, describe, prepare, read_summary
@@ -78,6 +78,13 @@ def test_an_answer_that_changes_when_another_follows_is_left_out() -> None:
     assert encoded is not None and encoded.counts is not None and encoded.n_missed == 1
     learnt = tokenizer.decode([i for i, counts in zip(encoded.ids, encoded.counts, strict=True) if counts])
     assert learnt == "<think>\n\n</think>\n\nA model, of course.<|im_end|>\n"
+
+
+def test_tokens_do_not_depend_on_the_day() -> None:
+    tokenizer = make_tokenizer("llama3")
+    tokenizer.chat_template = ("{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') %}"
+                               "{%- endif %}{{- date_string }}" + str(tokenizer.chat_template))
+    assert str(render(tokenizer, CHAT)).startswith("26 Jul 2024<|begin")
 
 
 @pytest.mark.parametrize("chat", [CHAT[:2], CHAT[2:3], [{"role": "user", "content": ""}]])

@@ -29,6 +29,8 @@ class ShardWriter:
     def __init__(self, folder: Path, vocab_size: int, n_shards: int = 0):
         """`n_shards`: what an earlier process has written for good; files behind them are written again."""
         self.folder, self.n_shards = folder, n_shards
+        for index in range(n_shards, shard_count(folder)):
+            shard_file(folder, "tokens", index).unlink()
         self._dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
         self._clear()
 
