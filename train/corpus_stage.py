@@ -53,13 +53,15 @@ def _documents(source: str, teacher: DenseCheckpoint, recipe: Recipe, work: Path
 
 
 def _with_speed(progress: Progress) -> Callable[[int], None]:
-    started = time.monotonic()
-    first: list[int] = []  # what a killed run had made already
+    """The first call says what there is to begin with: what a killed run had made."""
+    began: list[tuple[float, int]] = []
 
     def tell(n_tokens: int) -> None:
-        first.append(n_tokens) if not first else None
-        speed = (n_tokens - first[0]) / max(time.monotonic() - started, 1e-9)
-        progress(f"{n_tokens:,} tokens  {speed:,.0f} tok/s", n_tokens)
+        now = time.monotonic()
+        if not began:
+            began.append((now, n_tokens))
+        started, had = began[0]
+        progress(f"{n_tokens:,} tokens  {(n_tokens - had) / max(now - started, 1e-9):,.0f} tok/s", n_tokens)
 
     return tell
 

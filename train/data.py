@@ -19,7 +19,7 @@ from lrc_edge.train.shards import SHARD_TOKENS, ShardWriter
 
 __all__ = ["HELD_OUT_FILE", "SUMMARY_FILE", "PackedRows", "Tally", "check_enough", "prepare", "read_summary"]
 
-BATCH_DOCUMENTS, BATCH_CHARS = 512, 100_000  # tokenized in one call: whichever comes first
+BATCH_DOCUMENTS, BATCH_CHARS = 512, 32_000  # tokenized in one call: whichever comes first
 HELD_OUT_FILE, SUMMARY_FILE = "held_out.npz", "data.json"
 STATE_FILE = "state.json"  # while the stage runs: where a killed one continues
 
@@ -85,6 +85,7 @@ def prepare(sources: Sequence[tuple[str, Iterable[Document]]], tokenizer: PreTra
     writer = ShardWriter(folder, len(tokenizer), state.n_shards)
     streams = [_batches(islice(documents, tally.read, None))
                for (_, documents), tally in zip(sources, state.tallies, strict=True)]
+    progress(state.n_tokens)
     while max_tokens is None or state.n_tokens < max_tokens:
         i = state.next_source(weights)
         if i is None:
@@ -109,7 +110,7 @@ def prepare(sources: Sequence[tuple[str, Iterable[Document]]], tokenizer: PreTra
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Small enough that the shares of a mixture come out within a few tens of thousands of tokens."""
+    """Small enough that the shares of a mixture come out within some ten thousand tokens."""
     batch: list[Document] = []
     size = 0
     for document in documents:
