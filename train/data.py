@@ -86,15 +86,8 @@ def prepare(sources: Sequence[tuple[str, Iterable[Document]]], tokenizer: PreTra
     streams = [_batches(islice(documents, tally.read, None))
                for (_, documents), tally in zip(sources, state.tallies, strict=True)]
     progress(state.n_tokens)
-    while max_tokens is None or state.n_tokens < max_tokens:
-        i = state.next_source(weights)
-        if i is None:
-            break
-        batch = next(streams[i], None)
-        if batch is None:
-            state.tallies[i].ran_out = True
-            continue
-        _take(batch, state, state.tallies[i], held_out_share, tokenizer, writer)
+    for tally, batch in _mixture(state, streams, weights, max_tokens):
+        _take(batch, state, tally, held_out_share, tokenizer, writer)
         if writer.n_tokens >= shard_tokens:
             writer.close_shard()
             state.n_shards = writer.n_shards
@@ -107,6 +100,20 @@ def prepare(sources: Sequence[tuple[str, Iterable[Document]]], tokenizer: PreTra
     _write_summary(folder, state)
     (folder / STATE_FILE).unlink(missing_ok=True)
     return state.n_tokens
+
+
+def _mixture(state: _State, streams: Sequence[Iterator[list[Document]]], weights: Sequence[float],
+             max_tokens: int | None) -> Iterator[tuple[Tally, list[Document]]]:
+    """Batches in the order that the weights ask for, until the tokens that came of them are enough."""
+    while max_tokens is None or state.n_tokens < max_tokens:
+        i = state.next_source(weights)
+        if i is None:
+            return
+        batch = next(streams[i], None)
+        if batch is None:
+            state.tallies[i].ran_out = True
+        else:
+            yield state.tallies[i], batch
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
