@@ -91,6 +91,17 @@ def test_a_source_that_runs_out_leaves_the_mixture_and_is_told(tmp_path: Path, s
     assert f"a {a.tokens / n:.1%}, ran out; b " in describe([a, b])
 
 
+def test_a_small_budget_still_holds_out(tmp_path: Path, small_batches: None) -> None:
+    docs = texts("a", 3000)
+    n = make(tmp_path, docs, max_tokens=50, held_out_share=0.02)
+    tally, = read_summary(tmp_path)
+    assert 50 <= n < 500 and tally.documents <= 8 and 512 <= tally.read < 540
+    held_out = [str(d) for d in docs[:tally.read] if is_held_out(d, 0.02)]
+    text = TOKENIZER.decode(HeldOut.load(tmp_path / "held_out.npz").ids, skip_special_tokens=True)
+    assert text == "".join(held_out) and len(held_out) == tally.held_out_documents > 3
+    assert not tally.ran_out
+
+
 def rows_of(folder: Path, seq_len: int, isolate: bool = False) -> tuple[PackedRows, list[dict[str, Any]]]:
     rows = PackedRows(folder, seq_len, isolate)
     return rows, [{key: value.tolist() for key, value in rows[i].items()} for i in range(len(rows))]

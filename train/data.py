@@ -20,6 +20,7 @@ from lrc_edge.train.shards import SHARD_TOKENS, ShardWriter
 __all__ = ["HELD_OUT_FILE", "SUMMARY_FILE", "PackedRows", "Tally", "check_enough", "prepare", "read_summary"]
 
 BATCH_DOCUMENTS, BATCH_CHARS = 512, 32_000  # tokenized in one call: whichever comes first
+LOOK_ON_CHARS, LOOK_ON_DOCUMENTS = 20_000, 512  # enough held out for a proof, or enough looked at for it
 HELD_OUT_FILE, SUMMARY_FILE = "held_out.npz", "data.json"
 STATE_FILE = "state.json"  # while the stage runs: where a killed one continues
 
@@ -95,6 +96,7 @@ def prepare(sources: Sequence[tuple[str, Iterable[Document]]], tokenizer: PreTra
         progress(state.n_tokens)
     writer.close_shard()
     state.n_shards = writer.n_shards
+    _look_on(state, streams, held_out_share)
     check_enough(state.tallies, seq_len, held_out_share)
     HeldOut.from_texts(state.held_out, tokenizer).save(folder / HELD_OUT_FILE)
     _write_summary(folder, state)
@@ -137,7 +139,19 @@ def _size(document: Document) -> int:
 
 def _take(batch: list[Document], state: _State, tally: Tally, held_out_share: float,
           tokenizer: PreTrainedTokenizerBase, writer: ShardWriter) -> None:
-    """Tokenize a batch, but for the documents that are held out: of those, enough are kept."""
+    """Tokenize what of a batch is trained on."""
+    for encoded in encode(tokenizer, _split(batch, state, tally, held_out_share)):
+        if encoded is None:
+            tally.skipped_conversations += 1
+            continue
+        writer.add(encoded)
+        tally.documents += 1
+        tally.tokens += len(encoded.ids)
+        tally.missed_answers += encoded.n_missed
+
+
+def _split(batch: list[Document], state: _State, tally: Tally, held_out_share: float) -> list[Document]:
+    """What of a batch is trained on; the rest is held out."""
     kept: list[Document] = []
     for document in batch:
         if isinstance(document, str) and not document.strip():
@@ -147,15 +161,17 @@ def _take(batch: list[Document], state: _State, tally: Tally, held_out_share: fl
             state.hold_out(document)
         else:
             kept.append(document)
-    for encoded in encode(tokenizer, kept):
-        if encoded is None:
-            tally.skipped_conversations += 1
-            continue
-        writer.add(encoded)
-        tally.documents += 1
-        tally.tokens += len(encoded.ids)
-        tally.missed_answers += encoded.n_missed
     tally.read += len(batch)
+    return kept
+
+
+def _look_on(state: _State, streams: Sequence[Iterator[list[Document]]], held_out_share: float) -> None:
+    """A small budget ends before much is held out: the documents that follow have more of it; none is trained on."""
+    n_seen = 0
+    for tally, stream in zip(state.tallies, streams, strict=True):
+        while state.held_out_chars < LOOK_ON_CHARS and n_seen < LOOK_ON_DOCUMENTS and (batch := next(stream, None)):
+            _split(batch, state, tally, held_out_share)
+            n_seen += len(batch)
 
 
 def _write_summary(folder: Path, state: _State) -> None:
