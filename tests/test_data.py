@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,8 @@ def test_a_row_may_cross_many_shards(tmp_path: Path, small_batches: None) -> Non
     assert shard_count(tmp_path) == 12
     stream = [i for ids in stream_of(docs) for i in ids]
     assert PackedRows(tmp_path, len(stream))[0]["input_ids"].tolist() == stream
+    there = pickle.dumps(PackedRows(tmp_path, len(stream), isolate=True))
+    assert len(there) < 500 and pickle.loads(there)[0].keys() == {"input_ids", "labels", "documents"}
     types = {key: str(value.dtype) for key, value in PackedRows(tmp_path, 16, isolate=True)[0].items()}
     assert types == {"input_ids": "torch.int64", "labels": "torch.int64", "documents": "torch.int32"}
 

@@ -30,10 +30,14 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
     """
 
     def __init__(self, folder: Path, seq_len: int, isolate: bool = False):
-        self.seq_len, self.isolate = seq_len, isolate
+        self.folder, self.seq_len, self.isolate = folder, seq_len, isolate
         self._shards = [_Shard(folder, i) for i in range(shard_count(folder))]
         self._ends = np.cumsum([len(shard.tokens) for shard in self._shards])
         self.n_tokens = int(self._ends[-1]) if self._shards else 0
+
+    def __reduce__(self) -> tuple[type, tuple[Path, int, bool]]:
+        """A worker process opens the files itself: pickle would send it whole shards."""
+        return PackedRows, (self.folder, self.seq_len, self.isolate)
 
     def __len__(self) -> int:
         return self.n_tokens // self.seq_len
