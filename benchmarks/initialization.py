@@ -16,7 +16,8 @@ import torch
 from gguf import GGMLQuantizationType, quants
 
 from lrc_edge.checkpoint import DenseCheckpoint
-from lrc_edge.corpus import documents, token_ids
+from lrc_edge.encode import token_ids
+from lrc_edge.sources import Fields, source_documents
 from lrc_edge.train import initialize
 from lrc_edge.train.clone import Clone
 from lrc_edge.train.trainer import held_out_loss
@@ -82,7 +83,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     args = parser.parse_args()
     teacher = DenseCheckpoint.open(args.teacher)
-    ids = [i for row in token_ids(teacher.tokenizer(), list(documents([args.text], "text"))) for i in row]
+    texts = [text for text in source_documents(args.text, Fields(messages="")) if isinstance(text, str)]
+    ids = [i for row in token_ids(teacher.tokenizer(), texts) for i in row]
     rows = torch.tensor(ids[:len(ids) // args.row_len * args.row_len]).view(-1, args.row_len)
     print(f"teacher: {held_out_loss(teacher.model(), rows[:HELD_OUT_ROWS].numpy(), torch.bfloat16):.3f}\n")
     thirds = [args.steps * i // 3 for i in range(4)]

@@ -27,8 +27,9 @@ from efficiency_table import Run, best_rate, read_runs, render
 from torch import nn
 
 from lrc_edge.checkpoint import DenseCheckpoint
-from lrc_edge.corpus import HeldOut, documents
+from lrc_edge.corpus import HeldOut
 from lrc_edge.recipe import load_recipe
+from lrc_edge.sources import Fields, documents
 from lrc_edge.train import initialize, losses
 from lrc_edge.train.clone import Clone, Losses
 from lrc_edge.train.data import PackedRows, prepare
@@ -128,7 +129,7 @@ def train_once(method: Method, rate: float, seed: int, args: argparse.Namespace,
         "spike_factor": 0.0, "on_bad_batch": "skip", **method.settings}).train
     device = choose_device("auto")
     dtype = choose_precision("auto", device)
-    rows = PackedRows(data / "tokens.npy", args.seq_len)
+    rows = PackedRows(data, args.seq_len)
     schedule = Schedule.of(settings, args.seq_len, 0, teacher.shape.hidden_size)
     clone = method.kind(teacher.model().to(device, dtype), teacher.shape, args.hidden_size, dtype).to(device)
     picked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:CALIBRATION_ROWS]
@@ -154,10 +155,11 @@ def prepare_data(args: argparse.Namespace) -> Path:
     shutil.rmtree(partial_folder, ignore_errors=True)
     partial_folder.mkdir(parents=True)
     tokenizer = DenseCheckpoint.open(args.teacher).tokenizer()
-    prepare(documents([str(args.text)], "text"), tokenizer, partial_folder, held_out_share=0.05, max_tokens=None,
-            seq_len=args.seq_len, progress=lambda n: None)
+    texts = documents([str(args.text)], Fields())
+    prepare([("text", texts)], tokenizer, partial_folder, held_out_share=0.05, max_tokens=None, seq_len=args.seq_len,
+            progress=lambda n: None)
     if args.held_out:
-        HeldOut.from_texts(list(documents([str(args.held_out)], "text")), tokenizer).save(
+        HeldOut.from_texts(documents([str(args.held_out)], Fields()), tokenizer).save(
             partial_folder / "held_out.npz")
     partial_folder.rename(data)
     return data

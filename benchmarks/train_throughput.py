@@ -264,8 +264,8 @@ def main() -> None:
     ceiling = matmul_ceiling(device, dtype)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     tokens = setup.rows * setup.seq_len
-    print(f"{args.shape}: {setup.hidden_size} -> {setup.student_size}, {tokens:,} tokens a step, {setup.seq_len} a row, "
-          f"{str(dtype).removeprefix('torch.')}; {where}; matrix product {ceiling / 1e12:.2f} TFLOP/s\n")
+    print(f"{args.shape}: {setup.hidden_size} -> {setup.student_size}, {tokens:,} tokens a step, {setup.seq_len} a "
+          f"row, {str(dtype).removeprefix('torch.')}; {where}; matrix product {ceiling / 1e12:.2f} TFLOP/s\n")
     print("| | tokens/s | to plain | FLOPs utilisation | peak memory |\n|---|---|---|---|---|", flush=True)
     results: dict[str, Any] = {}
     for name in args.rows.split(","):

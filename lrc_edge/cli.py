@@ -24,12 +24,14 @@ gate failed (the report says which), 2 a mistake in the input (one line says wha
 Teacher = Annotated[str, typer.Argument(help="Hugging Face model directory, or hub id (HuggingFaceTB/SmolLM2-360M).")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Directory to build in. Run again to continue what is there.")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", "-r",
-                                                 help="TOML file; `lrc-edge recipe` prints every key.")]
+                                                 help="TOML file, or one that comes along: lrc-1.5b, lrc-1.7b, "
+                                                      "lrc-4b. `lrc-edge recipe` prints every key.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE",
                                                     help="Override one recipe key; may be repeated.")]
 Sources = Annotated[list[str] | None, typer.Option(
     "--data", "-d", metavar="SRC",
-    help="Text: a .txt, .jsonl or .parquet file, a folder of them, or a hub dataset; may be repeated.")]
+    help="Text or conversations: a .txt, .jsonl or .parquet file, a folder of them, a hub dataset (name, name:config, "
+         "name:config:split), or `self`, what the teacher itself says; may be repeated.")]
 Formats = Annotated[str | None, typer.Option(
     help="What to write, comma-separated: gguf:f32, gguf:f16, gguf:bf16, gguf:q8_0, gguf:q4_0, gguf:q4_k_m and every "
          "other llama.cpp type; onnx:fp32, onnx:int4.")]

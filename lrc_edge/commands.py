@@ -98,7 +98,7 @@ def _leaving_nothing_of_a_mistake(out: Path) -> Iterator[None]:
     try:
         yield
     except UserError:
-        if not existed:
+        if not existed and not list(out.glob("*.unfinished/state.json")):  # hours of tokenizing, which can go on
             shutil.rmtree(out, ignore_errors=True)
         raise
 

@@ -24,11 +24,12 @@ from lrc_edge.artifact import Artifact
 from lrc_edge.build import BuildDir, replace_tree
 from lrc_edge.checkpoint import TOKENIZER_PARTS, DenseCheckpoint, resolve_model
 from lrc_edge.console import Task, running, stage_line
-from lrc_edge.corpus import HeldOut, built_in_text, documents, local_files
+from lrc_edge.corpus import HeldOut, built_in_text
 from lrc_edge.errors import UserError
 from lrc_edge.parity import Gate, gates_of_fold, gates_of_identity
 from lrc_edge.recipe import Recipe
 from lrc_edge.report import write_report
+from lrc_edge.sources import SELF, Fields, documents, local_files
 
 # Settings that change how training runs, not what it makes.
 RUN_SETTINGS = ("device", "compile", "gradient_checkpointing", "micro_batch", "workers", "log_every", "eval_every",
@@ -113,25 +114,29 @@ class Pipeline:
         return [self.dir.hash(checkpoint.path / n) for n in TOKENIZER_PARTS if (checkpoint.path / n).exists()]
 
     def data(self) -> None:
-        from lrc_edge.train.data import prepare
+        from lrc_edge.train.corpus_stage import row_length, tokenize_corpus
+        from lrc_edge.train.data import PackedRows
 
-        recipe, folder = self.recipe, self.out / "data"
-        seq_len = min(recipe.train.seq_len, self._teacher.shape.max_position_embeddings)
-        files = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in local_files(recipe.data.sources)]
+        folder, seq_len = self.out / "data", row_length(self.recipe, self._teacher)
+        corpus = self._corpus_inputs(seq_len)
 
         def work(task: Task) -> tuple[Any, str]:
-            with self.dir.partial("data") as partial:
-                partial.mkdir()
-                n_tokens = prepare(documents(recipe.data.sources, recipe.data.text_field), self._teacher.tokenizer(),
-                                   partial, held_out_share=recipe.data.held_out_share,
-                                   max_tokens=recipe.train.tokens or None, seq_len=seq_len,
-                                   progress=lambda n: task.update(f"{n:,} tokens", n))
-                replace_tree(partial, folder)
-            held_out = HeldOut.load(folder / "held_out.npz")
-            return None, f"{n_tokens:,} training tokens, {len(held_out.ids):,} held out"
+            key = self.dir.fingerprint("data", corpus)
+            told = tokenize_corpus(self._teacher, self.recipe, folder, key, task.update)
+            n_tokens, held_out = PackedRows(folder, seq_len).n_tokens, HeldOut.load(folder / "held_out.npz")
+            return None, f"{n_tokens:,} training tokens, {len(held_out.ids):,} held out" + f" ({told})" * bool(told)
 
-        self._stage("data", [asdict(recipe.data), files, recipe.train.tokens, seq_len,
-                             self._tokenizer_hashes(self._teacher)], [folder], work, recipe.train.tokens or None)
+        self._stage("data", [corpus, seq_len], [folder], work, self.recipe.train.tokens or None)
+
+    def _corpus_inputs(self, seq_len: int) -> list[Any]:
+        """All that the tokens depend on, so that builds with the same may share them (data.cache)."""
+        d, t = self.recipe.data, self.recipe.train
+        files = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in local_files(d.sources)]
+        # A local source is its files, however its path is written.
+        sources = [[str(f.resolve()) for f in local_files([source])] or source for source in d.sources]
+        sampling = [self._teacher_hashes(), seq_len, t.seed, t.precision] if SELF in d.sources else None
+        return [sources, files, d.weights, d.text_field, d.messages_field, d.held_out_share, t.tokens, sampling,
+                self._tokenizer_hashes(self._teacher)]
 
     def identity(self) -> None:
         """Before any training: a clone with P = I, folded, must be the teacher. Catches a wrong RoPE, eps or role."""
@@ -157,7 +162,8 @@ class Pipeline:
         recipe, folder = self.recipe, self.out / "train"
         plan = Plan.of(recipe, self._teacher, self.hidden_size, self.out / "data")
         settings = {k: v for k, v in asdict(recipe.train).items() if k not in RUN_SETTINGS}
-        inputs = [settings, self.hidden_size, str(plan.dtype), self._teacher_hashes(), self.dir.output_hashes("data")]
+        inputs = [settings, self.hidden_size, str(plan.dtype), self._teacher_hashes(), self.dir.output_hashes("data"),
+                  recipe.data.isolate_documents]
 
         def work(task: Task) -> tuple[Any, str]:
             # Checkpoints of other inputs would be continued as if they were ours.
@@ -259,8 +265,12 @@ class Pipeline:
         import numpy as np
 
         n_tokens, row_len = self.recipe.export.calibration_tokens, self._row_len(student)
-        if (self.out / "data" / "tokens.npy").exists():
-            ids = np.load(self.out / "data" / "tokens.npy", mmap_mode="r")[:n_tokens].astype(np.int64)
+        if (self.out / "data" / "data.json").exists():
+            from lrc_edge.train.data import PackedRows
+
+            rows = PackedRows(self.out / "data", row_len)
+            ids = np.concatenate([np.zeros(0, dtype=np.int64), *(rows[i]["input_ids"].numpy() for i in
+                                                                 range(min(n_tokens // row_len, len(rows))))])
         else:
             proof_rows = self.held_out_rows(student)
             ids = self._held_out(student).ids[proof_rows.size:][:n_tokens]
@@ -355,7 +365,8 @@ class Pipeline:
         if (self.out / "data" / "held_out.npz").exists():
             return HeldOut.load(self.out / "data" / "held_out.npz")
         sources = self.recipe.data.sources
-        texts = list(documents(sources, self.recipe.data.text_field)) if sources else built_in_text()
+        fields = Fields(self.recipe.data.text_field, self.recipe.data.messages_field)
+        texts = documents(sources, fields) if sources else built_in_text()
         n_tokens = 2 * self.recipe.parity.positions + self.recipe.export.calibration_tokens
         return HeldOut.from_texts(texts, model.tokenizer(), n_tokens)
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from lrc_edge.build import free_bytes
 from lrc_edge.checkpoint import DenseCheckpoint
-from lrc_edge.corpus import SUFFIXES
 from lrc_edge.errors import UserError
 from lrc_edge.figures import human_bytes
 from lrc_edge.recipe import Recipe
 from lrc_edge.shape import ModelShape
+from lrc_edge.sources import SELF, WANTED, looks_local
 
 ONNX_ENCODINGS = {"fp32": 1, "int4": 32}  # name -> elements of a block, which a row must be a multiple of
 
@@ -105,13 +105,10 @@ def _check_name(recipe: Recipe) -> None:
 
 def _check_sources(recipe: Recipe) -> None:
     if not recipe.data.sources:
-        raise UserError("no data: the student learns from text; give --data with a .txt, .jsonl or .parquet file, "
-                        "a folder of them, or a hub dataset id")
+        raise UserError(f"no data: the student learns from text; {WANTED} with --data, or --data self")
     for source in recipe.data.sources:
-        path = Path(source).expanduser()
-        if not path.exists() and (path.suffix in SUFFIXES or source.startswith(("/", ".", "~"))):
-            raise UserError(f"--data {source}: no such file or folder; give a .txt, .jsonl or .parquet file, "
-                            "a folder of them, or a hub dataset id")
+        if source != SELF and looks_local(source) and not Path(source).expanduser().exists():
+            raise UserError(f"--data {source}: no such file or folder; {WANTED}")
 
 
 def _check_runtimes(model: DenseCheckpoint, recipe: Recipe, formats: list[tuple[str, str]]) -> None:

@@ -6,15 +6,18 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import tomllib
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import partial
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 from lrc_edge.errors import UserError
+from lrc_edge.sources import SELF
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +32,13 @@ class Student:
 class Data:
     """The text: distilled on, and held out for evaluation and proof."""
 
-    sources: tuple[str, ...] = ()  # .txt, .jsonl, .parquet, a folder of them, or a hub dataset id
-    text_field: str = "text"  # of jsonl and parquet rows
+    # .txt, .jsonl, .parquet, a folder of them, a hub dataset (name:config:split), or `self`: the teacher's own samples
+    sources: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()  # each source's share of the tokens, in any unit; empty: one source after another
+    text_field: str = "text"  # of jsonl, parquet and hub rows
+    messages_field: str = "messages"  # of rows that are conversations: only the answers are learnt; empty: none are
+    isolate_documents: bool = False  # no attention from one document to the one before it in the row
+    cache: str = ""  # a folder that keeps tokenized corpora for other builds; empty: tokens live in the build alone
     held_out_share: float = 0.02  # of the documents, chosen by hash; at most 200,000 tokens are kept
 
 
@@ -129,17 +137,22 @@ class Recipe:
         return asdict(self)
 
 
-def load_recipe(file: Path | None = None, settings: Iterable[str] = (), **overrides: Mapping[str, Any]) -> Recipe:
-    """The recipe of a TOML file, then `section.key=value` settings, then `overrides` (section=dict), on the defaults.
+def load_recipe(file: Path | str | None = None, settings: Iterable[str] = (), **overrides: Mapping[str, Any]
+                ) -> Recipe:
+    """The recipe of a TOML file, or of one that comes along, by its name (train/recipes); then `section.key=value`
+    settings, then `overrides` (section=dict), on the defaults.
 
     Raises UserError on an unreadable file, an unknown key (with the nearest), a wrong type or an impossible value.
     """
     table: dict[str, Any] = {}
     if file is not None:
+        shipped = {path.name.removesuffix(".toml"): path for path in (files("lrc_edge.train") / "recipes").iterdir()}
+        source = shipped.get(str(file), Path(file)) if not Path(file).exists() else Path(file)
         try:
-            table = tomllib.loads(file.read_text())
+            table = tomllib.loads(source.read_text())
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file}: cannot read the recipe ({error}); give a TOML file") from error
+            raise UserError(f"{file}: cannot read the recipe ({error}); give a TOML file, or one of "
+                            f"{', '.join(sorted(shipped))}") from error
         except tomllib.TOMLDecodeError as error:
             raise UserError(f"{file}: not TOML: {error}; mend the line") from error
     where = {key: str(file) for key in table}
@@ -206,10 +219,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             raise UserError(f"{where} = {value!r}: need one of {', '.join(map(str, choices))}")
         return value
     if origin is tuple:
-        items = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
-        if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
-            raise UserError(f"{where} = {value!r}: need a list of strings")
-        return tuple(items)
+        return _convert_list(value, typing.get_args(hint)[0], where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     # 10e9 reads well for a token budget.
@@ -220,8 +230,37 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     return value
 
 
+def _convert_list(value: Any, kind: type, where: str) -> tuple[Any, ...]:
+    """A list, or its items between commas, or one number."""
+    items = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+    if kind is float and isinstance(items, int | float):
+        items = [items]
+    allowed = (str, int, float) if kind is float else str
+    if isinstance(items, list | tuple) and all(isinstance(i, allowed) and not isinstance(i, bool) for i in items):
+        try:
+            return tuple(kind(item) for item in items)
+        except ValueError:
+            pass  # a word among the numbers
+    raise UserError(f"{where} = {value!r}: need a list of {'numbers' if kind is float else 'strings'}")
+
+
+def _check_data(recipe: Recipe) -> None:
+    d = recipe.data
+    if not 0 < d.held_out_share < 1:
+        raise UserError(f"recipe: data.held_out_share = {d.held_out_share}: need a share between 0 and 1")
+    if d.weights and len(d.weights) != len(d.sources):
+        raise UserError(f"recipe: data.weights: {len(d.weights)} weights for {len(d.sources)} sources; need one each")
+    if bad := [w for w in d.weights if not 0 < w < math.inf]:
+        raise UserError(f"recipe: data.weights: {bad[0]} is no share; need numbers above 0, leave a source out instead")
+    if d.sources.count(SELF) > 1:
+        raise UserError("recipe: data.sources has `self` more than once; need it once, with a weight")
+    if SELF in d.sources and not recipe.train.tokens:
+        raise UserError("recipe: data.sources has `self`: a teacher never stops talking; "
+                        "say how much with --set train.tokens=...")
+
+
 def _check(recipe: Recipe) -> None:
-    t, p, d = recipe.train, recipe.parity, recipe.data
+    t, p = recipe.train, recipe.parity
     at_least_1 = {"train.seq_len": t.seq_len, "train.micro_batch": t.micro_batch, "train.eval_every": t.eval_every,
                   "train.checkpoint_every": t.checkpoint_every, "train.log_every": t.log_every,
                   "train.keep_checkpoints": t.keep_checkpoints,
@@ -245,8 +284,7 @@ def _check(recipe: Recipe) -> None:
     for name, value in not_negative.items():
         if not value >= 0:
             raise UserError(f"recipe: {name} = {value}: need 0 or more")
-    if not 0 < d.held_out_share < 1:
-        raise UserError(f"recipe: data.held_out_share = {d.held_out_share}: need a share between 0 and 1")
+    _check_data(recipe)
     if 0 < t.spike_factor <= 1:
         raise UserError(f"recipe: train.spike_factor = {t.spike_factor}: need more than 1, or 0 for no limit")
     if not 0 <= t.dense_share <= 1:

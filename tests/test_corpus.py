@@ -1,21 +1,23 @@
 """Texts from every kind of source; the split by hash; rows for the proof."""
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from tiny_models import make_tokenizer
 
-from lrc_edge.corpus import HeldOut, built_in_text, documents, is_held_out, token_ids
+from lrc_edge.corpus import HeldOut, built_in_text, is_held_out
 from lrc_edge.errors import UserError
-from lrc_edge.train.data import PackedRows, prepare
+from lrc_edge.sources import LONGEST_PASSAGE, Document, Fields, documents
 
 
-def texts(*sources: Path | str) -> list[str]:
-    return list(documents([str(s) for s in sources], "text"))
+def texts(*sources: Path | str) -> list[Document]:
+    return list(documents([str(s) for s in sources], Fields()))
 
 
 def test_every_kind_of_file_and_a_folder_of_them(tmp_path: Path) -> None:
@@ -34,13 +36,24 @@ def test_a_book_is_cut_at_blank_lines(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("\n\n".join(paragraphs))
     found = texts(tmp_path / "book.txt")
     assert len(found) > 3
-    assert "\n\n".join(found) == "\n\n".join(paragraphs)
+    assert all(isinstance(text, str) for text in found)
+    assert "\n\n".join(map(str, found)) == "\n\n".join(paragraphs)
+
+
+def test_a_text_without_blank_lines_is_cut_at_lines_and_one_without_lines_anywhere(tmp_path: Path) -> None:
+    lines = "".join(f"{i} " + "word " * 300 + "\n" for i in range(200))
+    (tmp_path / "log.txt").write_text(lines)
+    found = [str(text) for text in texts(tmp_path / "log.txt")]
+    assert len(found) > 3 and "\n".join(found) == lines and all(len(text) < 2 * LONGEST_PASSAGE for text in found)
+    (tmp_path / "line.txt").write_text("x" * (3 * LONGEST_PASSAGE + 5))
+    assert [len(text) for text in texts(tmp_path / "line.txt")] == [LONGEST_PASSAGE] * 3 + [5]
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("a.jsonl", '{"text": "x"}\n{"text"\n', r"a.jsonl:2: not JSON"),
-    ("a.jsonl", '{"body": "x"}\n', r"no text field 'text' \(has body\)"),
-    ("a.jsonl", "[1]\n", r"no text field 'text' \(is a list\)"),
+    ("a.jsonl", '{"body": "x"}\n', r"no text field 'text' or messages field 'messages' \(has body\)"),
+    ("a.jsonl", "[1]\n", r"no text field 'text' .*\(is a list\)"),
+    ("a.jsonl", '{"text": 3}\n', r"a.jsonl:1: text is int, need text"),
     ("a.parquet", "not parquet", "not a readable parquet"),
     ("a.csv", "x", "unknown kind of text file"),
 ])
@@ -63,8 +76,62 @@ def test_missing_and_binary_sources(tmp_path: Path) -> None:
 
 def test_parquet_without_the_column(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"content": ["x"]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"no column 'text' \(has content\)"):
+    with pytest.raises(UserError, match=r"no text field 'text' .*among its columns \(content\)"):
         texts(tmp_path / "a.parquet")
+
+
+def test_a_folder_that_datasets_wrote(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_list([{"text": f"Row {i}.", "id": i} for i in range(5)])
+    for i in range(2):
+        rows.shard(2, i).to_parquet(tmp_path / f"train-0000{i}-of-00002.parquet")
+    assert texts(tmp_path) == [f"Row {i}." for i in range(5)]
+
+
+def test_a_parquet_file_that_is_cut(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": [f"{i} " * 100 for i in range(2000)]}), file)
+    content = bytearray(file.read_bytes())
+    content[100:2000] = bytes(1900)  # the footer is whole, the pages are not
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="not a readable parquet"):
+        texts(file)
+
+
+@pytest.mark.parametrize(("source", "asked"), [
+    ("org/name", ("org/name", None, "train")), ("name:sample-10BT", ("name", "sample-10BT", "train")),
+    ("org/name:v1.0:test", ("org/name", "v1.0", "test")), ("org/name::validation", ("org/name", None, "validation")),
+])
+def test_a_hub_dataset_is_streamed(source: str, asked: tuple[str, str | None, str],
+                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real streaming dataset; only the download is not."""
+    def load(name: str, config: str | None, *, split: str, streaming: bool) -> datasets.IterableDataset:
+        assert (name, config, split) == asked and streaming
+        return datasets.IterableDataset.from_generator(lambda: iter([{"text": "One."}, {"text": "Two."}]))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert texts(source) == ["One.", "Two."]
+
+
+def test_a_hub_that_refuses_and_one_that_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows(*_: Any, **__: Any) -> Iterator[dict[str, str]]:
+        yield {"text": "One."}
+        raise ConnectionError("reset by peer")
+
+    monkeypatch.setattr(datasets, "load_dataset", rows)
+    with pytest.raises(UserError, match=r"org/name: the hub stopped after row 1 \(reset by peer\)"):
+        texts("org/name")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ValueError("Bad split: x")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(UserError, match=r"the hub did not give it as a dataset \(Bad split: x\)"):
+        texts("org/name:default:x")
+
+
+def test_self_is_no_text(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="only `build` and `train` have a teacher"):
+        texts("self")
 
 
 def test_split_is_by_content_and_near_its_share() -> None:
@@ -73,32 +140,6 @@ def test_split_is_by_content_and_near_its_share() -> None:
     assert 400 < len(held) < 600
     assert held == {name for name in reversed(names) if is_held_out(name, 0.1)}
     assert held <= {name for name in names if is_held_out(name, 0.2)}
-
-
-def test_prepare_packs_every_token_once_and_holds_out_the_rest(tmp_path: Path) -> None:
-    tokenizer = make_tokenizer("llama3")
-    docs = [f"Document number {i} says hello." for i in range(300)]
-    n = prepare(iter(docs), tokenizer, tmp_path, held_out_share=0.1, max_tokens=10**9, seq_len=16,
-                progress=lambda n: None)
-    kept = [d for d in docs if not is_held_out(d, 0.1)]
-    expected = [i for row in token_ids(tokenizer, kept) for i in row]
-    assert np.load(tmp_path / "tokens.npy").tolist() == expected and n == len(expected)
-    rows = PackedRows(tmp_path / "tokens.npy", 16)
-    assert rows[1]["input_ids"].tolist() == expected[16:32] and len(rows) == n // 16
-    held_out = HeldOut.load(tmp_path / "held_out.npz")
-    text = tokenizer.decode(held_out.ids, skip_special_tokens=True)
-    assert text == "".join(d for d in docs if is_held_out(d, 0.1)) and held_out.n_bytes == len(text)
-    assert not (tmp_path / "tokens.bin").exists()
-
-
-@pytest.mark.parametrize(("docs", "message"), [
-    ([], "no text in it"), (["", "  \n"], "no text in it"), (["Hi."] * 3, "need at least train.seq_len = 64"),
-    (["A long enough document, again and again. " * 30], "none held out"),
-])
-def test_empty_or_too_short_data(docs: list[str], message: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=message):
-        prepare(iter(docs), make_tokenizer("llama3"), tmp_path, held_out_share=1e-9, max_tokens=10**9, seq_len=64,
-                progress=lambda n: None)
 
 
 def test_rows_for_the_proof() -> None:

@@ -41,6 +41,12 @@ def test_toml_of_a_recipe_reads_back(tmp_path: Path) -> None:
     ("train.learning_rate=-1", "need 0 or more"),
     ("train.kl_temperature=0", "need more than 0"),
     ("train.alpha=true", "need a float"),
+    ("data.weights=[1, 2]", "2 weights for 0 sources; need one each"),
+    ("data.weights=one", "need a list of numbers"),
+    ("data.weights=[true]", "need a list of numbers"),
+    ("data.sources=self", "train.tokens"),
+    ("data.sources=self,self", "more than once"),
+    ("data.isolate_documents=1", "need a bool"),
     ("data.held_out_share=1", "between 0 and 1"),
     ("parity.prompts=3", "need a list of strings"),
     ("tokens=3", "need section.key=value"),
@@ -51,6 +57,17 @@ def test_wrong_settings(setting: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         load_recipe(None, [setting])
     assert setting in str(caught.value) or "recipe:" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["2,0.5", "[2, 0.5]", '["2", "0.5"]'])
+def test_weights(text: str, tmp_path: Path) -> None:
+    recipe = load_recipe(None, ["data.sources=a.txt,b.txt", f"data.weights={text}"])
+    assert recipe.data.weights == (2.0, 0.5)
+    (tmp_path / "r.toml").write_text(to_toml(recipe))
+    assert load_recipe(tmp_path / "r.toml") == recipe
+    for bad in ("0,1", "1,-1", "1,inf", "1,nan"):
+        with pytest.raises(UserError, match="is no share; need numbers above 0"):
+            load_recipe(None, ["data.sources=a.txt,b.txt", f"data.weights={bad}"])
 
 
 def test_wrong_files(tmp_path: Path) -> None:

@@ -127,9 +127,10 @@ def spoiled(data: Path, folder: Path) -> Path:
     folder.mkdir()
     for file in data.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
-    tokens = np.tile(np.load(data / "tokens.npy")[:64], 150)
+    tokens = np.tile(np.load(data / "tokens-00000.npy")[:64], 150)
     tokens[64 * 40:64 * 41] = np.random.default_rng(4).integers(5, 500, 64)
-    np.save(folder / "tokens.npy", tokens)
+    np.save(folder / "tokens-00000.npy", tokens)
+    np.save(folder / "starts-00000.npy", np.arange(0, len(tokens), 64, dtype=np.uint64))
     return folder
 
 

@@ -133,6 +133,6 @@ def make_tiny(path: Path, family: str = "llama", *, tied: bool = True, hidden_si
 def tiny_data(teacher: Path, folder: Path) -> Path:
     """Tokens and held-out text of TEXT for a teacher, as the data stage leaves them in `folder`."""
     texts = (TEXT[i:i + 500] for i in range(0, 60_000, 500))
-    prepare(texts, DenseCheckpoint.open(teacher).tokenizer(), folder, held_out_share=0.1, max_tokens=None, seq_len=64,
-            progress=lambda n: None)
+    prepare([("text", texts)], DenseCheckpoint.open(teacher).tokenizer(), folder, held_out_share=0.1, max_tokens=None,
+            seq_len=64, progress=lambda n: None)
     return folder

@@ -106,6 +106,9 @@ class LayerPair(nn.Module):
 class Clone(nn.Module):
     """A frozen teacher, its narrower student, and the projections between them."""
 
+    teacher: PreTrainedModel
+    student: PreTrainedModel
+
     def __init__(self, teacher: PreTrainedModel, teacher_shape: ModelShape, hidden_size: int,
                  compute_dtype: torch.dtype = torch.float32, recompute: bool = False):
         """`compute_dtype`: float32, or bfloat16 for autocast forward passes and compositions on float32 masters.
@@ -148,7 +151,7 @@ class Clone(nn.Module):
 
     def compile_(self) -> None:
         """torch.compile of every layer and of the losses at the head."""
-        for pair in self.pairs:
+        for pair in self._pairs():
             pair.compile_()
         self._token_losses = torch.compile(losses.token_losses)
 
@@ -162,8 +165,10 @@ class Clone(nn.Module):
         if _key(name) in self.projections:
             return self.projections[_key(name)]
         _, _, layer, module = name.removesuffix(".weight").split(".", 3)
-        parameter: nn.Parameter = self.pairs[int(layer)].projections[_key(module)]
-        return parameter
+        return self._pairs()[int(layer)].projections[_key(module)]
+
+    def _pairs(self) -> list[LayerPair]:
+        return [pair for pair in self.pairs if isinstance(pair, LayerPair)]
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """What the optimizer trains, by the name of the weight that it makes: projections, or weights, and norms."""

@@ -41,8 +41,8 @@ def shard(clone: Clone, state: PartialState) -> None:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The whole tensor of a shard, on every process (all must ask); float32 on the CPU."""
-    full = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
-    return full.float().cpu().contiguous()
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach().float().cpu().contiguous()
 
 
 def put(values: torch.Tensor, into: torch.Tensor) -> None:

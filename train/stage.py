@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
@@ -20,7 +19,7 @@ from lrc_edge.recipe import Recipe
 from lrc_edge.train import initialize, processes
 from lrc_edge.train.checkpoints import latest
 from lrc_edge.train.clone import Clone
-from lrc_edge.train.data import HELD_OUT_FILE, TOKENS_FILE, PackedRows
+from lrc_edge.train.data import HELD_OUT_FILE, PackedRows
 from lrc_edge.train.schedule import Schedule
 from lrc_edge.train.trainer import (
     EVAL_TOKENS,
@@ -50,7 +49,7 @@ class Plan:
     @classmethod
     def of(cls, recipe: Recipe, teacher: DenseCheckpoint, hidden_size: int, data: Path) -> Plan:
         device = choose_device(recipe.train.device)
-        n_tokens = len(np.load(data / TOKENS_FILE, mmap_mode="r"))
+        n_tokens = PackedRows(data, recipe.train.seq_len).n_tokens
         schedule = Schedule.of(recipe.train, teacher.shape.max_position_embeddings, n_tokens, teacher.shape.hidden_size)
         return cls(hidden_size, schedule, device, choose_precision(recipe.train.precision, device))
 
@@ -79,7 +78,7 @@ def train(teacher: DenseCheckpoint, recipe: Recipe, plan: Plan, data: Path, fold
     torch.manual_seed(settings.seed)
     clone = load_clone(teacher, plan.hidden_size, dtype=plan.dtype, device=plan.device,
                        recompute=settings.gradient_checkpointing)
-    rows = PackedRows(data / TOKENS_FILE, schedule.seq_len)
+    rows = PackedRows(data, schedule.seq_len, recipe.data.isolate_documents)
     held_out = HeldOut.load(data / HELD_OUT_FILE)
     held_out_BL = held_out.rows(min(schedule.seq_len, len(held_out.ids) // 2), EVAL_TOKENS,
                                 teacher.config.get("bos_token_id") if _adds_bos(teacher) else None)

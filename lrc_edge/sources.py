@@ -1,0 +1,211 @@
+"""Where text comes from: files, folders and hub datasets, read as a stream of documents, never as a whole."""
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lrc_edge.errors import UserError
+
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+SELF = "self"  # the source that is no text yet: the teacher's own samples (train/self_data.py)
+WANTED = ("give a .txt, .jsonl or .parquet file, a folder of them, or a hub dataset id "
+          "(name, name:config or name:config:split)")
+PASSAGE_CHARS = 4_000  # a .txt file is cut at blank lines into documents of about this size
+LONGEST_PASSAGE = 64_000  # where no blank line comes, at the end of a line
+SHAREGPT_FIELD = "conversations"
+SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+Messages = list[dict[str, str]]  # a conversation: {"role": ..., "content": ...} each
+Document = str | Messages
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Names of a row's fields. A row that has `messages` is a conversation, one that has `text` is plain text."""
+
+    text: str = "text"
+    messages: str = "messages"  # empty: no row is a conversation
+
+    @property
+    def wanted(self) -> list[str]:
+        """In the order in which a row is asked for them."""
+        return list(dict.fromkeys(([self.messages, SHAREGPT_FIELD] if self.messages else []) + [self.text]))
+
+    def __str__(self) -> str:
+        """What the user wanted: ShareGPT's name is ours."""
+        return f"text field {self.text!r}" + (f" or messages field {self.messages!r}" if self.messages else "")
+
+
+def documents(sources: Iterable[str], fields: Fields) -> Iterator[Document]:
+    """The documents of all sources, one after another. Raises UserError where `source_documents` does."""
+    for source in sources:
+        yield from source_documents(source, fields)
+
+
+def source_documents(source: str, fields: Fields) -> Iterator[Document]:
+    """Stream one source: a .txt/.jsonl/.parquet file, a folder of them, or a hub dataset (name:config:split).
+
+    Raises UserError on a source that is none of these, an unreadable file, or a row without text or messages.
+    """
+    path = Path(source).expanduser()
+    if source == SELF:
+        raise UserError("--data self: only `build` and `train` have a teacher to sample from; " + WANTED)
+    if path.is_dir():
+        files = local_files([source])
+        if not files:
+            raise UserError(f"{path}: no {', '.join(SUFFIXES)} file in this folder; give a folder of texts")
+        for file in files:
+            yield from _file_documents(file, fields)
+    elif path.exists():
+        yield from _file_documents(path, fields)
+    elif looks_local(source):
+        raise UserError(f"{source}: no such file or folder; {WANTED}")
+    else:
+        yield from _hub_documents(source, fields)
+
+
+def looks_local(source: str) -> bool:
+    """Whether the user meant a path: the hub has no such names."""
+    return Path(source).suffix in SUFFIXES or source.startswith(("/", ".", "~"))
+
+
+def local_files(sources: Iterable[str]) -> list[Path]:
+    """The files behind the sources that are local, in reading order."""
+    found: list[Path] = []
+    for source in sources:
+        path = Path(source).expanduser()
+        if source == SELF or not path.exists():
+            continue
+        found += sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES) if path.is_dir() else [path]
+    return found
+
+
+def _file_documents(path: Path, fields: Fields) -> Iterator[Document]:
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path}: unknown kind of text file; need one of {', '.join(SUFFIXES)}")
+    if path.suffix == ".parquet":
+        yield from _parquet_documents(path, fields)
+        return
+    try:
+        with path.open(encoding="utf-8") as lines:
+            if path.suffix == ".txt":
+                yield from _passages(iter(lambda: lines.readline(LONGEST_PASSAGE), ""))
+                return
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield from _row_documents(json.loads(line), fields, f"{path}:{number}")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error}); convert it") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{number}: not JSON ({error}); need one JSON table a line") from error
+
+
+def _parquet_documents(path: Path, fields: Fields) -> Iterator[Document]:
+    import pyarrow
+    import pyarrow.parquet
+
+    row = 0
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        names = file.schema_arrow.names
+        columns = [name for name in fields.wanted if name in names]
+        if not columns:
+            raise UserError(f"{path}: no {fields} among its columns ({', '.join(names)}); "
+                            "name it with --set data.text_field=...")
+        for batch in file.iter_batches(columns=columns, batch_size=1024):
+            for table in batch.to_pylist():
+                row += 1
+                yield from _row_documents(table, fields, f"{path} row {row}")
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a readable parquet file ({_one_line(error)}); get it again") from error
+
+
+def _hub_documents(source: str, fields: Fields) -> Iterator[Document]:
+    from datasets import load_dataset
+
+    name, config, split = (*source.split(":"), "", "")[:3]
+    number = 0
+    try:
+        rows: Any = load_dataset(name, config or None, split=split or "train", streaming=True)
+    except Exception as error:  # offline, misspelt, gated, no such split: the client raises many types
+        raise UserError(f"{source}: no such file, and the hub did not give it as a dataset ({_one_line(error)}); "
+                        f"{WANTED}") from error
+    stream = iter(rows)
+    while True:
+        try:
+            row = next(stream)
+        except StopIteration:
+            return
+        except Exception as error:  # as above
+            raise UserError(f"{source}: the hub stopped after row {number} ({_one_line(error)}); run the command "
+                            "again: it continues") from error
+        number += 1
+        yield from _row_documents(row, fields, f"{source} row {number}")
+
+
+def _row_documents(row: Any, fields: Fields, where: str) -> Iterator[Document]:
+    """The row's document; none where all that it has is null."""
+    found = [name for name in fields.wanted if name in row] if isinstance(row, dict) else []
+    if not found:
+        has = f"has {', '.join(row)}" if isinstance(row, dict) else f"is a {type(row).__name__}"
+        raise UserError(f"{where}: no {fields} ({has}); name it with --set data.text_field=...")
+    name = next((name for name in found if row[name] is not None), None)
+    if name is None:
+        return
+    value = row[name]
+    if name != fields.text:
+        yield _messages(value, f"{where}: {name}")
+    elif isinstance(value, str):
+        yield value
+    else:
+        raise UserError(f"{where}: {name} is {type(value).__name__}, need text; "
+                        "name another field with --set data.text_field=...")
+
+
+def _messages(value: Any, where: str) -> Messages:
+    """A conversation in either form, {role, content} or ShareGPT's {from, value}, as the first."""
+    if not isinstance(value, list):
+        raise UserError(f"{where} is a {type(value).__name__}, need a list of {{role, content}}; "
+                        'name the field with --set data.messages_field=..., "" for none')
+    if not value:
+        raise UserError(f"{where} is an empty conversation; need at least a question and an answer: remove the row")
+    return [_message(message, f"{where}[{i}]") for i, message in enumerate(value)]
+
+
+def _message(message: Any, where: str) -> dict[str, str]:
+    if not isinstance(message, dict):
+        raise UserError(f"{where} is a {type(message).__name__}, need {{role, content}}; mend the row")
+    role, content = message.get("role"), message.get("content")
+    if role is None and "from" in message:
+        content = message.get("value")
+        role = SHAREGPT_ROLES.get(message["from"])
+        if role is None:
+            raise UserError(f"{where} is from {message['from']!r}, need one of {', '.join(SHAREGPT_ROLES)}; "
+                            "mend the row")
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise UserError(f"{where} has role {role!r} and a {type(content).__name__} as content, need two texts; "
+                        "mend the row")
+    return {"role": role, "content": content}
+
+
+def _passages(lines: Iterator[str]) -> Iterator[str]:
+    """Whole paragraphs, together about PASSAGE_CHARS long, so that a book has documents to split by."""
+    passage: list[str] = []
+    size = 0
+    for line in lines:
+        if (size >= PASSAGE_CHARS and line == "\n") or size >= LONGEST_PASSAGE:
+            yield "".join(passage).removesuffix("\n")
+            passage, size = [], 0
+            if line == "\n":
+                continue
+        passage.append(line)
+        size += len(line)
+    if size:
+        yield "".join(passage)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__

@@ -1,0 +1,132 @@
+"""The data stage of a build: the cache between builds, the teacher as a source, what a killed build continues."""
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from tiny_models import TEXT, make_tiny
+
+from lrc_edge.checkpoint import DenseCheckpoint
+from lrc_edge.errors import UserError
+from lrc_edge.pipeline import Pipeline, Teacher
+from lrc_edge.preflight import check_build
+from lrc_edge.recipe import Recipe, load_recipe
+from lrc_edge.train import corpus_stage
+from lrc_edge.train.data import PackedRows, read_summary
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("\n\n".join(TEXT[:60_000].split("\n\n")))
+    return file
+
+
+def recipe_of(*sources: Path | str, **data: Any) -> Recipe:
+    return load_recipe(None, ["train.seq_len=64", "student.hidden_size=32", f"train.tokens={data.pop('tokens', 0)}"],
+                       data={"sources": [str(source) for source in sources], "held_out_share": 0.2, **data})
+
+
+def build_data(out: Path, teacher: Path, recipe: Recipe) -> str:
+    """Run the stage; what it printed."""
+    console = Console(file=io.StringIO(), width=200)
+    Pipeline(out, recipe, console, Teacher.of(str(teacher))).data()
+    return str(console.file.getvalue())  # type: ignore[attr-defined]
+
+
+def tokenizer_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    calls: list[int] = []
+    real = corpus_stage.prepare
+
+    def counted(*args: Any, **kwargs: Any) -> int:
+        calls.append(1)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(corpus_stage, "prepare", counted)
+    return calls
+
+
+def test_a_cached_corpus_is_tokenized_once(tiny_llama: Path, text: Path, tmp_path: Path,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = tokenizer_calls(monkeypatch)
+    recipe = recipe_of(text, cache=str(tmp_path / "cache"))
+    first = build_data(tmp_path / "a", tiny_llama, recipe)
+    assert first.split("(")[0] == build_data(tmp_path / "b", tiny_llama, recipe).split("(")[0] and len(calls) == 1
+    files = {out: sorted((tmp_path / out / "data").iterdir()) for out in "ab"}
+    assert [f.name for f in files["a"]] == ["data.json", "held_out.npz", "starts-00000.npy", "tokens-00000.npy"]
+    assert [f.stat().st_ino for f in files["a"]] == [f.stat().st_ino for f in files["b"]]
+    assert "unchanged" in build_data(tmp_path / "b", tiny_llama, recipe_of(text)), "where tokens are kept is no input"
+    # The same tokenizer in another teacher is the same corpus; another tokenizer, text or share is another.
+    other = make_tiny(tmp_path / "other", hidden_size=96)
+    build_data(tmp_path / "c", other, recipe)
+    assert len(calls) == 1
+    build_data(tmp_path / "d", make_tiny(tmp_path / "smollm", tokenizer="smollm"), recipe)
+    assert len(calls) == 2
+    build_data(tmp_path / "e", tiny_llama, recipe_of(text, cache=str(tmp_path / "cache"), messages_field=""))
+    assert len(calls) == 3
+    moved = Path(shutil.copy(text, tmp_path / "copy.txt"))
+    build_data(tmp_path / "f", tiny_llama, recipe_of(moved, cache=str(tmp_path / "cache")))
+    assert len(calls) == 4
+
+
+def test_a_cached_corpus_must_fill_a_row(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.jsonl").write_text("".join(json.dumps({"text": f"Text {i}."}) + "\n" for i in range(40)))
+    recipe = recipe_of(tmp_path / "short.jsonl", cache=str(tmp_path / "cache"))
+    build_data(tmp_path / "a", tiny_llama, recipe)
+    longer = load_recipe(None, ["train.seq_len=512"], data=recipe.as_dict()["data"])
+    with pytest.raises(UserError, match=r"need at least train.seq_len = 512"):
+        build_data(tmp_path / "b", tiny_llama, longer)
+
+
+def test_a_build_stopped_in_its_data_continues(tiny_llama: Path, text: Path, tmp_path: Path,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus_stage, "prepare", lambda *args, real=corpus_stage.prepare, **kwargs: real(
+        *args, **kwargs, shard_tokens=4000))
+    build_data(tmp_path / "whole", tiny_llama, recipe_of(text))
+    broken = tmp_path / "out" / "data.unfinished"
+    real, seen = corpus_stage.source_documents, []
+
+    def breaks(*args: Any) -> Any:
+        for i, document in enumerate(real(*args)):
+            if i == 14 and not seen:
+                raise KeyboardInterrupt
+            yield document
+
+    monkeypatch.setattr(corpus_stage, "source_documents", breaks)
+    monkeypatch.setattr("lrc_edge.train.data.BATCH_DOCUMENTS", 2)
+    with pytest.raises(KeyboardInterrupt):
+        build_data(tmp_path / "out", tiny_llama, recipe_of(text))
+    assert (broken / "tokens-00000.npy").exists() and not (tmp_path / "out" / "data").exists()
+    seen.append(1)
+    build_data(tmp_path / "out", tiny_llama, recipe_of(text))
+    assert not broken.exists()
+    streams = [[i for row in PackedRows(tmp_path / name / "data", 64) for i in row["input_ids"].tolist()]
+               for name in ("whole", "out")]
+    assert streams[0] == streams[1]
+
+
+def test_the_teacher_as_a_source_among_others(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
+    recipe = recipe_of("self", text, weights=[1, 1], tokens=6000)
+    line = build_data(tmp_path / "out", tiny_llama, recipe)
+    own, given = read_summary(tmp_path / "out" / "data")
+    total = own.tokens + given.tokens
+    assert own.source == "self" and total >= 6000 and f"self {own.tokens / total:.1%}" in line
+    samples = [json.loads(line)["text"] for line in (tmp_path / "out" / "data" / "self.jsonl").read_text().splitlines()]
+    assert len(samples) % 16 == 0 and len(samples) >= own.documents + own.held_out_documents
+    assert "unchanged" in build_data(tmp_path / "out", tiny_llama, recipe)
+
+
+def test_what_preflight_says_of_sources(tiny_llama: Path, tmp_path: Path) -> None:
+    teacher = DenseCheckpoint.open(tiny_llama)
+    for source in ("self", "org/name", "HuggingFaceFW/fineweb-edu:sample-10BT", "org/name:v1.0:train"):
+        check_build(teacher, recipe_of(source, tokens=100), tmp_path, runtimes=False)
+    for source in ("missing.parquet", "./self", "~/nothing", "/nowhere"):
+        with pytest.raises(UserError, match="no such file or folder; give a "):
+            check_build(teacher, recipe_of(source), tmp_path, runtimes=False)
+    with pytest.raises(UserError, match="or --data self"):
+        check_build(teacher, recipe_of(), tmp_path, runtimes=False)

@@ -1,0 +1,59 @@
+"""The schedule: token counts as steps, rows and rates."""
+from __future__ import annotations
+
+import pytest
+
+from lrc_edge.recipe import CLONE_RATE, DENSE_RATE, load_recipe
+from lrc_edge.train.schedule import Schedule
+
+
+def schedule(*settings: str, n_tokens: int = 10**7, positions: int = 4096, width: int = 64) -> Schedule:
+    return Schedule.of(load_recipe(None, settings).train, positions, n_tokens, width)
+
+
+@pytest.mark.parametrize(("settings", "n_tokens", "expected"), [
+    (["train.tokens=1000000", "train.batch_tokens=8192"], 1, (2048, 4, 122)),
+    (["train.tokens=1000000", "train.batch_tokens=65536"], 1, (2048, 32, 15)),
+    ([], 400 * 4096, (2048, 2, 400)),  # one pass, a 400th of it a step
+    (["train.seq_len=100"], 10**10, (100, 328, 304878)),  # at most 32,768 tokens a step
+])
+def test_steps_and_rows(settings: list[str], n_tokens: int, expected: tuple[int, int, int]) -> None:
+    found = schedule(*settings, n_tokens=n_tokens)
+    assert (found.seq_len, found.rows, found.steps) == expected
+    assert found.tokens == found.steps * found.rows * found.seq_len
+
+
+def test_rows_are_never_longer_than_the_teacher_can_read() -> None:
+    assert schedule(positions=512).seq_len == 512
+
+
+@pytest.mark.parametrize(("rows", "world", "micro_batch", "expected"), [
+    (24, 1, 8, (24, 8)), (25, 1, 8, (25, 5)), (24, 8, 2, (3, 1)), (24, 8, 3, (3, 3)), (7, 1, 4, (7, 1))])
+def test_forward_passes_divide_the_rows(rows: int, world: int, micro_batch: int, expected: tuple[int, int]) -> None:
+    assert Schedule(64, rows, 10, 10, 1, 1e-3, 1e-3).rows_of_process(world, micro_batch) == expected
+
+
+def test_default_rates_follow_the_width() -> None:
+    assert schedule(width=64).clone_rate == pytest.approx(CLONE_RATE / 8)
+    assert schedule(width=64).dense_rate == pytest.approx(DENSE_RATE / 8)
+    assert schedule("train.learning_rate=1e-4", width=64).clone_rate == 1e-4
+
+
+def test_rates_warm_up_in_both_phases_and_end_at_zero() -> None:
+    found = schedule("train.tokens=409600", "train.batch_tokens=4096", "train.dense_share=0.6",
+                     "train.warmup_share=0.1", "train.learning_rate=0.1", "train.dense_learning_rate=0.2")
+    assert (found.steps, found.dense_from, found.warmup) == (100, 40, 10)
+    rates = [found.learning_rate(step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.01) and rates[9] == pytest.approx(0.1 * 0.91)
+    assert rates[39] == pytest.approx(0.1 * 0.61) and rates[40] == pytest.approx(0.02 * 0.6)
+    assert rates[49] == pytest.approx(0.2 * 0.51) and rates[99] == pytest.approx(0.2 * 0.01)
+    assert [found.is_dense(step) for step in (39, 40)] == [False, True]
+
+
+@pytest.mark.parametrize(("name", "steps", "tokens"), [
+    ("lrc-1.5b", 203_451, 10e9), ("lrc-1.7b", 610_352, 20e9), ("lrc-4b", 549_316, 18e9)])
+def test_the_papers_recipes(name: str, steps: int, tokens: float) -> None:
+    recipe = load_recipe(name)
+    found = Schedule.of(recipe.train, 131_072, 0, 3072)
+    assert found.steps == steps and found.tokens == pytest.approx(tokens, rel=1e-4)
+    assert recipe.student.hidden_size % 256 == 0
