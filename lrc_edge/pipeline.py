@@ -7,83 +7,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from lrc_edge import __version__, preflight
 from lrc_edge.artifact import Artifact
-from lrc_edge.build import BuildDir, replace_tree
-from lrc_edge.checkpoint import TOKENIZER_PARTS, DenseCheckpoint, resolve_model
-from lrc_edge.console import Task, running, stage_line
-from lrc_edge.corpus import HeldOut, built_in_text
+from lrc_edge.build import replace_tree
+from lrc_edge.checkpoint import DenseCheckpoint
+from lrc_edge.console import Task, stage_line
+from lrc_edge.corpus import HeldOut
 from lrc_edge.errors import UserError
-from lrc_edge.parity import Gate, gates_of_fold, gates_of_identity
-from lrc_edge.recipe import Recipe
+from lrc_edge.parity import gates_of_fold, gates_of_identity
 from lrc_edge.report import write_report
-from lrc_edge.sources import SELF, Fields, documents, local_files
+from lrc_edge.report_table import processors, report_table
+from lrc_edge.sources import SELF, local_files
+from lrc_edge.stages import Stages
 
 # Settings that change how training runs, not what it makes.
 RUN_SETTINGS = ("device", "compile", "gradient_checkpointing", "micro_batch", "workers", "log_every", "eval_every",
                 "checkpoint_every", "keep_checkpoints", "on_bad_batch", "spike_factor")
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """A teacher as the user named it, and what is behind the name."""
-
-    source: str
-    revision: str
-    checkpoint: DenseCheckpoint
-
-    @classmethod
-    def of(cls, source: str) -> Teacher:
-        path, name, revision = resolve_model(source)
-        return cls(source, revision, DenseCheckpoint.open(path, name))
-
-
-class Pipeline:
-    """One output directory being built. The methods are the stages, in their order."""
-
-    def __init__(self, out: Path, recipe: Recipe, console: Console, teacher: Teacher | None = None,
-                 leads: bool = True):
-        """`leads`: off in all but the first of several processes that train together; they write nothing here."""
-        self.recipe, self.console, self.teacher, self.leads = recipe, console, teacher, leads
-        self.dir = BuildDir.create(out) if leads else BuildDir(out)
-        self.out = out
-        self._stage_work = 0  # stages that really ran
-
-    def _stage(self, name: str, inputs: Any, outputs: list[Path], work: Callable[[Task], tuple[Any, str]],
-               total: int | None = None) -> None:
-        """Run `work` unless it is done. It returns the stage's result and the line that tells of it."""
-        fingerprint = self.dir.fingerprint(name, inputs)
-        if self.dir.is_done(name, fingerprint):
-            stage_line(self.console, name, "unchanged, nothing to do")
-            return
-        if not self.leads:
-            work(Task(self.console, name, None))
-            return
-        self.dir.forget(name)
-        started = time.monotonic()
-        with running(self.console, name, total) as task:
-            result, line = work(task)
-        self.dir.record(name, fingerprint, outputs, result)
-        self._stage_work += 1
-        stage_line(self.console, name, line, time.monotonic() - started)
-
-    def describe_job(self, **facts: Any) -> None:
-        """Remember what this directory is of, for commands that are given the directory alone."""
-        self.dir.manifest["job"] = {"recipe": self.recipe.as_dict(), **facts}
-        self.dir.manifest["lrc_edge"] = __version__
-        self.dir.save()
+class Pipeline(Stages):
+    """The methods are the stages, in their order."""
 
     def weights(self, model: DenseCheckpoint) -> None:
         """Read every weight of the input once: NaN or infinity found now costs no training."""
@@ -98,20 +46,8 @@ class Pipeline:
     # -- stages of a clone ---------------------------------------------------------------------------------------------
 
     @property
-    def _teacher(self) -> DenseCheckpoint:
-        assert self.teacher is not None
-        return self.teacher.checkpoint
-
-    @property
     def hidden_size(self) -> int:
         return preflight.student_width(self.recipe, self._teacher.shape)
-
-    def _teacher_hashes(self) -> list[str]:
-        files = [self._teacher.path / "config.json", *self._teacher.weight_files()]
-        return [self.dir.hash(file) for file in files]
-
-    def _tokenizer_hashes(self, checkpoint: DenseCheckpoint) -> list[str]:
-        return [self.dir.hash(checkpoint.path / n) for n in TOKENIZER_PARTS if (checkpoint.path / n).exists()]
 
     def data(self) -> None:
         from lrc_edge.train.corpus_stage import row_length, tokenize_corpus
@@ -330,68 +266,16 @@ class Pipeline:
             stage_line(self.console, "report", "unchanged, nothing to do")
             report: dict[str, Any] = json.loads((self.out / "report.json").read_text())
             return report
-        check = self.dir.result("check")
-        stages = self.dir.manifest["stages"]
-        training = stages["train"]["result"] if "train" in stages else None
-        gates = [gate for stage in ("identity", "fold") if stage in stages for gate in stages[stage]["result"]]
-        table: dict[str, Any] = {
-            "lrc_edge": __version__, "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            "versions": {name: version(name) for name in ("torch", "transformers", "gguf", "llama-cpp-python", "onnx",
-                                                          "onnxruntime", "onnxruntime-genai")},
-            "machine": f"{processors()} processors",
-            "teacher": _describe(self.teacher.checkpoint) if self.teacher else None,
-            "student": _describe(student), "artifacts": check["artifacts"], "gates": gates + check["gates"],
-            "tokenizer": check["tokenizer"], "chat_template": check["chat_template"], "samples": check["samples"]}
-        if table["teacher"]:
-            table["teacher"]["proof_perplexity"] = check["teacher_perplexity"]
-        if training is not None:
-            from lrc_edge.train.stage import METRICS_FILE, read_metrics
-
-            curve = read_metrics(self.out / "train" / METRICS_FILE)
-            table["student"]["training"] = {**training, "curve": curve}
-            for who in ("teacher", "student"):
-                table[who]["held_out"] = _held_out_figures(training[f"{who}_held_out_loss"],
-                                                           training["bytes_per_token"])
+        table = report_table(self.dir, student, self.teacher.checkpoint if self.teacher else None, self._curve())
         write_report(table, self.out)
         return table
 
-    # -- shared --------------------------------------------------------------------------------------------------------
+    def _curve(self) -> list[dict[str, Any]]:
+        if "train" not in self.dir.manifest["stages"]:
+            return []
+        from lrc_edge.train.stage import METRICS_FILE, read_metrics
 
-    def _check_settings(self) -> list[Any]:
-        return [asdict(self.recipe.parity), asdict(self.recipe.gates)]
-
-    def _held_out(self, model: DenseCheckpoint) -> HeldOut:
-        """The build's held-out text; for a model that came without a build, --data or Python's own documentation."""
-        if (self.out / "data" / "held_out.npz").exists():
-            return HeldOut.load(self.out / "data" / "held_out.npz")
-        sources = self.recipe.data.sources
-        fields = Fields(self.recipe.data.text_field, self.recipe.data.messages_field)
-        texts = documents(sources, fields) if sources else built_in_text()
-        n_tokens = 2 * self.recipe.parity.positions + self.recipe.export.calibration_tokens
-        return HeldOut.from_texts(texts, model.tokenizer(), n_tokens)
-
-    def held_out_rows(self, model: DenseCheckpoint) -> Any:
-        tokenizer = model.tokenizer()
-        adds_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-        return self._held_out(model).rows(self._row_len(model), self.recipe.parity.positions,
-                                          tokenizer.bos_token_id if adds_bos else None)
-
-    def _prompts(self, model: DenseCheckpoint) -> list[str]:
-        """The recipe's, or the beginnings of held-out documents; Python's documentation would begin no sentence."""
-        if self.recipe.parity.prompts:
-            return list(self.recipe.parity.prompts)
-        return list(self._held_out(model).openings[:2] if self.recipe.data.sources else ()) or ["Once upon a time"]
-
-    def _row_len(self, model: DenseCheckpoint) -> int:
-        return min(self.recipe.parity.row_len, model.shape.max_position_embeddings)
-
-    @staticmethod
-    def _gates(gates: list[Gate]) -> list[dict[str, Any]]:
-        return [gate.as_dict() for gate in gates]
-
-
-def processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return read_metrics(self.out / "train" / METRICS_FILE)
 
 
 def _threads(model: DenseCheckpoint) -> int:
@@ -429,14 +313,3 @@ def _method(training: dict[str, Any]) -> str:
     return f"{clone} for {first} steps, then {dense} for {training['steps'] - first}" if first else dense
 
 
-def _describe(model: DenseCheckpoint) -> dict[str, Any]:
-    shape = model.shape.as_dict()
-    family = shape.pop("family")
-    return {"name": model.name, "path": model.path.name, "family": family, "shape": shape,
-            "n_params": model.shape.n_params, "license": model.card.get("license"), "provenance": model.provenance}
-
-
-def _held_out_figures(loss: float, bytes_per_token: float) -> dict[str, float]:
-    import math
-
-    return {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": loss / math.log(2) / bytes_per_token}

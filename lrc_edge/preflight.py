@@ -33,12 +33,11 @@ def parse_format(text: str) -> tuple[str, str]:
 
 
 def _check_imatrix(recipe: Recipe, formats: list[tuple[str, str]]) -> None:
-    from lrc_edge.export.quantize import ENCODINGS
+    from lrc_edge.export.quantize import ENCODINGS, check_imatrix
 
     for format_, encoding in formats:
-        if format_ == "gguf" and ENCODINGS[encoding].needs_imatrix and not recipe.export.calibration_tokens:
-            raise UserError(f"gguf:{encoding} needs an importance matrix, and export.calibration_tokens is 0; "
-                            "give it tokens (16384) or take a larger type")
+        if format_ == "gguf":
+            check_imatrix(ENCODINGS[encoding], recipe.export.calibration_tokens > 0)
 
 
 def wanted_formats(recipe: Recipe, hidden_size: int) -> list[tuple[str, str]]:

@@ -13,9 +13,10 @@ from tiny_models import TEXT, make_tiny
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
-from lrc_edge.pipeline import Pipeline, Teacher
+from lrc_edge.pipeline import Pipeline
 from lrc_edge.preflight import check_build
 from lrc_edge.recipe import Recipe, load_recipe
+from lrc_edge.stages import Teacher
 from lrc_edge.train import corpus_stage
 from lrc_edge.train.data import PackedRows, read_summary
 

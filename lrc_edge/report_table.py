@@ -1,0 +1,52 @@
+"""The report as a table, report.json: what the stages left in build.json, with names, shapes and versions."""
+from __future__ import annotations
+
+import math
+import os
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+from lrc_edge import __version__
+from lrc_edge.build import BuildDir
+from lrc_edge.checkpoint import DenseCheckpoint
+
+
+def processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def report_table(build: BuildDir, student: DenseCheckpoint, teacher: DenseCheckpoint | None,
+                 curve: list[dict[str, Any]]) -> dict[str, Any]:
+    """What lrc_edge.report renders. `curve`: the rows of metrics.jsonl; empty where nothing was trained."""
+    check = build.result("check")
+    stages = build.manifest["stages"]
+    training = stages["train"]["result"] if "train" in stages else None
+    gates = [gate for stage in ("identity", "fold") if stage in stages for gate in stages[stage]["result"]]
+    table: dict[str, Any] = {
+        "lrc_edge": __version__, "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "versions": {name: version(name) for name in ("torch", "transformers", "gguf", "llama-cpp-python", "onnx",
+                                                      "onnxruntime", "onnxruntime-genai")},
+        "machine": f"{processors()} processors",
+        "teacher": _describe(teacher) if teacher else None,
+        "student": _describe(student), "artifacts": check["artifacts"], "gates": gates + check["gates"],
+        "tokenizer": check["tokenizer"], "chat_template": check["chat_template"], "samples": check["samples"]}
+    if table["teacher"]:
+        table["teacher"]["proof_perplexity"] = check["teacher_perplexity"]
+    if training is not None:
+        table["student"]["training"] = {**training, "curve": curve}
+        for who in ("teacher", "student"):
+            table[who]["held_out"] = _held_out_figures(training[f"{who}_held_out_loss"],
+                                                       training["bytes_per_token"])
+    return table
+
+
+def _describe(model: DenseCheckpoint) -> dict[str, Any]:
+    shape = model.shape.as_dict()
+    family = shape.pop("family")
+    return {"name": model.name, "path": model.path.name, "family": family, "shape": shape,
+            "n_params": model.shape.n_params, "license": model.card.get("license"), "provenance": model.provenance}
+
+
+def _held_out_figures(loss: float, bytes_per_token: float) -> dict[str, float]:
+    return {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": loss / math.log(2) / bytes_per_token}
