@@ -105,18 +105,22 @@ class Aligned(Clone):
         return Losses(total + objective.alpha * features * share, lm, kl, features.detach() * share)
 
 
-KD = {"alpha": 0.0, "dense_share": 1.0}
+KD = {"dense_share": 1.0, "dense_alpha": 0.0}
+CLONE_TERMS = {"dense_share": 1.0, "dense_alpha": 0.2}
 METHODS = {method.name: method for method in (
     Method("scratch", from_random, KD | {"kl_weight": 0.0}, WEIGHT_GRID),
     Method("KD from scratch", from_random, KD, WEIGHT_GRID),
-    Method("TinyBERT-like", from_random, {"alpha": 1.0, "dense_share": 1.0}, WEIGHT_GRID, Aligned),
+    Method("TinyBERT-like", from_random, {"dense_share": 1.0, "dense_alpha": 1.0}, WEIGHT_GRID, Aligned),
     Method("hard pruning + KD", selection, KD, WEIGHT_GRID),
     Method("LRC as published", gaussian, {"kl_temperature": 40.0, "kl_weight": 1.28}, PROJECTION_GRID),
     Method("LRC, selection (RED)", selection, {}, PROJECTION_GRID),
-    Method("LRC, selection, then dense", selection, {"dense_share": 0.75}, WEIGHT_GRID),
+    Method("LRC, selection, then dense", selection, {"dense_share": 0.75, "dense_alpha": 0.2}, WEIGHT_GRID),
     Method("LRC, components", pca, {}, PROJECTION_GRID),
-    Method("LRC, components, then dense", pca, {"dense_share": 0.75}, WEIGHT_GRID),
+    Method("LRC, components, then dense", pca, {"dense_share": 0.75, "dense_alpha": 0.2}, WEIGHT_GRID),
     Method("components + KD", pca, KD, WEIGHT_GRID),
+    Method("components + KD + clone terms", pca, CLONE_TERMS, WEIGHT_GRID),
+    Method("LRC, components, then KD", pca, {"dense_share": 0.75}, WEIGHT_GRID),
+    Method("LRC, components, early KD", pca, {"dense_share": 0.9}, WEIGHT_GRID),
 )}
 
 

@@ -63,7 +63,8 @@ class Train:
     init: Literal["pca", "selection", "gaussian"] = "pca"
     # The last share of the steps trains the folded matrices themselves: Train What You Deploy, arXiv 2609.02006.
     dense_share: float = 0.0
-    alpha: float = 0.2  # weight of the clone terms
+    alpha: float = 0.2  # weight of the clone terms in the clone phase
+    dense_alpha: float = 0.0  # in the dense phase
     kl_weight: float = 1.0
     lm_weight: float = 1.0
     kl_temperature: float = 1.0  # the KL is per token and scaled by its square
@@ -270,6 +271,7 @@ def _check(recipe: Recipe) -> None:
                                  "train.max_grad_norm": t.max_grad_norm}
     not_negative: dict[str, float] = {"train.tokens": t.tokens, "train.batch_tokens": t.batch_tokens,
                                       "train.learning_rate": t.learning_rate, "train.alpha": t.alpha,
+                                      "train.dense_alpha": t.dense_alpha,
                                       "train.dense_learning_rate": t.dense_learning_rate, "train.workers": t.workers,
                                       "export.calibration_tokens": recipe.export.calibration_tokens,
                                       "student.hidden_size": recipe.student.hidden_size,

@@ -50,8 +50,10 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
-def objective_of(train: recipes.Train) -> Objective:
-    return Objective(train.lm_weight, train.kl_weight, train.alpha, train.kl_temperature)
+def objective_of(train: recipes.Train, dense: bool) -> Objective:
+    """What one of the two phases minimizes."""
+    return Objective(train.lm_weight, train.kl_weight, train.dense_alpha if dense else train.alpha,
+                     train.kl_temperature)
 
 
 @torch.inference_mode()
@@ -97,7 +99,6 @@ class Trainer:
         self.clone, self.settings, self.schedule, self.rows = clone, settings, schedule, rows
         self.held_out_BL, self.folder, self.progress = held_out_BL, folder, progress
         self.device = next(clone.parameters()).device
-        self.objective = objective_of(settings)
         self.processes = processes.join(self.device)
         self.rows_here, self.micro_batch = schedule.rows_of_process(self.processes.num_processes, settings.micro_batch)
         self.order = RowOrder(len(rows), schedule.rows, settings.seed)
@@ -114,6 +115,10 @@ class Trainer:
                                  fused=True)
 
     @property
+    def objective(self) -> Objective:
+        return objective_of(self.settings, self.clone.is_dense)
+
+    @property
     def is_main(self) -> bool:
         return bool(self.processes.is_main_process)
 
@@ -128,6 +133,7 @@ class Trainer:
         self.clock.resume()
         for batch in self._batches(step):
             if step == self.schedule.dense_from:
+                self._report(step)  # no row mixes two objectives
                 self.clone.start_dense_phase()
                 self.optimizer = self._new_optimizer()
             self._step(step, batch)
