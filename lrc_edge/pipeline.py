@@ -301,8 +301,9 @@ def fold_identity(teacher: DenseCheckpoint, folder: Path) -> DenseCheckpoint:
 
 def _show_training(task: Task, row: dict[str, float]) -> None:
     if "loss" in row:
-        task.update(f"step {row['step']:.0f}  loss {row['loss']:.3f} = lm {row['lm']:.3f}, kl {row['kl']:.3f}, clone "
-                    f"{row['clone']:.3f}  {row['tokens_per_second']:,.0f} tok/s", int(row["tokens"]))
+        parts = ", ".join(f"{name} {row[name]:.3f}" for name in ("lm", "kl", "clone") if row[name])
+        task.update(f"step {row['step']:.0f}  loss {row['loss']:.3f} = {parts}  {row['tokens_per_second']:,.0f} tok/s",
+                    int(row["tokens"]))
 
 
 def _method(training: dict[str, Any]) -> str:

@@ -155,6 +155,11 @@ def training_facts(report: Report) -> list[tuple[str, str]]:
     facts = [("tokens", f"{training['tokens']:,}"), ("steps", f"{training['steps']:,}"),
              ("time", duration(training["seconds"])), ("device", training["device"]),
              ("precision", training["precision"]), ("initialization", training["init"])]
+    dense_steps = training["steps"] - training.get("dense_from_step", training["steps"])
+    if dense_steps:
+        facts.append(("dense phase", f"the last {dense_steps:,} steps" if dense_steps < training["steps"] else "all"))
+    if training.get("skipped_batches"):
+        facts.append(("bad batches left out", f"{training['skipped_batches']:,}"))
     if training["seconds"]:
         facts.insert(3, ("speed", f"{training['tokens'] / training['seconds']:,.0f} tokens/s"))
     return [(name, visible(value)) for name, value in facts]

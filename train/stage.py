@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +85,6 @@ def train(teacher: DenseCheckpoint, recipe: Recipe, plan: Plan, data: Path, fold
     if latest(folder / "checkpoints") is None:
         _initialize(clone, settings.init, rows, settings.seed)
     trainer = Trainer(clone, settings, schedule, rows, held_out_BL, folder, progress)
-    started = time.monotonic()
     try:
         trainer.run()
     except torch.OutOfMemoryError as error:
@@ -100,7 +98,7 @@ def train(teacher: DenseCheckpoint, recipe: Recipe, plan: Plan, data: Path, fold
     last = next(row["held_out_loss"] for row in reversed(curve) if "held_out_loss" in row)
     (folder / SUMMARY_FILE).write_text(json.dumps({
         "steps": schedule.steps, "tokens": schedule.tokens, "dense_from_step": schedule.dense_from,
-        "seconds": round(time.monotonic() - started, 1), "device": plan.device.type,
+        "seconds": round(trainer.clock.seconds, 1), "device": plan.device.type,
         "processes": trainer.processes.num_processes,
         "precision": "bf16" if plan.dtype == torch.bfloat16 else "fp32", "init": settings.init,
         "skipped_batches": sum("skipped" in row for row in curve),

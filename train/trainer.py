@@ -72,7 +72,7 @@ def held_out_loss(model: nn.Module, rows_BL: np.ndarray, dtype: torch.dtype) -> 
 
 @dataclass
 class Clock:
-    """Seconds spent in steps: evaluations and checkpoints do not count into the rate."""
+    """Seconds spent in steps, by this process and those that it continues; evaluations and checkpoints do not count."""
 
     seconds: float = 0.0
     tokens: int = 0
@@ -253,8 +253,8 @@ class Trainer:
                 tensors[f"{key}.{name}"] = processes.whole(value)
         tensors["guard.average"] = self.guard.average.cpu()
         if self.is_main:
-            checkpoints.save(self.folder / "checkpoints", step, tensors, {"dense": self.clone.is_dense},
-                             self.settings.keep_checkpoints)
+            facts = {"dense": self.clone.is_dense, "seconds": self.clock.seconds}
+            checkpoints.save(self.folder / "checkpoints", step, tensors, facts, self.settings.keep_checkpoints)
         self.processes.wait_for_everyone()
 
     def _continue_from(self, checkpoint: Path) -> int:
@@ -275,6 +275,7 @@ class Trainer:
                 processes.put(tensors[f"{key}.{name}"], state[key])
         self.clone.compose_()
         self.guard.average = tensors["guard.average"].to(self.device)
+        self.clock = Clock(facts["seconds"], facts["step"] * self.schedule.tokens_per_step)
         self._forget_metrics(facts["step"])
         return int(facts["step"])
 
