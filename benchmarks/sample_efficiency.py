@@ -185,6 +185,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--clone-rate", type=float, default=1e-3, help="of the clone phase before a dense one")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rates", default="", help="comma-separated; instead of each method's own grid")
     parser.add_argument("--methods", default="", help=f"comma-separated numbers, 0 to {len(METHODS) - 1}; default: all")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sample_efficiency"))
     parser.add_argument("--quick", action="store_true", help="102,400 tokens, one seed, the middle of each grid")
@@ -216,7 +217,8 @@ def run_all(methods: list[Method], args: argparse.Namespace, data: Path) -> None
         print(f"{method.name}, rate {rate:g}, seed {seed}: {run.loss:.4f} in {run.seconds:.0f} s", flush=True)
 
     for method in methods:
-        for rate in (method.grid[1:2] if args.quick else method.grid):
+        grid = [float(rate) for rate in args.rates.split(",")] if args.rates else method.grid
+        for rate in grid[1:2] if args.quick else grid:
             once(method, rate, 0)
     for seed in range(1, args.seeds):
         for method in methods:
