@@ -5,14 +5,15 @@
 
 Random weights and tokens. Each row is a process of its own:
 
-    lrc-edge    lrc_edge's trainer: layers side by side, weights composed once a step, head losses in one pass
+    clone phase lrc_edge's trainer: layers side by side, weights composed once a step, head losses in one pass
+    dense phase the same trainer when it trains the student's matrices, without clone terms
     plain       the student alone on cross entropy, as a dense model, with the same layers, head loss and optimizer
     KD          the same with the whole teacher's forward pass and KL
     reference   the published code's cost structure, transcribed: every weight applied as projection and teacher's
                 weight to every token, whole-vocabulary log-softmaxes of all tokens, each clone term read by the host
 
-Utilisation counts the same model FLOPs for lrc-edge, KD and the reference: forward and backward of the student, forward
-of the teacher, attention included, over the speed of a large matrix product measured first.
+Utilisation counts the same model FLOPs for all rows but `plain`: forward and backward of the student, forward of the
+teacher, attention included, over the speed of a large matrix product measured first.
 """
 from __future__ import annotations
 
@@ -74,7 +75,7 @@ class Setup:
 
 
 SHAPES = {
-    "llama-3.2-3b": Setup(3072, 1536, 28, 24, 8, 128, 8192, 128_256, 2048, 16, 4),
+    "llama-3.2-3b": Setup(3072, 1536, 28, 24, 8, 128, 8192, 128_256, 2048, 16, 2),
     "tiny": Setup(512, 256, 4, 8, 2, 64, 1024, 8192, 256, 16, 4),
 }
 Step = Callable[[torch.Tensor], Any]
@@ -87,10 +88,13 @@ def model(setup: Setup, width: int, device: torch.device, dtype: torch.dtype) ->
     return built
 
 
-def lrc_edge(setup: Setup, device: torch.device, dtype: torch.dtype, args: argparse.Namespace) -> Step:
+def lrc_edge(setup: Setup, device: torch.device, dtype: torch.dtype, args: argparse.Namespace, in_dense_phase: bool
+             ) -> Step:
     clone = Clone(model(setup, setup.hidden_size, device, dtype), setup.shape(setup.hidden_size), setup.student_size,
                   dtype, args.gradient_checkpointing).to(device)
     clone.initialize(initialize.gaussian_values(clone, seed=0))
+    if in_dense_phase:
+        clone.start_dense_phase()
     settings = load_recipe(None, (), train={"micro_batch": args.micro_batch or setup.micro_batch, "seq_len":
                            setup.seq_len, "compile": args.compile, "spike_factor": 0.0}).train
     schedule = Schedule(setup.seq_len, setup.rows, 1000, 1000, 10, 1e-4, 1e-4)
@@ -201,7 +205,8 @@ def reference(setup: Setup, device: torch.device, dtype: torch.dtype, args: argp
 
 
 ROWS: dict[str, tuple[Callable[..., Step], bool]] = {  # row -> (how to build its step, whether the teacher runs)
-    "lrc-edge": (lrc_edge, True),
+    "clone phase": (lambda *a: lrc_edge(*a, in_dense_phase=False), True),
+    "dense phase": (lambda *a: lrc_edge(*a, in_dense_phase=True), True),
     "plain": (lambda *a: dense(*a, with_teacher=False), False),
     "KD": (lambda *a: dense(*a, with_teacher=True), True),
     "reference": (reference, True),
@@ -257,7 +262,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=3, help="steps that do not count")
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="of lrc-edge's row")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="of lrc-edge's rows")
     args = parser.parse_args()
     setup, device = SHAPES[args.shape], choose_device("auto")
     dtype = choose_precision("auto", device)

@@ -23,6 +23,7 @@ from lrc_edge.train.trainer import METRICS_FILE, TRAINED_FILE, read_metrics
 
 KILLS, STEPS = 20, 60
 LONG = [f"train.tokens={256 * STEPS}", "train.checkpoint_every=2", "train.eval_every=7", "train.dense_share=0.5",
+        "train.dense_alpha=0.1",
         "train.precision=fp32"]
 
 

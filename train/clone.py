@@ -190,12 +190,14 @@ class Clone(nn.Module):
         self.compose_()
 
     def start_dense_phase(self) -> None:
-        """From now on the student's matrices are trained themselves. The projections stay as they are."""
+        """From now on the student's matrices are trained themselves; of the projections, those that clone terms compare
+        through stay as they are."""
         self.compose_(torch.float32)  # masters: the first dense weights must not be rounded to the compute type
         self.is_dense = True
-        for weight, _, _ in self._projected():
-            self.projection(weight.name).requires_grad_(False)
-            self.projection(weight.name).grad = None
+        self.projections.clear()
+        for p in self.writer_projections().values():
+            p.requires_grad_(False)
+            p.grad = None
 
     def _projected(self) -> Iterator[tuple[Weight, torch.Tensor, nn.Parameter]]:
         for weight in self.weights:

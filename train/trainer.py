@@ -246,7 +246,7 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         tensors = {f"trained.{name}": processes.whole(p) for name, p in self.clone.trainable().items()}
-        if self.clone.is_dense:
+        if self.clone.is_dense and self.settings.dense_alpha:
             tensors |= {f"writer.{n}": processes.whole(p) for n, p in self.clone.writer_projections().items()}
         for name, parameter in self.clone.trainable().items():
             for key, value in self.optimizer.state[parameter].items():
@@ -262,7 +262,8 @@ class Trainer:
         tensors, facts = checkpoints.load(checkpoint)
         if facts["dense"]:
             for name, p in self.clone.writer_projections().items():
-                p.data.copy_(tensors[f"writer.{name}"])
+                if self.settings.dense_alpha:
+                    p.data.copy_(tensors[f"writer.{name}"])
             self.clone.start_dense_phase()
         processes.shard(self.clone, self.processes)
         self.optimizer = self._new_optimizer()
