@@ -96,8 +96,8 @@ class Aligned(Clone):
             rope = self.student.model.rotary_emb(mine.to(self.compute_dtype), torch.arange(input_ids.shape[1])[None])
             features = mine.new_zeros(())
             for i, pair in enumerate(self.pairs):
-                theirs, mine, _ = pair(theirs, mine, False, None, rope)
-                features = features + losses.mse(mine @ self.align[str(i)], theirs) / theirs.float().square().mean()
+                theirs, mine, _ = pair(theirs, mine, losses.Objective(alpha=0.0), None, rope)
+                features = features + losses.clone_term(mine @ self.align[str(i)], theirs, relative=True)
             total, lm, kl = losses.head_losses(
                 self.student.model.norm(mine).flatten(0, 1), self.student.lm_head.weight,
                 self.teacher.model.norm(theirs).flatten(0, 1), self.teacher.lm_head.weight, labels.flatten(), objective,
@@ -105,22 +105,23 @@ class Aligned(Clone):
         return Losses(total + objective.alpha * features * share, lm, kl, features.detach() * share)
 
 
-KD = {"dense_share": 1.0, "dense_alpha": 0.0}
-CLONE_TERMS = {"dense_share": 1.0, "dense_alpha": 0.2}
+CLONE, KD = {"dense_share": 0.0}, {"dense_share": 1.0, "dense_alpha": 0.0}
+ABSOLUTE = {"clone_terms": "absolute"}
 METHODS = {method.name: method for method in (
-    Method("scratch", from_random, KD | {"kl_weight": 0.0}, WEIGHT_GRID),
+    Method("from scratch", from_random, KD | {"kl_weight": 0.0}, WEIGHT_GRID),
     Method("KD from scratch", from_random, KD, WEIGHT_GRID),
     Method("TinyBERT-like", from_random, {"dense_share": 1.0, "dense_alpha": 1.0}, WEIGHT_GRID, Aligned),
     Method("hard pruning + KD", selection, KD, WEIGHT_GRID),
-    Method("LRC as published", gaussian, {"kl_temperature": 40.0, "kl_weight": 1.28}, PROJECTION_GRID),
-    Method("LRC, selection (RED)", selection, {}, PROJECTION_GRID),
-    Method("LRC, selection, then dense", selection, {"dense_share": 0.75, "dense_alpha": 0.2}, WEIGHT_GRID),
-    Method("LRC, components", pca, {}, PROJECTION_GRID),
-    Method("LRC, components, then dense", pca, {"dense_share": 0.75, "dense_alpha": 0.2}, WEIGHT_GRID),
-    Method("components + KD", pca, KD, WEIGHT_GRID),
-    Method("components + KD + clone terms", pca, CLONE_TERMS, WEIGHT_GRID),
-    Method("LRC, components, then KD", pca, {"dense_share": 0.75}, WEIGHT_GRID),
-    Method("LRC, components, early KD", pca, {"dense_share": 0.9}, WEIGHT_GRID),
+    Method("LRC as published", gaussian, CLONE | ABSOLUTE | {"kl_temperature": 40.0, "kl_weight": 1.28},
+           PROJECTION_GRID),
+    Method("LRC, selection (RED)", selection, CLONE | ABSOLUTE, PROJECTION_GRID),
+    Method("LRC, selection, then dense", selection, ABSOLUTE | {"dense_share": 0.75}, WEIGHT_GRID),
+    Method("LRC, components, absolute terms", pca, CLONE | ABSOLUTE, PROJECTION_GRID),
+    Method("LRC, components, no terms", pca, CLONE | {"alpha": 0.0}, PROJECTION_GRID),
+    Method("LRC, components", pca, CLONE, PROJECTION_GRID),
+    Method("LRC, components, then dense", pca, {"dense_share": 0.75}, WEIGHT_GRID),
+    Method("components, dense, no terms", pca, KD, WEIGHT_GRID),
+    Method("components, dense (default)", pca, {}, WEIGHT_GRID),
 )}
 
 
@@ -128,13 +129,14 @@ def train_once(method: Method, rate: float, seed: int, args: argparse.Namespace,
     teacher = DenseCheckpoint.open(args.teacher)
     settings = load_recipe(None, (), train={
         "tokens": args.tokens, "seq_len": args.seq_len, "batch_tokens": args.batch_tokens, "seed": seed,
-        "dense_learning_rate": rate, "learning_rate": args.clone_rate if "dense_share" in method.settings else rate,
+        "dense_learning_rate": rate,
+        "learning_rate": rate if method.settings.get("dense_share") == 0 else args.clone_rate,
         "log_every": 10, "eval_every": max(1, args.tokens // args.batch_tokens // 20), "checkpoint_every": 10**9,
         "spike_factor": 0.0, "on_bad_batch": "skip", **method.settings}).train
     device = choose_device("auto")
     dtype = choose_precision("auto", device)
     rows = PackedRows(data, args.seq_len)
-    schedule = Schedule.of(settings, args.seq_len, 0, teacher.shape.hidden_size)
+    schedule = Schedule.of(settings, args.seq_len, 0, args.hidden_size)
     clone = method.kind(teacher.model().to(device, dtype), teacher.shape, args.hidden_size, dtype).to(device)
     picked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:CALIBRATION_ROWS]
     sample = torch.stack([rows[int(i)]["input_ids"] for i in picked]).to(device)
@@ -183,7 +185,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=819_200, help="of one run")
     parser.add_argument("--batch-tokens", type=int, default=4_096, help="of one optimizer step")
     parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--clone-rate", type=float, default=1e-3, help="of the clone phase before a dense one")
+    parser.add_argument("--clone-rate", type=float, default=3e-3, help="of the clone phase before a dense one")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rates", default="", help="comma-separated; instead of each method's own grid")
     parser.add_argument("--methods", default="", help=f"comma-separated numbers, 0 to {len(METHODS) - 1}; default: all")

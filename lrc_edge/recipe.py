@@ -42,29 +42,35 @@ class Data:
     held_out_share: float = 0.02  # of the documents, chosen by hash; at most 200,000 tokens are kept
 
 
-# Peak learning rates, times the square root of the teacher's hidden_size (benchmarks/sample_efficiency.py).
-CLONE_RATE, DENSE_RATE = 0.024, 0.024
+# Peak learning rate x the student's hidden_size: best of a grid in both phases at widths 128 and 256 of a 512-wide one
+# (docs/LOG.md). That it falls with the width is what muP says of Adam (arXiv 2203.03466): 2.6e-4 for a student of 1536.
+PEAK_RATE, MAX_RATE = 0.4, 3e-3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Low-Rank Clone, then dense. Loss = lm_weight * LM + kl_weight * KL + alpha * clone (arXiv 2505.12781)."""
+    """A clone phase, then a dense one. Loss = lm_weight * LM + kl_weight * KL + alpha * clone (arXiv 2505.12781)."""
 
     tokens: int = 0  # the budget; 0: one pass over the data; more than the data holds: several passes
     seq_len: int = 2048  # at most the teacher's max_position_embeddings
     batch_tokens: int = 0  # of an optimizer step; 0: a 400th of the budget, at least 4,096 and at most 32,768
     micro_batch: int = 8  # sequences in one forward pass of one process; the rest is gradient accumulation
-    # Peaks. 0: CLONE_RATE or DENSE_RATE / sqrt(teacher's hidden_size), the same relative step at every width.
+    # Peaks of the phases. 0: PEAK_RATE / the student's hidden_size, at most MAX_RATE.
     learning_rate: float = 0.0
     dense_learning_rate: float = 0.0
     warmup_share: float = 0.02  # of the steps, linear, in each phase; then linear to zero over the run
     max_grad_norm: float = 1.0
     # pca: principal components of the residual stream; selection: its strongest channels (RED); gaussian: as published
     init: Literal["pca", "selection", "gaussian"] = "pca"
-    # The last share of the steps trains the folded matrices themselves: Train What You Deploy, arXiv 2609.02006.
-    dense_share: float = 0.0
+    # The last share of the steps trains the student's matrices themselves (Train What You Deploy, arXiv 2609.02006);
+    # the steps before it train the projections that make them (Low-Rank Clone). From where `pca` starts, dense steps
+    # alone do best (benchmarks/sample_efficiency.py).
+    dense_share: float = 1.0
     alpha: float = 0.2  # weight of the clone terms in the clone phase
-    dense_alpha: float = 0.0  # in the dense phase
+    dense_alpha: float = 0.2  # in the dense phase
+    # relative: squared error over the teacher's mean square, so that alpha means the same for every teacher; absolute:
+    # the published mean squared error
+    clone_terms: Literal["relative", "absolute"] = "relative"
     kl_weight: float = 1.0
     lm_weight: float = 1.0
     kl_temperature: float = 1.0  # the KL is per token and scaled by its square

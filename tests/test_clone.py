@@ -38,8 +38,9 @@ def test_full_width_identity_has_no_loss_but_the_teachers(name: str, tmp_path: P
     assert losses.lm.item() == pytest.approx(expected.item(), abs=1e-4)
 
 
+@pytest.mark.parametrize("relative", [False, True])
 @pytest.mark.parametrize("name", ["llama-tied", "qwen2-untied", "qwen3-tied", "mistral-untied"])
-def test_losses_are_those_of_two_plain_forward_passes(name: str, tmp_path: Path) -> None:
+def test_losses_are_those_of_two_plain_forward_passes(name: str, relative: bool, tmp_path: Path) -> None:
     """Hooks on transformers' own whole-model forward passes give the same LM, KL and clone losses."""
     clone = make_clone(tmp_path / "t", 32, **FAMILIES[name])
     clone.initialize(initialize.gaussian_values(clone, seed=1))
@@ -58,9 +59,10 @@ def test_losses_are_those_of_two_plain_forward_passes(name: str, tmp_path: Path)
         target = theirs[key]
         if key.endswith(RESIDUAL_WRITERS):
             target = target @ clone.projection(f"{key}.weight").detach()
-        terms.append((mine[key] - target).square().mean())
+        scale = target.square().mean() if relative else 1.0
+        terms.append((mine[key] - target).square().mean() / scale)
     p, q = (F.log_softmax(side["logits"] / temperature, -1) for side in taken)
-    losses = clone(ids, objective=Objective(lm=0.5, kl=0.7, alpha=0.3, temperature=temperature))
+    losses = clone(ids, objective=Objective(lm=0.5, kl=0.7, alpha=0.3, temperature=temperature, relative=relative))
     assert len(terms) == 7 * clone.shape.num_hidden_layers
     assert losses.clone.item() == pytest.approx(sum(terms).item(), rel=1e-4)  # type: ignore[union-attr]
     kl = (p.exp() * (p - q)).sum(-1)[:, :-1].mean().item() * temperature**2  # the last position predicts nothing here
@@ -137,8 +139,9 @@ def test_isolated_documents_are_read_as_if_alone(window: int | None, tmp_path: P
     documents = torch.bucketize(torch.arange(33), torch.tensor(cuts[1:]), right=True)[None]
     labels = F.pad(ids[:, 1:], (0, 1), value=-100)
     labels[0, [4, 19]] = -100  # the last token of a document predicts nothing
-    together = clone(ids, labels, documents)
-    alone = [clone(ids[:, a:b]) for a, b in pairwise(cuts)]
+    absolute = Objective(relative=False)  # a relative term would be a ratio of sums
+    together = clone(ids, labels, documents, objective=absolute)
+    alone = [clone(ids[:, a:b], objective=absolute) for a, b in pairwise(cuts)]
     lengths = [b - a for a, b in pairwise(cuts)]
     weights = [n - 1 for n in lengths]
     for term, parts in (("lm", weights), ("kl", weights), ("clone", lengths)):

@@ -106,5 +106,13 @@ def test_without_a_teacher_there_is_no_kl() -> None:
     assert kl.item() == 0 and total.item() == pytest.approx(2 * lm.item())
 
 
-def test_mse_is_the_mean_in_float32() -> None:
-    assert losses.mse(torch.tensor([1.0, 3.0], dtype=torch.bfloat16), torch.zeros(2)).item() == 5.0
+@pytest.mark.parametrize("relative", [False, True])
+def test_clone_term_is_summed_in_float32(relative: bool) -> None:
+    ones = torch.ones(2, 1000, dtype=torch.bfloat16)  # bfloat16 cannot count to 1000
+    term = losses.clone_term(3 * ones, 2 * ones, relative)
+    assert term.dtype == torch.float32 and term.item() == pytest.approx(0.25 if relative else 1.0, rel=1e-6)
+
+
+def test_relative_clone_term_does_not_see_scale() -> None:
+    a, b = torch.randn(2, 5, 7)
+    torch.testing.assert_close(losses.clone_term(a, b, True), losses.clone_term(9 * a, 9 * b, True))

@@ -136,7 +136,8 @@ def spoiled(data: Path, folder: Path) -> Path:
 
 
 BAD = ["train.batch_tokens=64", "train.tokens=9600", "train.spike_factor=3", "train.precision=fp32",
-       "train.learning_rate=0.01", "train.seed=3", "train.checkpoint_every=1000", "train.alpha=0", "train.kl_weight=0"]
+       "train.dense_learning_rate=0.01", "train.seed=3", "train.checkpoint_every=1000",
+       "train.dense_alpha=0", "train.kl_weight=0"]
 
 
 def test_a_spike_stops_the_run_with_its_name_and_skip_goes_on(tiny_llama: Path, data: Path, tmp_path: Path) -> None:

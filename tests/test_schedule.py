@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 
-from lrc_edge.recipe import CLONE_RATE, DENSE_RATE, load_recipe
+from lrc_edge.recipe import MAX_RATE, PEAK_RATE, load_recipe
 from lrc_edge.train.schedule import Schedule
 
 
@@ -34,8 +34,8 @@ def test_forward_passes_divide_the_rows(rows: int, world: int, micro_batch: int,
 
 
 def test_default_rates_follow_the_width() -> None:
-    assert schedule(width=64).clone_rate == pytest.approx(CLONE_RATE / 8)
-    assert schedule(width=64).dense_rate == pytest.approx(DENSE_RATE / 8)
+    assert schedule(width=1024).clone_rate == schedule(width=1024).dense_rate == pytest.approx(PEAK_RATE / 1024)
+    assert schedule(width=64).clone_rate == schedule(width=64).dense_rate == MAX_RATE
     assert schedule("train.learning_rate=1e-4", width=64).clone_rate == 1e-4
 
 
@@ -54,6 +54,6 @@ def test_rates_warm_up_in_both_phases_and_end_at_zero() -> None:
     ("lrc-1.5b", 203_451, 10e9), ("lrc-1.7b", 610_352, 20e9), ("lrc-4b", 549_316, 18e9)])
 def test_the_papers_recipes(name: str, steps: int, tokens: float) -> None:
     recipe = load_recipe(name)
-    found = Schedule.of(recipe.train, 131_072, 0, 3072)
+    found = Schedule.of(recipe.train, 131_072, 0, 1536)
     assert found.steps == steps and found.tokens == pytest.approx(tokens, rel=1e-4)
     assert recipe.student.hidden_size % 256 == 0

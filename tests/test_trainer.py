@@ -33,7 +33,7 @@ def test_device_and_precision() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_training_learns_and_its_losses_add_up(precision: str, tiny_llama: Path, data: Path, tmp_path: Path) -> None:
     rows = run(tiny_llama, data, tmp_path / "train", f"train.precision={precision}", "train.alpha=0.3",
-               "train.kl_weight=0.7", "train.lm_weight=0.9", "train.dense_share=0.5")
+               "train.dense_alpha=0.3", "train.kl_weight=0.7", "train.lm_weight=0.9", "train.dense_share=0.5")
     logged = [row for row in rows if "loss" in row]
     held_out = [row["held_out_loss"] for row in rows if "held_out_loss" in row]
     assert [row["step"] for row in logged] == list(range(1, 21)) and logged[-1]["tokens"] == 5120
@@ -46,8 +46,9 @@ def test_training_learns_and_its_losses_add_up(precision: str, tiny_llama: Path,
 
 
 def test_accumulation_is_the_same_as_a_large_batch(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
-    whole = run(tiny_llama, data, tmp_path / "whole", "train.precision=fp32", "train.micro_batch=4")
-    parts = run(tiny_llama, data, tmp_path / "parts", "train.precision=fp32", "train.micro_batch=1")
+    absolute = "train.clone_terms=absolute"  # relative ones are ratios within a forward pass
+    whole = run(tiny_llama, data, tmp_path / "whole", "train.precision=fp32", "train.micro_batch=4", absolute)
+    parts = run(tiny_llama, data, tmp_path / "parts", "train.precision=fp32", "train.micro_batch=1", absolute)
     for a, b in zip(whole, parts, strict=True):
         for key in {"lm", "kl", "clone", "held_out_loss"} & a.keys():
             assert a[key] == pytest.approx(b[key], rel=2e-3)
@@ -64,8 +65,8 @@ def test_saved_projections_make_the_same_student(tiny_llama: Path, data: Path, t
 
 
 def test_a_loss_that_is_not_finite_stops_and_is_named(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"the \w+ loss is (nan|inf) at step \d+ of 20 \(rows \d+, .*Lower"):
-        run(tiny_llama, data, tmp_path / "train", "train.learning_rate=1e30", "train.warmup_share=0",
+    with pytest.raises(UserError, match=r"the [\w ]+ is (nan|inf) at step \d+ of 20 \(rows \d+, .*Lower"):
+        run(tiny_llama, data, tmp_path / "train", "train.dense_learning_rate=1e30", "train.warmup_share=0",
             "train.max_grad_norm=1e30")
 
 

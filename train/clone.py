@@ -76,30 +76,33 @@ class LayerPair(nn.Module):
         else:
             self.compile()
 
-    def forward(self, theirs: torch.Tensor | None, mine: torch.Tensor, with_terms: bool, mask: torch.Tensor | None,
-                rope: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    def forward(self, theirs: torch.Tensor | None, mine: torch.Tensor, objective: Objective,
+                mask: torch.Tensor | None, rope: tuple[torch.Tensor, torch.Tensor]
+                ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """The two residual streams behind this layer, and the sum of its clone terms. `theirs` None: student alone."""
         targets: dict[str, torch.Tensor] = {}
         if theirs is not None:
             with torch.no_grad():
                 theirs = self.teacher(theirs, attention_mask=mask, position_embeddings=rope)
-            targets = self._theirs.take() if with_terms else {}
+            targets = self._theirs.take() if objective.alpha else {}
         if self.recompute and torch.is_grad_enabled():
-            mine, terms = checkpoint(self._student, mine, targets, mask, rope, use_reentrant=False)
+            mine, terms = checkpoint(self._student, mine, targets, objective.relative, mask, rope,
+                                     use_reentrant=False)
         else:
-            mine, terms = self._student(mine, targets, mask, rope)
+            mine, terms = self._student(mine, targets, objective.relative, mask, rope)
         return theirs, mine, terms
 
-    def _student(self, stream: torch.Tensor, targets: dict[str, torch.Tensor], mask: torch.Tensor | None,
-                 rope: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The student's layer, and its seven terms (section 3.2 of the paper), each an MSE of equal weight."""
+    def _student(self, stream: torch.Tensor, targets: dict[str, torch.Tensor], relative: bool,
+                 mask: torch.Tensor | None, rope: tuple[torch.Tensor, torch.Tensor]
+                 ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The student's layer, and its seven terms (section 3.2 of the paper), each of equal weight."""
         stream = self.student(stream, attention_mask=mask, position_embeddings=rope)
         mine = self._mine.take()
         terms = stream.new_zeros((), dtype=torch.float32)
         for name, target in targets.items():
             if name in RESIDUAL_WRITERS:
                 target = target @ self.projections[_key(name)].to(target.dtype)
-            terms = terms + losses.mse(mine[name], target)
+            terms = terms + losses.clone_term(mine[name], target, relative)
         return stream, terms
 
 
@@ -251,7 +254,7 @@ class Clone(nn.Module):
             clone = mine.new_zeros((), dtype=torch.float32)
             for i, pair in enumerate(self.pairs):
                 mask = attention_mask(self.student.config, i, input_ids, documents)
-                theirs, mine, terms = pair(theirs, mine, objective.alpha != 0, mask, rope)
+                theirs, mine, terms = pair(theirs, mine, objective, mask, rope)
                 clone = clone + terms * share
             hidden = self.student.model.norm(mine).flatten(0, 1)
             target = target_head = None

@@ -20,16 +20,22 @@ class Objective:
     kl: float = 1.0
     alpha: float = 0.2
     temperature: float = 1.0
+    relative: bool = True  # clone terms are errors relative to the teacher's activations, not absolute
 
     @property
     def needs_teacher(self) -> bool:
         return self.kl != 0 or self.alpha != 0
 
 
-def mse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Mean squared error, summed in float32: one clone term. What it keeps for the backward pass is the difference in
-    the type of its operands, not a float32 copy of it."""
-    return torch.linalg.vector_norm(student - teacher, dtype=torch.float32).square() / student.numel()
+def clone_term(student: torch.Tensor, teacher: torch.Tensor, relative: bool) -> torch.Tensor:
+    """Mean squared error of an activation, summed in float32; `relative`: over the teacher's mean square.
+
+    What is kept for the backward pass is the difference in the type of its operands, not a float32 copy of it.
+    """
+    error = torch.linalg.vector_norm(student - teacher, dtype=torch.float32).square()
+    if not relative:
+        return error / student.numel()
+    return error / torch.linalg.vector_norm(teacher.detach(), dtype=torch.float32).square()
 
 
 def token_losses(student_NV: torch.Tensor, teacher_NV: torch.Tensor | None, labels_N: torch.Tensor,

@@ -1,6 +1,7 @@
 """Several processes, as torchrun or `accelerate launch` start them: accelerate joins them, FSDP2 shards the clone."""
 from __future__ import annotations
 
+import atexit
 from datetime import timedelta
 
 import torch
@@ -18,7 +19,11 @@ TIMEOUT = timedelta(days=2)
 
 def join(device: torch.device) -> PartialState:
     """This process among its peers; alone where nothing started it as one of several. Later calls return the same."""
-    return PartialState(cpu=device.type == "cpu", timeout=TIMEOUT)
+    joined = bool(PartialState._shared_state)
+    state = PartialState(cpu=device.type == "cpu", timeout=TIMEOUT)
+    if state.num_processes > 1 and not joined:
+        atexit.register(state.destroy_process_group)  # left open, its threads abort the exit now and then
+    return state
 
 
 def shard(clone: Clone, state: PartialState) -> None:

@@ -23,19 +23,17 @@ class Schedule:
     dense_rate: float
 
     @classmethod
-    def of(cls, train: recipes.Train, max_position_embeddings: int, n_tokens: int, teacher_width: int) -> Schedule:
+    def of(cls, train: recipes.Train, max_position_embeddings: int, n_tokens: int, student_width: int) -> Schedule:
         """`n_tokens`: what the data holds, which is the budget when the recipe names none."""
         seq_len = min(train.seq_len, max_position_embeddings)
         budget = train.tokens or n_tokens
         batch_tokens = train.batch_tokens or min(32_768, max(4_096, budget // 400))
         rows = max(1, round(batch_tokens / seq_len))
         steps = max(1, round(budget / (rows * seq_len)))
-        # A projection's entries are about 1 / sqrt(teacher width), a weight's likewise, and Adam moves each by the
-        # rate: the default moves both by the same share at every width.
-        clone_rate = train.learning_rate or recipes.CLONE_RATE / math.sqrt(teacher_width)
-        dense_rate = train.dense_learning_rate or recipes.DENSE_RATE / math.sqrt(teacher_width)
+        rate = min(recipes.MAX_RATE, recipes.PEAK_RATE / student_width)
         return cls(seq_len, rows, steps, round(steps * (1 - train.dense_share)),
-                   math.ceil(train.warmup_share * steps), clone_rate, dense_rate)
+                   math.ceil(train.warmup_share * steps), train.learning_rate or rate,
+                   train.dense_learning_rate or rate)
 
     @property
     def tokens_per_step(self) -> int:

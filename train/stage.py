@@ -49,7 +49,7 @@ class Plan:
     def of(cls, recipe: Recipe, teacher: DenseCheckpoint, hidden_size: int, data: Path) -> Plan:
         device = choose_device(recipe.train.device)
         n_tokens = PackedRows(data, recipe.train.seq_len).n_tokens
-        schedule = Schedule.of(recipe.train, teacher.shape.max_position_embeddings, n_tokens, teacher.shape.hidden_size)
+        schedule = Schedule.of(recipe.train, teacher.shape.max_position_embeddings, n_tokens, hidden_size)
         return cls(hidden_size, schedule, device, choose_precision(recipe.train.precision, device))
 
 

@@ -53,7 +53,7 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
 def objective_of(train: recipes.Train, dense: bool) -> Objective:
     """What one of the two phases minimizes."""
     return Objective(train.lm_weight, train.kl_weight, train.dense_alpha if dense else train.alpha,
-                     train.kl_temperature)
+                     train.kl_temperature, train.clone_terms == "relative")
 
 
 @torch.inference_mode()
