@@ -1,8 +1,7 @@
 """How many tokens each way of making a student needs: same teacher, text, order, student shape, steps.
 
     python benchmarks/sample_efficiency.py --quick                     # under 15 minutes on 2 cores
-    python benchmarks/sample_efficiency.py --text stories.jsonl --held-out other.jsonl --hidden-size 128 \
-        --tokens 819200 --seeds 3 --out benchmarks/results/sample_efficiency
+    python benchmarks/sample_efficiency.py --text stories.jsonl --held-out other.jsonl --out OUT
 
 Every method trains with lrc_edge's own trainer, at each learning rate of its small grid with seed 0; the best rate then
 runs with the other seeds. Finished runs stand in OUT/runs.jsonl and are not repeated, so a killed benchmark continues,
@@ -121,6 +120,7 @@ METHODS = {method.name: method for method in (
     Method("LRC, components", pca, CLONE, PROJECTION_GRID),
     Method("LRC, components, then dense", pca, {"dense_share": 0.75}, WEIGHT_GRID),
     Method("components, dense, no terms", pca, KD, WEIGHT_GRID),
+    Method("components, dense, absolute terms", pca, ABSOLUTE, WEIGHT_GRID),
     Method("components, dense (default)", pca, {}, WEIGHT_GRID),
 )}
 
@@ -182,19 +182,19 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=DEMO / "stories.jsonl")
     parser.add_argument("--held-out", type=Path, help="text to judge by; default: a twentieth of --text")
     parser.add_argument("--hidden-size", type=int, default=128)
-    parser.add_argument("--tokens", type=int, default=819_200, help="of one run")
+    parser.add_argument("--tokens", type=int, default=409_600, help="of one run")
     parser.add_argument("--batch-tokens", type=int, default=4_096, help="of one optimizer step")
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--clone-rate", type=float, default=3e-3, help="of the clone phase before a dense one")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rates", default="", help="comma-separated; instead of each method's own grid")
     parser.add_argument("--methods", default="", help=f"comma-separated numbers, 0 to {len(METHODS) - 1}; default: all")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sample_efficiency"))
-    parser.add_argument("--quick", action="store_true", help="102,400 tokens, one seed, the middle of each grid")
+    parser.add_argument("--out", type=Path, default=Path("sample-efficiency-out"))
+    parser.add_argument("--quick", action="store_true", help="81,920 tokens, one seed, the middle of each grid")
     parser.add_argument("--render", action="store_true", help="only the table and the plot, from what has run")
     args = parser.parse_args()
     if args.quick:
-        args.tokens, args.seeds, args.out = 102_400, 1, args.out.with_name("quick")
+        args.tokens, args.seeds, args.out = 81_920, 1, args.out.with_name("sample-efficiency-quick")
         shutil.rmtree(args.out, ignore_errors=True)
     methods = list(METHODS.values())
     chosen = [methods[int(i)] for i in args.methods.split(",")] if args.methods else methods
