@@ -91,10 +91,13 @@ def _plot(curves: dict[str, list[tuple[int, float]]], teacher_loss: float, file:
     except ImportError:
         print(f"no matplotlib: {file} is not drawn")
         return
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for name, curve in curves.items():
-        axes.plot(*zip(*curve, strict=True), label=name, linewidth=1.4)
-    axes.axhline(teacher_loss, color="black", linestyle=":", label="teacher")
-    axes.set(xlabel="tokens", ylabel="held-out loss, nats a token", yscale="log")
-    axes.legend(fontsize=8)
+    figure, axes = pyplot.subplots(figsize=(11, 5.5), layout="constrained")
+    for i, (name, curve) in enumerate(curves.items()):
+        axes.plot(*zip(*curve, strict=True), label=name, linewidth=1.5, color=f"C{i % 10}", linestyle="-:"[i // 10])
+    axes.axhline(teacher_loss, color="black", linestyle="--", linewidth=1, label="teacher")
+    axes.set(xlabel="tokens", ylabel="held-out loss, nats a token", yscale="log", yticks=[2.5, 3, 3.5, 4, 5, 6, 7, 8])
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
     figure.savefig(file, dpi=130)
