@@ -32,6 +32,7 @@ from lrc_edge.sources import Fields, documents
 from lrc_edge.train import initialize, losses
 from lrc_edge.train.clone import Clone, Losses
 from lrc_edge.train.data import PackedRows, prepare
+from lrc_edge.train.masks import positions_of
 from lrc_edge.train.schedule import Schedule
 from lrc_edge.train.trainer import Trainer, choose_device, choose_precision, held_out_loss
 
@@ -92,7 +93,7 @@ class Aligned(Clone):
         assert labels is not None
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
             theirs, mine = (m.model.embed_tokens(input_ids) for m in (self.teacher, self.student))
-            rope = self.student.model.rotary_emb(mine.to(self.compute_dtype), torch.arange(input_ids.shape[1])[None])
+            rope = self.student.model.rotary_emb(mine.to(self.compute_dtype), positions_of(input_ids, None))
             features = mine.new_zeros(())
             for i, pair in enumerate(self.pairs):
                 theirs, mine, _ = pair(theirs, mine, losses.Objective(alpha=0.0), None, rope)

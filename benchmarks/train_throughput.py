@@ -96,7 +96,7 @@ def lrc_edge(setup: Setup, device: torch.device, dtype: torch.dtype, args: argpa
     if in_dense_phase:
         clone.start_dense_phase()
     settings = load_recipe(None, (), train={"micro_batch": args.micro_batch or setup.micro_batch, "seq_len":
-                           setup.seq_len, "compile": args.compile, "spike_factor": 0.0}).train
+                           setup.seq_len, "compile": args.compile, "spike_factor": 0.0, "dense_alpha": 0.0}).train
     schedule = Schedule(setup.seq_len, setup.rows, 1000, 1000, 10, 1e-4, 1e-4)
     trainer = Trainer(clone, settings, schedule, range(10**6), np.zeros((1, 2)),  # type: ignore[arg-type]
                       Path(tempfile.mkdtemp()), lambda row: None)

@@ -109,9 +109,12 @@ class DenseCheckpoint:
             raise UserError(f"{self.path}: the tokenizer does not load ({_one_line(error)}); "
                             "copy the model's tokenizer files again") from error
 
-    def model(self) -> PreTrainedModel:
-        """The transformers model: float32, CPU, evaluation mode. Every artifact is judged against it."""
-        model = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32, attn_implementation="sdpa")
+    def model(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        """The transformers model on the CPU, in evaluation mode; in float32, every artifact is judged against it.
+
+        Loaded in `dtype` and not cast to it, RoPE's frequencies stay float32.
+        """
+        model = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype, attn_implementation="sdpa")
         return model.eval()
 
 

@@ -60,7 +60,7 @@ def build(teacher: Teacher, out: Out, recipe: RecipeFile = None, settings: Setti
 @app.command()
 def train(teacher: Teacher, out: Out, recipe: RecipeFile = None, settings: Settings = None,
           data: Sources = None) -> None:
-    """Train the projections only (the GPU's part of a build). `build` or `fold` on the same directory goes on."""
+    """Train only (the GPU's part of a build). `build` or `fold` on the same directory goes on."""
     from lrc_edge import commands
 
     _exit(commands.build(teacher, out, _recipe(recipe, settings, data, None), _console(), until="train"))

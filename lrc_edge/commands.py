@@ -26,7 +26,9 @@ from lrc_edge.stages import Teacher
 
 def build(source: str, out: Path, recipe: Recipe, console: Console, until: str = "report") -> bool:
     """The whole pipeline, or up to the stage `until` ("train", "fold"). Returns whether every gate passed."""
-    if until == "train" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if until != "train":
+            raise UserError("several processes can only train: use lrc-edge train under torchrun, then build on one")
         return _train_together(source, out, recipe, console)
     pipeline = _before_training(source, out, recipe, console, until)
     if pipeline is None:

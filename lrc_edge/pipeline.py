@@ -105,6 +105,9 @@ class Pipeline(Stages):
             # Checkpoints of other inputs would be continued as if they were ours.
             mark, fingerprint = folder / "fingerprint", self.dir.fingerprint("train", inputs)
             if self.leads and (not mark.exists() or mark.read_text() != fingerprint):
+                if any((folder / "checkpoints").glob("step-*")):
+                    raise UserError(f"{folder}: holds checkpoints of a run with other settings or data; go back to "
+                                    "those to continue it, or remove this folder to start anew")
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir()
                 mark.write_text(fingerprint)
@@ -118,6 +121,8 @@ class Pipeline(Stages):
 
         self._stage("train", inputs, [folder / TRAINED_FILE, folder / METRICS_FILE, folder / SUMMARY_FILE], work,
                     plan.schedule.tokens)
+        if self.leads:  # recorded: the trained tensors are what the checkpoints led to
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
     def fold(self) -> None:
         from lrc_edge.export.fold import fold

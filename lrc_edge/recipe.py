@@ -299,8 +299,9 @@ def _check(recipe: Recipe) -> None:
         raise UserError(f"recipe: train.dense_share = {t.dense_share}: need a share between 0 and 1")
     if t.warmup_share >= 1:
         raise UserError(f"recipe: train.warmup_share = {t.warmup_share}: need less than 1")
-    if t.lm_weight == t.kl_weight == t.alpha == 0:
-        raise UserError("recipe: train.lm_weight, train.kl_weight and train.alpha are all 0: nothing to train")
+    alphas = [t.alpha] * (t.dense_share < 1) + [t.dense_alpha] * (t.dense_share > 0)
+    if t.lm_weight == t.kl_weight == 0 and not all(alphas):
+        raise UserError("recipe: train.lm_weight, train.kl_weight and the alpha of a phase are all 0: nothing to train")
 
 
 def to_toml(recipe: Recipe) -> str:

@@ -87,7 +87,7 @@ def test_wrong_files(tmp_path: Path) -> None:
 
 def test_nothing_to_train() -> None:
     with pytest.raises(UserError, match="nothing to train"):
-        load_recipe(None, ["train.alpha=0", "train.lm_weight=0", "train.kl_weight=0"])
+        load_recipe(None, ["train.dense_alpha=0", "train.lm_weight=0", "train.kl_weight=0"])
 
 
 def test_every_field_is_documented() -> None:

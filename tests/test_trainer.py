@@ -42,7 +42,6 @@ def test_training_learns_and_its_losses_add_up(precision: str, tiny_llama: Path,
         assert row["loss"] == pytest.approx(0.9 * row["lm"] + 0.7 * row["kl"] + 0.3 * row["clone"], rel=1e-5)
     on_disk = [json.loads(line) for line in (tmp_path / "train" / "metrics.jsonl").read_text().splitlines()]
     assert on_disk == rows
-    assert not (tmp_path / "train" / "checkpoints").exists()
 
 
 def test_accumulation_is_the_same_as_a_large_batch(tiny_llama: Path, data: Path, tmp_path: Path) -> None:

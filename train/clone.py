@@ -9,6 +9,7 @@ on the matrices themselves are trained, as a folded student's would be (Train Wh
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,12 +35,14 @@ class Tap:
 
     def __init__(self, layer: nn.Module):
         self.outputs: dict[str, torch.Tensor] = {}
+        self.keeps = True
         for name in SAME_COORDINATES + RESIDUAL_WRITERS:
             layer.get_submodule(name).register_forward_hook(self._keeper(name))
 
     def _keeper(self, name: str) -> Any:
         def keep(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-            self.outputs[name] = output
+            if self.keeps:
+                self.outputs[name] = output
         return keep
 
     def take(self) -> dict[str, torch.Tensor]:
@@ -84,7 +87,8 @@ class LayerPair(nn.Module):
         if theirs is not None:
             with torch.no_grad():
                 theirs = self.teacher(theirs, attention_mask=mask, position_embeddings=rope)
-            targets = self._theirs.take() if objective.alpha else {}
+            outputs = self._theirs.take()
+            targets = outputs if objective.alpha else {}
         if self.recompute and torch.is_grad_enabled():
             mine, terms = checkpoint(self._student, mine, targets, objective.relative, mask, rope,
                                      use_reentrant=False)
@@ -157,6 +161,18 @@ class Clone(nn.Module):
         for pair in self._pairs():
             pair.compile_()
         self._token_losses = torch.compile(losses.token_losses)
+
+    @contextmanager
+    def untapped(self) -> Iterator[PreTrainedModel]:
+        """The teacher, to be run as a whole: its layers keep no outputs meanwhile."""
+        taps = [pair._theirs for pair in self._pairs()]
+        for tap in taps:
+            tap.keeps = False
+        try:
+            yield self.teacher
+        finally:
+            for tap in taps:
+                tap.keeps = True
 
     def bind(self) -> None:
         """Find the parameters by name. Call it again when they were replaced by shards."""
@@ -249,7 +265,7 @@ class Clone(nn.Module):
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
             if objective.needs_teacher:
                 theirs = self.teacher.model.embed_tokens(input_ids)
-            mine = self.student.model.embed_tokens(input_ids)
+            mine = self.student.model.embed_tokens(input_ids).float()
             rope = self.student.model.rotary_emb(mine.to(self.compute_dtype), positions_of(input_ids, documents))
             clone = mine.new_zeros((), dtype=torch.float32)
             for i, pair in enumerate(self.pairs):

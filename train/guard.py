@@ -40,7 +40,7 @@ class Guard:
     def judge(self, step: int, terms: torch.Tensor) -> torch.Tensor:
         """1.0 (0-d) where the step's update must be skipped, else 0.0. No synchronization."""
         fine = terms.isfinite().all()
-        started = self.average.any()
+        started = self.average > 0  # a term that has been nothing so far has no average to be measured against
         if self.spike_factor:
             limits = self.average * self.spike_factor
             # The gradient's norm may jump: clipping is there for that.

@@ -111,7 +111,8 @@ def _norm_inputs(clone: Clone, rows: torch.Tensor) -> dict[str, torch.Tensor]:
     names: Iterable[str] = [w.name for w in clone.weights if w.role.kind == "norm"]
     handles = [modules[name.removesuffix(".weight")].register_forward_pre_hook(keeper(name)) for name in names]
     try:
-        clone.teacher.model(input_ids=rows, use_cache=False)
+        with clone.untapped() as teacher:
+            teacher.model(input_ids=rows, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -34,7 +34,8 @@ def shard(clone: Clone, state: PartialState) -> None:
     for parameter in clone.parameters():
         dist.broadcast(parameter.data, 0)
     mesh = init_device_mesh(state.device.type, (state.num_processes,))
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) \
+    # The residual stream stays float32, as in one process.
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False) \
         if clone.compute_dtype == torch.bfloat16 else MixedPrecisionPolicy()
     for pair in clone.pairs:
         fully_shard(pair, mesh=mesh, mp_policy=policy, reshard_after_forward=True)

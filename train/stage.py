@@ -1,8 +1,7 @@
-"""The training stage: teacher checkpoint and prepared tokens in, projections.safetensors and metrics.jsonl out."""
+"""The training stage: teacher checkpoint and prepared tokens in, trained.safetensors and metrics.jsonl out."""
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,7 @@ def load_clone(teacher: DenseCheckpoint, hidden_size: int, *, dtype: torch.dtype
                device: torch.device | None = None, trained: Path | None = None, recompute: bool = False) -> Clone:
     """A clone on `device`, with the tensors of the file `trained` if given (else P = 0: initialize it)."""
     # The teacher is stored in the type it computes in: at bf16 that halves its memory.
-    model: PreTrainedModel = teacher.model().to(device or torch.device("cpu"), dtype)  # type: ignore[arg-type]
+    model: PreTrainedModel = teacher.model(dtype).to(device or torch.device("cpu"))  # type: ignore[arg-type]
     clone = Clone(model, teacher.shape, hidden_size, dtype, recompute).to(device or torch.device("cpu"))
     if trained is not None:
         with safe_open(trained, framework="pt") as file:
@@ -81,7 +80,8 @@ def train(teacher: DenseCheckpoint, recipe: Recipe, plan: Plan, data: Path, fold
     held_out = HeldOut.load(data / HELD_OUT_FILE)
     held_out_BL = held_out.rows(min(schedule.seq_len, len(held_out.ids) // 2), EVAL_TOKENS,
                                 teacher.config.get("bos_token_id") if _adds_bos(teacher) else None)
-    teacher_loss = held_out_loss(clone.teacher, held_out_BL, plan.dtype)
+    with clone.untapped() as whole_teacher:
+        teacher_loss = held_out_loss(whole_teacher, held_out_BL, plan.dtype)
     if latest(folder / "checkpoints") is None:
         _initialize(clone, settings.init, rows, settings.seed)
     trainer = Trainer(clone, settings, schedule, rows, held_out_BL, folder, progress)
@@ -104,7 +104,6 @@ def train(teacher: DenseCheckpoint, recipe: Recipe, plan: Plan, data: Path, fold
         "skipped_batches": sum("skipped" in row for row in curve),
         "teacher_held_out_loss": teacher_loss, "student_held_out_loss": last,
         "bytes_per_token": held_out.bytes_per_token}, indent=1))
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the trained tensors are what they led to
 
 
 def _initialize(clone: Clone, init: str, rows: PackedRows, seed: int) -> None:

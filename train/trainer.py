@@ -208,7 +208,7 @@ class Trainer:
         for batch in bad:
             if self.settings.on_bad_batch == "stop" or self._bad_in_a_row >= MOST_SKIPPED:
                 raise UserError(self._stopped(batch))
-            self.row({"step": batch.step, "skipped": str(batch)})  # type: ignore[dict-item]
+            self.row({"step": batch.step + 1, "skipped": str(batch)})  # type: ignore[dict-item]
 
     def _stopped(self, bad: BadBatch) -> str:
         rows = ", ".join(map(str, self.order.of_step(bad.step)[:4]))
@@ -224,12 +224,17 @@ class Trainer:
         """Held-out loss of the student, in nats a token; every process takes its part of the rows."""
         world, rank = self.processes.num_processes, self.processes.process_index
         rows = torch.from_numpy(self.held_out_BL)
-        rows = rows[: max(world, len(rows) // world * world)][rank::world]
+        n = len(rows)
+        # Every process must take part equally often: rows that are repeated for that have no labels.
+        rows = rows[torch.arange(-(-n // world) * world) % n]
+        labels = nn.functional.pad(rows[:, 1:], (0, 1), value=NO_LABEL)
+        labels[n:] = NO_LABEL
         total = torch.zeros(2, device=self.device)
-        for part in rows.split(4):
-            alone = Objective(lm=1.0, kl=0.0, alpha=0.0)
-            total += torch.stack([self.clone(part.to(self.device), objective=alone).lm * len(part),
-                                  torch.tensor(len(part), device=self.device)])
+        alone = Objective(lm=1.0, kl=0.0, alpha=0.0)
+        for ids, wanted in zip(rows[rank::world].split(4), labels[rank::world].split(4), strict=True):
+            count = (wanted != NO_LABEL).sum().to(self.device)
+            part = self.clone(ids.to(self.device), wanted.to(self.device), objective=alone)
+            total += torch.stack([part.lm * count, count])
         if world > 1:
             dist.all_reduce(total)
         loss = (total[0] / total[1]).item()
