@@ -64,7 +64,7 @@ def _before_training(source: str, out: Path, recipe: Recipe, console: Console, u
 
 def _train_together(source: str, out: Path, recipe: Recipe, console: Console) -> bool:
     """As one of the processes that torchrun started: the first does what comes before training, all train."""
-    from lrc_edge.train.processes import join
+    from lrc_edge.train.processes import join, leave
     from lrc_edge.train.trainer import choose_device
 
     peers = join(choose_device(recipe.train.device))
@@ -78,7 +78,7 @@ def _train_together(source: str, out: Path, recipe: Recipe, console: Console) ->
     if pipeline is None:
         pipeline = Pipeline(out, recipe, Console(quiet=True), Teacher.of(source), leads=False)
     pipeline.train()
-    peers.wait_for_everyone()
+    leave(peers)
     return True
 
 

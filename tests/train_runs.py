@@ -4,8 +4,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import torch
+
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.recipe import load_recipe
+from lrc_edge.train.processes import join, leave
 from lrc_edge.train.stage import Plan, train
 
 SETTINGS = ["train.seq_len=64", "train.batch_tokens=256", "train.tokens=5120", "train.eval_every=5",
@@ -24,3 +27,4 @@ def run(teacher: Path, data: Path, folder: Path, *settings: str) -> list[dict[st
 
 if __name__ == "__main__":
     run(*map(Path, sys.argv[1:4]), *sys.argv[4:])
+    leave(join(torch.device("cpu")))

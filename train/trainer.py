@@ -215,9 +215,9 @@ class Trainer:
         last = checkpoints.latest(self.folder / "checkpoints")
         kept = f"continues from {last.name}" if last else "starts again"
         rate = self.schedule.learning_rate(bad.step)
-        return (f"train: {bad} of {self.schedule.steps} (rows {rows}, ... of the data); its update was not made. Lower "
-                f"train.learning_rate (now {rate:.3g}), or leave such batches out with --set train.on_bad_batch=skip: "
-                f"the same command {kept}")
+        return (f"train: {bad} of {self.schedule.steps} (rows {rows}, ... of the data); its update was not made. Leave "
+                f"such batches out with --set train.on_bad_batch=skip: the same command {kept}. Or lower the learning "
+                f"rate (now {rate:.3g}) and start anew")
 
     @torch.no_grad()
     def evaluate(self, step: int) -> float:
