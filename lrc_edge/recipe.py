@@ -90,6 +90,24 @@ class Train:
     spike_factor: float = 5.0
 
 
+# Peak learning rate x the student's hidden_size of the quantization-aware phase: best of a grid (docs/LOG.md).
+QUANTIZED_RATE = 0.0256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize:
+    """A last phase on the grid of gguf:q4_0 and onnx:q4, which are then made of its weights; the other files are not.
+
+    The student's matrices pass through that grid in every forward pass, and learn to say what they said before it.
+    """
+
+    tokens: int = 0  # of the phase; 0: none
+    teacher: Literal["student", "teacher"] = "student"  # whom to copy: the student itself, unquantized, or its teacher
+    alpha: float = 1.0  # weight of the clone terms between the student's layers and its own, unquantized
+    batch_tokens: int = 0  # of an optimizer step; 0: a 200th of the budget, at least 1,024 and at most 32,768
+    learning_rate: float = 0.0  # its peak; 0: QUANTIZED_RATE / the student's hidden_size
+
+
 @dataclass(frozen=True, kw_only=True)
 class Export:
     """What to write. GGUF encodings are llama.cpp's names; ONNX has fp32 and int4 (the
@@ -136,6 +154,7 @@ class Recipe:
     student: Student = field(default_factory=Student)
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
+    quantize: Quantize = field(default_factory=Quantize)
     export: Export = field(default_factory=Export)
     parity: Parity = field(default_factory=Parity)
     gates: Gates = field(default_factory=Gates)
@@ -279,6 +298,10 @@ def _check(recipe: Recipe) -> None:
                                       "train.learning_rate": t.learning_rate, "train.alpha": t.alpha,
                                       "train.dense_alpha": t.dense_alpha,
                                       "train.dense_learning_rate": t.dense_learning_rate, "train.workers": t.workers,
+                                      "quantize.tokens": recipe.quantize.tokens,
+                                      "quantize.alpha": recipe.quantize.alpha,
+                                      "quantize.batch_tokens": recipe.quantize.batch_tokens,
+                                      "quantize.learning_rate": recipe.quantize.learning_rate,
                                       "export.calibration_tokens": recipe.export.calibration_tokens,
                                       "student.hidden_size": recipe.student.hidden_size,
                                       "train.kl_weight": t.kl_weight, "train.lm_weight": t.lm_weight,

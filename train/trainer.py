@@ -132,7 +132,7 @@ class Trainer:
             self.evaluate(0)
         self.clock.resume()
         for batch in self._batches(step):
-            if step == self.schedule.dense_from:
+            if step == self.schedule.dense_from and not self.clone.is_dense:
                 self._report(step)  # no row mixes two objectives
                 self.clone.start_dense_phase()
                 self.optimizer = self._new_optimizer()
@@ -265,7 +265,7 @@ class Trainer:
     def _continue_from(self, checkpoint: Path) -> int:
         """Restore every tensor of a checkpoint; returns the steps that are done."""
         tensors, facts = checkpoints.load(checkpoint)
-        if facts["dense"]:
+        if facts["dense"] and not self.clone.is_dense:
             for name, p in self.clone.writer_projections().items():
                 if self.settings.dense_alpha:
                     p.data.copy_(tensors[f"writer.{name}"])
@@ -294,8 +294,12 @@ class Trainer:
 
 
 def save_trained(clone: Clone, path: Path) -> None:
-    """Write what was trained: projections, or, after a dense phase, weights. Every process must call it."""
-    tensors = {name: processes.whole(p) for name, p in clone.trainable().items()}
+    """Write what was trained: projections, or, after a dense phase, weights, on their grid after a quantized one.
+
+    Every process must call it.
+    """
+    made = clone.student_weights if clone.is_dense else clone.trainable()
+    tensors = {name: processes.whole(made[name]) for name in clone.trainable()}
     if processes.join(next(clone.parameters()).device).is_main_process:
         save_file(tensors, path, metadata={"kind": "weights" if clone.is_dense else "projections"})
 
