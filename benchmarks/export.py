@@ -72,15 +72,20 @@ def llama_quantize(ftype: str) -> Row:
                                  str(out / "model.gguf"), str(job.threads)], needs=CONVERTER_F16)
 
 
-def ours(format: str, encoding: str, *peers: str) -> Row:
+def our_export(student: Path, out: Path, format: str, encoding: str, options: str = "") -> list[str]:
+    """The command that writes out/<format>; options: more arguments of export_gguf or export_onnx, in Python."""
     code = ("import sys; from pathlib import Path; from lrc_edge.checkpoint import DenseCheckpoint; "
             f"from lrc_edge.export.to_{format} import export_{format}; "
-            f"export_{format}(DenseCheckpoint.open(sys.argv[1]), Path(sys.argv[2]) / '{format}', ['{encoding}'])")
-    return Row(lambda job, out: [PYTHON, "-c", code, str(job.student), str(out)], peers)
+            f"export_{format}(DenseCheckpoint.open(sys.argv[1]), Path(sys.argv[2]), ['{encoding}'], {options})")
+    return [PYTHON, "-c", code, str(student), str(out / format)]
 
 
-def builder(job: Job, out: Path) -> list[str]:
-    return [PYTHON, "-m", "onnxruntime_genai.models.builder", "-i", str(job.student), "-o", str(out), "-p", "int4",
+def ours(format: str, encoding: str, *peers: str) -> Row:
+    return Row(lambda job, out: our_export(job.student, out, format, encoding), peers)
+
+
+def genai_builder(student: Path, out: Path) -> list[str]:
+    return [PYTHON, "-m", "onnxruntime_genai.models.builder", "-i", str(student), "-o", str(out), "-p", "int4",
             "-e", "cpu", "-c", str(out / "cache"), "--extra_options", "int4_block_size=32", "int4_accuracy_level=4"]
 
 
@@ -97,7 +102,7 @@ ROWS = {
     "llama.cpp quantize Q4_0": llama_quantize("Q4_0"),
     "lrc-edge GGUF Q4_0": ours("gguf", "q4_0", CONVERTER_F16, "llama.cpp quantize Q4_0"),
     "llama.cpp quantize Q4_K_M": llama_quantize("Q4_K_M"),
-    BUILDER: Row(builder),
+    BUILDER: Row(lambda job, out: genai_builder(job.student, out)),
     "lrc-edge ONNX fp32": ours("onnx", "fp32"),
     "lrc-edge ONNX int4": ours("onnx", "int4", BUILDER),
 }
