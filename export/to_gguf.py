@@ -16,8 +16,8 @@ import torch
 from gguf import MODEL_ARCH, MODEL_TENSOR, TENSOR_NAMES, GGMLQuantizationType, GGUFWriter
 from safetensors import safe_open
 
-from lrc_edge.artifact import Artifact, sha256_of
-from lrc_edge.checkpoint import DenseCheckpoint
+from lrc_edge.artifact import Artifact, HashedFile, sha256_of
+from lrc_edge.checkpoint import DenseCheckpoint, all_finite
 from lrc_edge.errors import UserError
 from lrc_edge.export.gguf_metadata import (
     architecture,
@@ -83,11 +83,12 @@ def export_gguf(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[s
     say = progress or (lambda _: None)
     folder.mkdir(parents=True, exist_ok=True)
     files = {encoding: folder / file_name(checkpoint, encoding) for encoding in wanted}
+    hashes: dict[Encoding, str] = {}
     for encoding, file in files.items():
         if encoding.direct:
             say(f"writing {file.name}")
             with _whole(file) as partial:
-                _write(checkpoint, vocabulary, encoding, partial)
+                hashes[encoding] = _write(checkpoint, vocabulary, encoding, partial)
     quantized = {encoding: file for encoding, file in files.items() if not encoding.direct}
     if quantized:
         with _lossless_file(checkpoint, vocabulary, files, folder) as source:
@@ -95,7 +96,8 @@ def export_gguf(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[s
                 say(f"quantizing {file.name}")
                 with _whole(file) as partial:
                     quantize_file(source, partial, encoding, importance=by_tensor, n_chunks=n_chunks)
-    artifacts = [_artifact(checkpoint, encoding, file) for encoding, file in files.items()]
+                hashes[encoding] = sha256_of(file)
+    artifacts = [_artifact(checkpoint, encoding, file, hashes[encoding]) for encoding, file in files.items()]
     if files:
         write_modelfile(checkpoint, vocabulary, {encoding.name: file for encoding, file in files.items()})
     return artifacts
@@ -166,8 +168,8 @@ def _stored_encoding(checkpoint: DenseCheckpoint) -> str:
     return {("BF16",): "bf16", ("F16",): "f16"}.get(tuple(types), "f32")
 
 
-def _write(checkpoint: DenseCheckpoint, vocabulary: Vocabulary, encoding: Encoding, path: Path) -> None:
-    """Write a whole F32, F16 or BF16 file. Vectors (norms, biases) stay F32, as llama.cpp expects them."""
+def _write(checkpoint: DenseCheckpoint, vocabulary: Vocabulary, encoding: Encoding, path: Path) -> str:
+    """Write a whole F32, F16 or BF16 file and return its hash. Vectors (norms, biases) stay F32: llama.cpp wants it."""
     writer = GGUFWriter(path, architecture_name(checkpoint))
     write_metadata(writer, checkpoint, vocabulary, encoding)
     weights = list(checkpoint.weights())
@@ -182,13 +184,18 @@ def _write(checkpoint: DenseCheckpoint, vocabulary: Vocabulary, encoding: Encodi
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        permuted = architecture(checkpoint) == MODEL_ARCH.LLAMA
-        for weight in weights:
-            writer.write_tensor_data(_tensor_data(checkpoint, weight, _tensor_type(weight, encoding), permuted))
-        if factors is not None:
-            writer.write_tensor_data(factors.numpy())
     finally:
         writer.close()
+    permuted = architecture(checkpoint) == MODEL_ARCH.LLAMA
+    with HashedFile(path) as file:
+        for weight in weights:
+            file.align(writer.data_alignment)
+            file.write(_tensor_data(checkpoint, weight, _tensor_type(weight, encoding), permuted))
+        if factors is not None:
+            file.align(writer.data_alignment)
+            file.write(factors.numpy())
+        file.align(writer.data_alignment)
+        return file.sha256()
 
 
 def gguf_name(weight: Weight) -> str:
@@ -212,7 +219,7 @@ def _tensor_data(checkpoint: DenseCheckpoint, weight: Weight, kind: GGMLQuantiza
     if permuted and weight.role.name in ("attn_k", "attn_k_bias"):
         tensor = interleave_rotary(tensor, shape.num_key_value_heads)
     tensor = tensor.to(_TORCH_TYPES[kind]).contiguous()
-    if kind == GGMLQuantizationType.F16 and not torch.isfinite(tensor).all():
+    if kind == GGMLQuantizationType.F16 and not all_finite(tensor):
         raise UserError(f"{checkpoint.path}: {weight.name} has values beyond F16's largest, 65504; "
                         "take bf16 or f32 instead of f16")
     return tensor.view(torch.int16).numpy() if kind == GGMLQuantizationType.BF16 else tensor.numpy()
@@ -228,9 +235,9 @@ def interleave_rotary(tensor: torch.Tensor, n_heads: int) -> torch.Tensor:
     return halves.transpose(1, 2).reshape(tensor.shape)
 
 
-def _artifact(checkpoint: DenseCheckpoint, encoding: Encoding, file: Path) -> Artifact:
+def _artifact(checkpoint: DenseCheckpoint, encoding: Encoding, file: Path, sha256: str) -> Artifact:
     contents = read_contents(file, encoding)
     return Artifact(
         path=f"{file.parent.name}/{file.name}", format="gguf", encoding=encoding.name, bytes=file.stat().st_size,
-        bits_per_weight=8 * contents.data_bytes / checkpoint.shape.n_params, sha256=sha256_of(file),
+        bits_per_weight=8 * contents.data_bytes / checkpoint.shape.n_params, sha256=sha256,
         fallbacks=contents.fallbacks, tensor_types=contents.tensor_types)
