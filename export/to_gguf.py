@@ -121,13 +121,18 @@ def check_gguf(checkpoint: DenseCheckpoint) -> None:
 
 
 def file_name(checkpoint: DenseCheckpoint, encoding: Encoding) -> str:
-    """llama.cpp's convention, <Name>-<Size>-<Encoding>.gguf; a name that says its size already is not told it twice."""
+    """llama.cpp's convention, <Name>-<Size>-<Encoding>.gguf."""
+    return f"{file_stem(checkpoint)}-{encoding.name.upper()}.gguf"
+
+
+def file_stem(checkpoint: DenseCheckpoint) -> str:
+    """<Name>-<Size>; a name that says its size already is not told it twice."""
     name = re.sub(r"[^\w.-]+", "-", checkpoint.name, flags=re.ASCII).strip("-.") or "model"
     stated = [float(number) * {"K": 1e3, "M": 1e6, "B": 1e9}[unit.upper()]
               for number, unit in re.findall(r"(?<![^-_])(\d+(?:\.\d+)?)([KMB])(?![^-_])", name, re.IGNORECASE)]
     n_params = checkpoint.shape.n_params
     size = "" if any(abs(n - n_params) <= n_params / 4 for n in stated) else f"-{model_size(checkpoint)}"
-    return f"{name}{size}-{encoding.name.upper()}.gguf"
+    return name + size
 
 
 @contextmanager

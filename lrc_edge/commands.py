@@ -198,7 +198,8 @@ def _gguf_of(path: Path, encoding: str) -> Path:
     if path.is_file():
         return path
     wanted = encoding.lower()
-    files = sorted((f for f in path.rglob("*.gguf") if f.stem.lower().endswith(wanted)), key=lambda f: f.stat().st_size)
+    models = (f for f in path.rglob("*.gguf") if not f.stem.endswith(".imatrix") and f.stem.lower().endswith(wanted))
+    files = sorted(models, key=lambda f: f.stat().st_size)
     if not files:
         raise UserError(f"{path}: no GGUF {f'in {encoding} ' if encoding else ''}here; "
                         "build or export one with --formats gguf:q8_0")

@@ -5,7 +5,6 @@ the run that left them.
 """
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from dataclasses import asdict
@@ -175,66 +174,60 @@ class Pipeline(Stages):
         student_hashes = [self.dir.hash(f) for f in sorted(student.path.iterdir()) if f.is_file()]
         if "gguf" in wanted and self.recipe.export.calibration_tokens:
             self._importance_matrix(student, student_hashes)
+        else:
+            self._drop("imatrix")
         for format_, encodings in wanted.items():
             self._write(format_, encodings, student, student_hashes)
         for stale in {"gguf", "onnx"} - wanted.keys():
-            self.dir.forget(stale)
-            shutil.rmtree(self.out / stale, ignore_errors=True)
+            self._drop(stale)
         return [Artifact.from_dict(table) for format_ in wanted for table in self.dir.result(format_)]
+
+    def _drop(self, stage: str) -> None:
+        """A stage that this recipe has not: what an earlier one left would be taken for its work."""
+        self.dir.forget(stage)
+        shutil.rmtree(self.out / stage, ignore_errors=True)
 
     def _importance_matrix(self, student: DenseCheckpoint, student_hashes: list[str]) -> None:
         """How strongly each weight's inputs fire, for the quantizers, on text that the proof does not see."""
-        folder = self.out / "imatrix"
-        rows = self._calibration_rows(student)
+        calibration = self.calibration(student)
+        file = self._imatrix_file(student)
 
         def work(task: Task) -> tuple[Any, str]:
-            import numpy as np
-
             from lrc_edge.export.imatrix import collect
+            from lrc_edge.export.imatrix_file import write_imatrix
 
             with self.dir.partial("imatrix") as partial:
                 partial.mkdir()
-                matrix: dict[str, Any] = collect(student, rows, task.update)
-                np.savez(partial / "importance.npz", **matrix)
-                replace_tree(partial, folder)
-            return None, f"importance of inputs on {rows.size:,} tokens"
+                importance = collect(student, calibration.rows, task.update)
+                write_imatrix(partial / file.name, student, importance, *calibration.rows.shape,
+                              f"sha256:{calibration.sha256}")
+                replace_tree(partial, file.parent)
+            left_out = f"; {calibration.n_left_out} rows left out that share text with the proof's"
+            return calibration.as_dict(), (f"importance of inputs on {calibration.rows.size:,} tokens"
+                                           + left_out * bool(calibration.n_left_out))
 
-        self._stage("imatrix", [student_hashes, hashlib.sha256(rows.tobytes()).hexdigest()], [folder], work)
+        self._stage("imatrix", [student_hashes, file.name, calibration.as_dict()], [file], work)
 
-    def _calibration_rows(self, student: DenseCheckpoint) -> Any:
-        """Rows of the build's training text, or of what the given text holds behind the proof's rows."""
-        import numpy as np
+    def _imatrix_file(self, student: DenseCheckpoint) -> Path:
+        from lrc_edge.export.to_gguf import file_stem
 
-        n_tokens, row_len = self.recipe.export.calibration_tokens, self._row_len(student)
-        if (self.out / "data" / "data.json").exists():
-            from lrc_edge.train.data import PackedRows
-
-            rows = PackedRows(self.out / "data", row_len)
-            ids = np.concatenate([np.zeros(0, dtype=np.int64), *(rows[i]["input_ids"].numpy() for i in
-                                                                 range(min(n_tokens // row_len, len(rows))))])
-        else:
-            proof_rows = self.held_out_rows(student)
-            ids = self._held_out(student).ids[proof_rows.size:][:n_tokens]
-        if len(ids) < row_len:
-            raise UserError(f"calibration: {len(ids)} tokens beside the proof's, need at least {row_len}; give more "
-                            "--data or --set export.calibration_tokens=0")
-        return ids[: len(ids) // row_len * row_len].reshape(-1, row_len)
+        return self.out / "imatrix" / f"{file_stem(student)}.imatrix.gguf"
 
     def _write(self, format_: str, encodings: list[str], student: DenseCheckpoint, student_hashes: list[str]) -> None:
         level = self.recipe.export.onnx_accuracy_level
 
-        file = self.out / "imatrix" / "importance.npz"
-        importance = file if format_ == "gguf" and self.recipe.export.calibration_tokens else None
+        calibrated = format_ == "gguf" and self.recipe.export.calibration_tokens > 0
+        imatrix = self._imatrix_file(student) if calibrated else None
 
         def work(task: Task) -> tuple[Any, str]:
-            import numpy as np
-
-            weights = dict(np.load(importance)) if importance else None
             with self.dir.partial(format_) as partial:
                 if format_ == "gguf":
+                    from lrc_edge.export.imatrix_file import read_imatrix
                     from lrc_edge.export.to_gguf import export_gguf
 
-                    artifacts = export_gguf(student, partial, encodings, task.update, importance=weights)
+                    importance = read_imatrix(imatrix, student) if imatrix else None
+                    n_chunks = self.dir.result("imatrix")["rows"] if imatrix else None
+                    artifacts = export_gguf(student, partial, encodings, task.update, importance, n_chunks=n_chunks)
                 else:
                     from lrc_edge.export.to_onnx import export_onnx
 
@@ -244,7 +237,7 @@ class Pipeline(Stages):
             return [a.as_dict() for a in artifacts], sizes
 
         inputs = [encodings, student.name, student_hashes, level if format_ == "onnx" else None,
-                  self.dir.hash(importance) if importance else None]
+                  self.dir.hash(imatrix) if imatrix else None]
         self._stage(format_, inputs, [self.out / format_], work)
 
     def check(self, student: DenseCheckpoint, artifacts: list[Artifact], again: bool = False) -> None:

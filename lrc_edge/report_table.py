@@ -30,6 +30,7 @@ def report_table(build: BuildDir, student: DenseCheckpoint, teacher: DenseCheckp
         "machine": f"{processors()} processors",
         "teacher": _describe(teacher) if teacher else None,
         "student": _describe(student), "artifacts": check["artifacts"], "gates": gates + check["gates"],
+        "calibration": stages["imatrix"]["result"] if "imatrix" in stages else None,
         "tokenizer": check["tokenizer"], "chat_template": check["chat_template"], "samples": check["samples"]}
     if table["teacher"]:
         table["teacher"]["proof_perplexity"] = check["teacher_perplexity"]

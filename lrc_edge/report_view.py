@@ -280,5 +280,10 @@ def build_facts(report: Report) -> list[tuple[str, str]]:
     versions = ", ".join(f"{name} {number}" for name, number in (report.get("versions") or {}).items())
     facts = [("made", report["created"]), ("command", report.get("command")), ("machine", report.get("machine")),
              ("versions", versions)]
+    if calibration := report.get("calibration"):
+        left_out = calibration["rows_left_out"]
+        facts.append(("calibration", f"{calibration['tokens']:,} tokens of {calibration['source']}, SHA-256 "
+                      f"{calibration['sha256']}" + f"; {left_out} rows left out that share text with the proof's"
+                      * bool(left_out)))
     facts += [(key.replace("_", " "), value) for key, value in (report["student"].get("provenance") or {}).items()]
     return [(visible(name), visible(value)) for name, value in facts if value]
