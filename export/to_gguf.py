@@ -13,7 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gguf import MODEL_ARCH, MODEL_TENSOR, TENSOR_NAMES, GGMLQuantizationType, GGUFWriter
+from gguf import (
+    GGML_QUANT_SIZES,
+    MODEL_ARCH,
+    MODEL_TENSOR,
+    TENSOR_NAMES,
+    GGMLQuantizationType,
+    GGUFReader,
+    GGUFWriter,
+    quants,
+)
 from safetensors import safe_open
 
 from lrc_edge.artifact import Artifact, HashedFile, sha256_of
@@ -62,17 +71,20 @@ GGUF_NAMES: dict[str, tuple[MODEL_TENSOR, str]] = {
 }
 _TORCH_TYPES = {GGMLQuantizationType.F32: torch.float32, GGMLQuantizationType.F16: torch.float16,
                 GGMLQuantizationType.BF16: torch.bfloat16}
+ON_GRID_ENCODING = "q4_0"  # the one that quantization-aware training is for
 _ROPE_FACTORS = TENSOR_NAMES[MODEL_TENSOR.ROPE_FREQS] + ".weight"
 
 
 def export_gguf(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[str],
                 progress: Callable[[str], None] | None = None,
-                importance: Mapping[str, np.ndarray] | None = None, *, n_chunks: int | None = None) -> list[Artifact]:
+                importance: Mapping[str, np.ndarray] | None = None, *, n_chunks: int | None = None,
+                on_grid: DenseCheckpoint | None = None) -> list[Artifact]:
     """Write one GGUF file for each encoding, and an Ollama Modelfile, into `folder`.
 
-    `importance`: imatrix.collect's, by weight name, and `n_chunks` how many rows it saw. Returns the artifacts in the
-    order of `encodings`, their paths relative to folder's parent. A file bears its name only when it is whole. Raises
-    UserError before writing when an encoding, the tokenizer or the RoPE is not possible.
+    `importance`: imatrix.collect's, by weight name, and `n_chunks` how many rows it saw. `on_grid`: the same model
+    trained on the Q4_0 grid, of which q4_0 is then made. Returns the artifacts in the order of `encodings`, their
+    paths relative to folder's parent. A file bears its name only when it is whole. Raises UserError before writing when
+    an encoding, the tokenizer or the RoPE is not possible.
     """
     wanted = list(dict.fromkeys(parse_encoding(name) for name in encodings))
     for encoding in wanted:
@@ -90,6 +102,15 @@ def export_gguf(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[s
             with _whole(file) as partial:
                 hashes[encoding] = _write(checkpoint, vocabulary, encoding, partial)
     quantized = {encoding: file for encoding, file in files.items() if not encoding.direct}
+    identical: dict[Encoding, float] = {}
+    if on_grid is not None and ENCODINGS[ON_GRID_ENCODING] in quantized:
+        encoding = ENCODINGS[ON_GRID_ENCODING]
+        file = quantized.pop(encoding)
+        with _lossless_file(on_grid, vocabulary, {}, folder) as source, _whole(file) as partial:
+            say(f"quantizing {file.name}")
+            # Without importance: the scales are already those that the weights were trained with.
+            quantize_file(source, partial, encoding)
+        hashes[encoding], identical[encoding] = sha256_of(file), identical_blocks(file, on_grid)
     if quantized:
         with _lossless_file(checkpoint, vocabulary, files, folder) as source:
             for encoding, file in quantized.items():
@@ -97,10 +118,26 @@ def export_gguf(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[s
                 with _whole(file) as partial:
                     quantize_file(source, partial, encoding, importance=by_tensor, n_chunks=n_chunks)
                 hashes[encoding] = sha256_of(file)
-    artifacts = [_artifact(checkpoint, encoding, file, hashes[encoding]) for encoding, file in files.items()]
+    artifacts = [_artifact(checkpoint, encoding, file, hashes[encoding], identical.get(encoding))
+                 for encoding, file in files.items()]
     if files:
         write_modelfile(checkpoint, vocabulary, {encoding.name: file for encoding, file in files.items()})
     return artifacts
+
+
+def identical_blocks(file: Path, checkpoint: DenseCheckpoint) -> float:
+    """Share of the file's quantized blocks that decode to exactly the checkpoint's weights."""
+    tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+    permuted = architecture(checkpoint) == MODEL_ARCH.LLAMA
+    n_blocks = n_identical = 0
+    for weight in checkpoint.weights():
+        tensor = tensors[gguf_name(weight)]
+        block = GGML_QUANT_SIZES[tensor.tensor_type][0]
+        if block > 1:
+            expected = _tensor_data(checkpoint, weight, GGMLQuantizationType.F32, permuted)
+            equal = (quants.dequantize(tensor.data, tensor.tensor_type) == expected).reshape(-1, block).all(1)
+            n_blocks, n_identical = n_blocks + equal.size, n_identical + int(equal.sum())
+    return n_identical / n_blocks
 
 
 def _by_tensor(checkpoint: DenseCheckpoint, importance: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -240,9 +277,10 @@ def interleave_rotary(tensor: torch.Tensor, n_heads: int) -> torch.Tensor:
     return halves.transpose(1, 2).reshape(tensor.shape)
 
 
-def _artifact(checkpoint: DenseCheckpoint, encoding: Encoding, file: Path, sha256: str) -> Artifact:
+def _artifact(checkpoint: DenseCheckpoint, encoding: Encoding, file: Path, sha256: str,
+              identical: float | None) -> Artifact:
     contents = read_contents(file, encoding)
     return Artifact(
         path=f"{file.parent.name}/{file.name}", format="gguf", encoding=encoding.name, bytes=file.stat().st_size,
         bits_per_weight=8 * contents.data_bytes / checkpoint.shape.n_params, sha256=sha256,
-        fallbacks=contents.fallbacks, tensor_types=contents.tensor_types)
+        fallbacks=contents.fallbacks, tensor_types=contents.tensor_types, identical_blocks=identical)

@@ -46,6 +46,32 @@ def wanted_formats(recipe: Recipe, hidden_size: int) -> list[tuple[str, str]]:
     return [parse_format(text) for text in dict.fromkeys(recipe.export.formats or default)]
 
 
+GRID_FORMATS = {("gguf", "q4_0"), ("onnx", "q4")}  # what training on the Q4_0 grid is for
+
+
+def trains_on_grid(recipe: Recipe, hidden_size: int) -> bool:
+    return recipe.quantize.tokens > 0 and not GRID_FORMATS.isdisjoint(wanted_formats(recipe, hidden_size))
+
+
+def _check_quantize(recipe: Recipe, shape: ModelShape, formats: list[tuple[str, str]], has_teacher: bool) -> None:
+    """Whether quantization-aware training is possible where it is asked for."""
+    q = recipe.quantize
+    if not q.tokens:
+        return
+    from lrc_edge.train.quantize import row_off_the_grid
+
+    if GRID_FORMATS.isdisjoint(formats):
+        raise UserError(f"quantize.tokens = {q.tokens}: trains the student on the grid of gguf:q4_0 and onnx:q4, and "
+                        "neither is among the formats; add one, or set quantize.tokens=0")
+    if row := row_off_the_grid(shape):
+        raise UserError(f"quantize.tokens = {q.tokens}: a row of {row} does not divide into the Q4_0 grid's blocks of "
+                        "32; set quantize.tokens=0")
+    if q.teacher == "teacher" and not has_teacher:
+        raise UserError("quantize.teacher = 'teacher': an export has none; leave it at 'student'")
+    if not recipe.data.sources:
+        raise UserError(f"quantize.tokens = {q.tokens}: no text to train on; {WANTED} with --data")
+
+
 def student_width(recipe: Recipe, teacher: ModelShape) -> int:
     """The recipe's hidden_size, or half the teacher's in the roundest number that quantizes well."""
     if recipe.student.hidden_size:
@@ -70,6 +96,8 @@ def check_build(teacher: DenseCheckpoint, recipe: Recipe, out: Path, runtimes: b
     _check_sources(recipe)
     formats = wanted_formats(recipe, student_width(recipe, teacher.shape)) if runtimes else []
     _check_width(teacher, recipe, formats)
+    if runtimes:
+        _check_quantize(recipe, teacher.shape.with_hidden_size(student_width(recipe, teacher.shape)), formats, True)
     _check_runtimes(teacher, recipe, formats)
     _check_disk(out, _build_bytes(teacher.shape, recipe, formats))
 
@@ -77,6 +105,7 @@ def check_build(teacher: DenseCheckpoint, recipe: Recipe, out: Path, runtimes: b
 def check_export(student: DenseCheckpoint, recipe: Recipe, out: Path) -> None:
     """The same for an export. Widths of a finished model are what they are: tensors that do not fit are reported."""
     formats = wanted_formats(recipe, student.shape.hidden_size)
+    _check_quantize(recipe, student.shape, formats, False)
     _check_runtimes(student, recipe, formats)
     _check_disk(out, _export_bytes(student.shape, formats))
 

@@ -75,9 +75,8 @@ class Stages:
         assert self.teacher is not None
         return self.teacher.checkpoint
 
-    def _teacher_hashes(self) -> list[str]:
-        files = [self._teacher.path / "config.json", *self._teacher.weight_files()]
-        return [self.dir.hash(file) for file in files]
+    def _hashes(self, model: DenseCheckpoint) -> list[str]:
+        return [self.dir.hash(file) for file in (model.path / "config.json", *model.weight_files())]
 
     def _tokenizer_hashes(self, checkpoint: DenseCheckpoint) -> list[str]:
         return [self.dir.hash(checkpoint.path / n) for n in TOKENIZER_PARTS if (checkpoint.path / n).exists()]
