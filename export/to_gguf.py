@@ -37,6 +37,7 @@ from lrc_edge.export.gguf_metadata import (
     write_metadata,
 )
 from lrc_edge.export.imatrix import measured_weights
+from lrc_edge.export.mixed_precision import Allocation, encoding_name
 from lrc_edge.export.modelfile import write_modelfile
 from lrc_edge.export.quantize import (
     ENCODINGS,
@@ -78,15 +79,17 @@ _ROPE_FACTORS = TENSOR_NAMES[MODEL_TENSOR.ROPE_FREQS] + ".weight"
 def export_gguf(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[str],
                 progress: Callable[[str], None] | None = None,
                 importance: Mapping[str, np.ndarray] | None = None, *, n_chunks: int | None = None,
-                on_grid: DenseCheckpoint | None = None) -> list[Artifact]:
+                on_grid: DenseCheckpoint | None = None, allocation: Allocation | None = None) -> list[Artifact]:
     """Write one GGUF file for each encoding, and an Ollama Modelfile, into `folder`.
 
     `importance`: imatrix.collect's, by weight name, and `n_chunks` how many rows it saw. `on_grid`: the same model
-    trained on the Q4_0 grid, of which q4_0 is then made. Returns the artifacts in the order of `encodings`, their
-    paths relative to folder's parent. A file bears its name only when it is whole. Raises UserError before writing when
-    an encoding, the tokenizer or the RoPE is not possible.
+    trained on the Q4_0 grid, of which q4_0 is then made. `allocation`: one more file, in mixed precision. Returns the
+    artifacts in this order, their paths relative to folder's parent. A file bears its name only when it is whole.
+    Raises UserError before writing when an encoding, the tokenizer or the RoPE is not possible.
     """
     wanted = list(dict.fromkeys(parse_encoding(name) for name in encodings))
+    if allocation is not None:
+        wanted.append(_mixed_encoding(checkpoint, allocation))
     for encoding in wanted:
         check_imatrix(encoding, importance is not None)
     by_tensor = None if importance is None else _by_tensor(checkpoint, importance)
@@ -150,6 +153,21 @@ def _by_tensor(checkpoint: DenseCheckpoint, importance: Mapping[str, np.ndarray]
     return {gguf_name(weight): importance[weight.name] for weight in measured_weights(checkpoint)}
 
 
+def _mixed_encoding(checkpoint: DenseCheckpoint, allocation: Allocation) -> Encoding:
+    """As an entry of llama.cpp's quantizer: general.file_type says the type of most weights."""
+    nominal = next(encoding for encoding in ENCODINGS.values() if encoding.type == allocation.main_type)
+    types = tuple((gguf_name(weight), allocation.types[weight.name]) for weight in checkpoint.weights()
+                  if len(weight.shape) > 1)
+    return Encoding(encoding_name(allocation.bits_per_weight), nominal.ftype, nominal.type, needs_imatrix=False,
+                    tensor_types=types)
+
+
+def rope_factor_bytes(checkpoint: DenseCheckpoint) -> int:
+    """Bytes of the one tensor that is no weight; 0 for most models."""
+    factors = llama3_rope_factors(checkpoint)
+    return 0 if factors is None else factors.numel() * 4
+
+
 def check_gguf(checkpoint: DenseCheckpoint) -> None:
     """Raise UserError when llama.cpp cannot run the checkpoint, or a student of it. Takes seconds; call it early."""
     architecture(checkpoint)
@@ -159,7 +177,8 @@ def check_gguf(checkpoint: DenseCheckpoint) -> None:
 
 def file_name(checkpoint: DenseCheckpoint, encoding: Encoding) -> str:
     """llama.cpp's convention, <Name>-<Size>-<Encoding>.gguf."""
-    return f"{file_stem(checkpoint)}-{encoding.name.upper()}.gguf"
+    label = encoding.name if encoding.tensor_types else encoding.name.upper()
+    return f"{file_stem(checkpoint)}-{label}.gguf"
 
 
 def file_stem(checkpoint: DenseCheckpoint) -> str:
@@ -280,6 +299,8 @@ def interleave_rotary(tensor: torch.Tensor, n_heads: int) -> torch.Tensor:
 def _artifact(checkpoint: DenseCheckpoint, encoding: Encoding, file: Path, sha256: str,
               identical: float | None) -> Artifact:
     contents = read_contents(file, encoding)
+    if encoding.tensor_types and contents.fallbacks:  # candidates() offers what every row can have
+        raise RuntimeError(f"{file.name}: llama.cpp did not keep to the allocation: {contents.fallbacks}")
     return Artifact(
         path=f"{file.parent.name}/{file.name}", format="gguf", encoding=encoding.name, bytes=file.stat().st_size,
         bits_per_weight=8 * contents.data_bytes / checkpoint.shape.n_params, sha256=sha256,

@@ -14,6 +14,7 @@ from typing import Any
 from lrc_edge import __version__, preflight
 from lrc_edge.artifact import Artifact
 from lrc_edge.build import replace_tree
+from lrc_edge.calibrate import CalibrationStages
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.console import Task, stage_line
 from lrc_edge.corpus import HeldOut
@@ -22,7 +23,6 @@ from lrc_edge.parity import gates_of_fold, gates_of_identity
 from lrc_edge.report import write_report
 from lrc_edge.report_table import processors, report_table
 from lrc_edge.sources import SELF, local_files
-from lrc_edge.stages import Stages
 
 # Settings that change how training runs, not what it makes.
 RUN_SETTINGS = ("device", "compile", "gradient_checkpointing", "micro_batch", "workers", "log_every", "eval_every",
@@ -31,7 +31,7 @@ RUN_SETTINGS = ("device", "compile", "gradient_checkpointing", "micro_batch", "w
 ON_GRID = "student-q4_0"  # folder of the student that was trained on the grid of the 4-bit files
 
 
-class Pipeline(Stages):
+class Pipeline(CalibrationStages):
     """The methods are the stages, in their order."""
 
     def weights(self, model: DenseCheckpoint) -> None:
@@ -216,52 +216,21 @@ class Pipeline(Stages):
         for format_, encoding in preflight.wanted_formats(self.recipe, student.shape.hidden_size):
             wanted.setdefault(format_, []).append(encoding)
         student_hashes = [self.dir.hash(f) for f in sorted(student.path.iterdir()) if f.is_file()]
-        if "gguf" in wanted and self.recipe.export.calibration_tokens:
-            self._importance_matrix(student, student_hashes)
-        else:
-            self._drop("imatrix")
+        if self.recipe.export.bits_per_weight:
+            wanted.setdefault("gguf", [])
+        self.calibrate(student, student_hashes, wanted.keys())
         for format_, encodings in wanted.items():
             self._write(format_, encodings, student, student_hashes)
         for stale in {"gguf", "onnx"} - wanted.keys():
-            self._drop(stale)
+            self.drop(stale)
         return [Artifact.from_dict(table) for format_ in wanted for table in self.dir.result(format_)]
-
-    def _drop(self, stage: str) -> None:
-        """A stage that this recipe has not: what an earlier one left would be taken for its work."""
-        self.dir.forget(stage)
-        shutil.rmtree(self.out / stage, ignore_errors=True)
-
-    def _importance_matrix(self, student: DenseCheckpoint, student_hashes: list[str]) -> None:
-        """How strongly each weight's inputs fire, for the quantizers, on text that the proof does not see."""
-        calibration = self.calibration(student)
-        file = self._imatrix_file(student)
-
-        def work(task: Task) -> tuple[Any, str]:
-            from lrc_edge.export.imatrix import collect
-            from lrc_edge.export.imatrix_file import write_imatrix
-
-            with self.dir.partial("imatrix") as partial:
-                partial.mkdir()
-                importance = collect(student, calibration.rows, task.update)
-                write_imatrix(partial / file.name, student, importance, *calibration.rows.shape,
-                              f"sha256:{calibration.sha256}")
-                replace_tree(partial, file.parent)
-            left_out = f"; {calibration.n_left_out} rows left out that share text with the proof's"
-            return calibration.as_dict(), (f"importance of inputs on {calibration.rows.size:,} tokens"
-                                           + left_out * bool(calibration.n_left_out))
-
-        self._stage("imatrix", [student_hashes, file.name, calibration.as_dict()], [file], work)
-
-    def _imatrix_file(self, student: DenseCheckpoint) -> Path:
-        from lrc_edge.export.to_gguf import file_stem
-
-        return self.out / "imatrix" / f"{file_stem(student)}.imatrix.gguf"
 
     def _write(self, format_: str, encodings: list[str], student: DenseCheckpoint, student_hashes: list[str]) -> None:
         level = self.recipe.export.onnx_accuracy_level
 
         calibrated = format_ == "gguf" and self.recipe.export.calibration_tokens > 0
         imatrix = self._imatrix_file(student) if calibrated else None
+        mixed = self.dir.result("allocate") if format_ == "gguf" and self.recipe.export.bits_per_weight else None
 
         def work(task: Task) -> tuple[Any, str]:
             with self.dir.partial(format_) as partial:
@@ -271,7 +240,9 @@ class Pipeline(Stages):
 
                     importance = read_imatrix(imatrix, student) if imatrix else None
                     n_chunks = self.dir.result("imatrix")["rows"] if imatrix else None
-                    artifacts = export_gguf(student, partial, encodings, task.update, importance, n_chunks=n_chunks)
+                    allocation = self._allocation(student) if mixed else None
+                    artifacts = export_gguf(student, partial, encodings, task.update, importance, n_chunks=n_chunks,
+                                            allocation=allocation)
                 else:
                     from lrc_edge.export.to_onnx import export_onnx
 
@@ -281,7 +252,7 @@ class Pipeline(Stages):
             return [a.as_dict() for a in artifacts], sizes
 
         inputs = [encodings, student.name, student_hashes, level if format_ == "onnx" else None,
-                  self.dir.hash(imatrix) if imatrix else None]
+                  self.dir.hash(imatrix) if imatrix else None, mixed]
         self._stage(format_, inputs, [self.out / format_], work)
 
     def check(self, student: DenseCheckpoint, artifacts: list[Artifact], again: bool = False) -> None:

@@ -9,6 +9,7 @@ from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
 from lrc_edge.figures import human_bytes
 from lrc_edge.recipe import Recipe
+from lrc_edge.roles import weights_of
 from lrc_edge.shape import ModelShape
 from lrc_edge.sources import SELF, WANTED, looks_local
 
@@ -99,6 +100,8 @@ def check_build(teacher: DenseCheckpoint, recipe: Recipe, out: Path, runtimes: b
     if runtimes:
         _check_quantize(recipe, teacher.shape.with_hidden_size(student_width(recipe, teacher.shape)), formats, True)
     _check_runtimes(teacher, recipe, formats)
+    if runtimes:
+        _check_mixed_precision(recipe, teacher.shape.with_hidden_size(student_width(recipe, teacher.shape)))
     _check_disk(out, _build_bytes(teacher.shape, recipe, formats))
 
 
@@ -107,7 +110,8 @@ def check_export(student: DenseCheckpoint, recipe: Recipe, out: Path) -> None:
     formats = wanted_formats(recipe, student.shape.hidden_size)
     _check_quantize(recipe, student.shape, formats, False)
     _check_runtimes(student, recipe, formats)
-    _check_disk(out, _export_bytes(student.shape, formats))
+    _check_mixed_precision(recipe, student.shape)
+    _check_disk(out, _export_bytes(student.shape, recipe, formats))
 
 
 def _check_width(teacher: DenseCheckpoint, recipe: Recipe, formats: list[tuple[str, str]]) -> None:
@@ -145,7 +149,7 @@ def _check_runtimes(model: DenseCheckpoint, recipe: Recipe, formats: list[tuple[
     if rows > model.shape.vocab_size:
         raise UserError(f"{model.path}: the tokenizer has {rows} tokens, the embedding {model.shape.vocab_size} rows; "
                         "get a tokenizer and weights that belong together")
-    kinds = {format_ for format_, _ in formats}
+    kinds = {format_ for format_, _ in formats} | ({"gguf"} if formats and recipe.export.bits_per_weight else set())
     if "gguf" in kinds:
         _check_imatrix(recipe, formats)
         from lrc_edge.export.to_gguf import check_gguf
@@ -157,14 +161,22 @@ def _check_runtimes(model: DenseCheckpoint, recipe: Recipe, formats: list[tuple[
         check_supported(model)
 
 
+def _check_mixed_precision(recipe: Recipe, shape: ModelShape) -> None:
+    """Whether a file of that size can be made of a model of this shape."""
+    if recipe.export.bits_per_weight:
+        from lrc_edge.export.mixed_precision import check_size
+
+        check_size(weights_of(shape), recipe.export.bits_per_weight)
+
+
 # Bytes a weight of the encodings, near enough to reserve disk.
 _BYTES = {"f32": 4.0, "fp32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 1.1}
 _OTHER_BYTES = 0.9
 
 
-def _export_bytes(shape: ModelShape, formats: list[tuple[str, str]]) -> float:
+def _export_bytes(shape: ModelShape, recipe: Recipe, formats: list[tuple[str, str]]) -> float:
     """Artifacts, and the lossless file that llama.cpp quantizes from."""
-    kept = sum(_BYTES.get(encoding, _OTHER_BYTES) for _, encoding in formats)
+    kept = sum(_BYTES.get(encoding, _OTHER_BYTES) for _, encoding in formats) + recipe.export.bits_per_weight / 8
     return shape.n_params * (kept + 4.0)
 
 
@@ -177,7 +189,7 @@ def _build_bytes(teacher: ModelShape, recipe: Recipe, formats: list[tuple[str, s
     training = (3 * (recipe.train.keep_checkpoints + 1) + 1) * trained
     identity = 4 * teacher.n_params  # the teacher folded through P = I; gone before training
     tokens = recipe.train.tokens * (2 if teacher.vocab_size <= 2**16 else 4)
-    return tokens + max(identity, training + 4 * student.n_params + _export_bytes(student, formats))
+    return tokens + max(identity, training + 4 * student.n_params + _export_bytes(student, recipe, formats))
 
 
 def _check_disk(out: Path, needed: float) -> None:

@@ -117,6 +117,9 @@ class Export:
     # models are so small that 4 bits save little, and lose much (docs/LOG.md).
     formats: tuple[str, ...] = ()
     calibration_tokens: int = 16_384  # of text apart from the proof's, for the quantizer's importance matrix; 0: none
+    # Above 0: one more GGUF, each of its matrices in the type that, as measured, loses least at this size (mixed
+    # precision); all tensors counted. docs/quantization.md.
+    bits_per_weight: float = 0.0
     # 0: activations stay float32; 4: onnxruntime rounds them to int8, as llama.cpp does: twice as fast at the same KL
     onnx_accuracy_level: int = 4
 
@@ -303,6 +306,7 @@ def _check(recipe: Recipe) -> None:
                                       "quantize.batch_tokens": recipe.quantize.batch_tokens,
                                       "quantize.learning_rate": recipe.quantize.learning_rate,
                                       "export.calibration_tokens": recipe.export.calibration_tokens,
+                                      "export.bits_per_weight": recipe.export.bits_per_weight,
                                       "student.hidden_size": recipe.student.hidden_size,
                                       "train.kl_weight": t.kl_weight, "train.lm_weight": t.lm_weight,
                                       "train.warmup_share": t.warmup_share, "parity.near_tie": p.near_tie}
@@ -316,6 +320,9 @@ def _check(recipe: Recipe) -> None:
         if not value >= 0:
             raise UserError(f"recipe: {name} = {value}: need 0 or more")
     _check_data(recipe)
+    if recipe.export.bits_per_weight and not recipe.export.calibration_tokens:
+        raise UserError(f"recipe: export.bits_per_weight = {recipe.export.bits_per_weight:g}: what a matrix suffers is "
+                        "measured on calibration text; set export.calibration_tokens above 0")
     if 0 < t.spike_factor <= 1:
         raise UserError(f"recipe: train.spike_factor = {t.spike_factor}: need more than 1, or 0 for no limit")
     if not 0 <= t.dense_share <= 1:

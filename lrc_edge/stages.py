@@ -1,6 +1,7 @@
 """What every stage of a build shares: running only what is not done, hashes of inputs, held-out text."""
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ from lrc_edge import __version__
 from lrc_edge.build import BuildDir
 from lrc_edge.checkpoint import TOKENIZER_PARTS, DenseCheckpoint, resolve_model
 from lrc_edge.console import Task, running, stage_line
-from lrc_edge.corpus import Calibration, HeldOut, built_in_text
+from lrc_edge.corpus import HeldOut, built_in_text
 from lrc_edge.parity import Gate
 from lrc_edge.recipe import Recipe
 from lrc_edge.sources import Fields, documents
@@ -62,6 +63,11 @@ class Stages:
         self._stage_work += 1
         stage_line(self.console, name, line, time.monotonic() - started)
 
+    def drop(self, stage: str) -> None:
+        """A stage that this recipe has not: what an earlier one left would be taken for its work."""
+        self.dir.forget(stage)
+        shutil.rmtree(self.out / stage, ignore_errors=True)
+
     def describe_job(self, **facts: Any) -> None:
         """Remember what this directory is of, for commands that are given the directory alone."""
         self.dir.manifest["job"] = {"recipe": self.recipe.as_dict(), **facts}
@@ -99,23 +105,6 @@ class Stages:
         adds_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
         return self._held_out(model).rows(self._row_len(model), self.recipe.parity.positions,
                                           tokenizer.bos_token_id if adds_bos else None)
-
-    def calibration(self, model: DenseCheckpoint) -> Calibration:
-        """Rows of the build's training text, or of what the given text holds behind the proof's rows."""
-        row_len = self._row_len(model)
-        held_out = self._held_out(model).ids
-        if (self.out / "data" / "data.json").exists():
-            from lrc_edge.train.data import PackedRows
-
-            rows, source = PackedRows(self.out / "data", row_len), "training text"
-            candidates = (rows[i]["input_ids"].numpy() for i in range(len(rows)))
-        else:
-            source = "--data, behind the proof's" if self.recipe.data.sources else "Python's documentation"
-            n_proof = self.held_out_rows(model).size
-            held_out, rest = held_out[:n_proof], held_out[n_proof:]
-            candidates = (rest[i:i + row_len] for i in range(0, len(rest) - row_len + 1, row_len))
-        n_rows = max(1, self.recipe.export.calibration_tokens // row_len)
-        return Calibration.choose(candidates, (n_rows, row_len), held_out, source)
 
     def _prompts(self, model: DenseCheckpoint) -> list[str]:
         """The recipe's, or the beginnings of held-out documents; Python's documentation would begin no sentence."""
