@@ -144,6 +144,12 @@ def gates_of_identity(metrics: Metrics, limits: Gates) -> list[Gate]:
             Gate("identity vs teacher", "teacher", "top1", table["top1"], limits.fold_top1, ">=")]
 
 
+def gates_of_grid(artifact: str, identical_blocks: float, metrics: Metrics, limits: Gates) -> list[Gate]:
+    """Of a file made of a student that was trained on its grid: it holds the trained weights and says what they say."""
+    return [Gate("as trained", artifact, "identical_blocks", identical_blocks, limits.identical_blocks, ">="),
+            Gate("as trained", artifact, "kl_mean", metrics.as_dict()["kl_mean"], limits.on_grid_kl, "<=")]
+
+
 def gates_of_artifact(artifact: str, kind: str, mode: str, metrics: Metrics, limits: Gates) -> list[Gate]:
     """`kind` is "gguf:q8_0", "onnx:fp32", ...; `mode` is "prefill" or "decode"."""
     table = metrics.as_dict()

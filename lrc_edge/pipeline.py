@@ -175,9 +175,8 @@ class Pipeline(CalibrationStages):
     def quantize(self, student: DenseCheckpoint) -> DenseCheckpoint | None:
         """The student trained on the grid of the 4-bit files; None where the recipe or the formats ask for none."""
         if not preflight.trains_on_grid(self.recipe, student.shape.hidden_size):
-            for stale in ("quantize", ON_GRID):
-                self.dir.forget(stale)
-                shutil.rmtree(self.out / stale, ignore_errors=True)
+            self.drop("quantize")
+            shutil.rmtree(self.out / ON_GRID, ignore_errors=True)
             return None
         from lrc_edge.export.fold import with_weights
         from lrc_edge.train.quantize import settings_of, train_on_grid
@@ -210,8 +209,8 @@ class Pipeline(CalibrationStages):
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return DenseCheckpoint.open(result)
 
-    def export(self, student: DenseCheckpoint) -> list[Artifact]:
-        """Write every format of the recipe; one stage a family of formats."""
+    def export(self, student: DenseCheckpoint, on_grid: DenseCheckpoint | None) -> list[Artifact]:
+        """Write every format of the recipe; one stage a family of formats. `on_grid`: what `quantize` gave."""
         wanted: dict[str, list[str]] = {}
         for format_, encoding in preflight.wanted_formats(self.recipe, student.shape.hidden_size):
             wanted.setdefault(format_, []).append(encoding)
@@ -220,12 +219,13 @@ class Pipeline(CalibrationStages):
             wanted.setdefault("gguf", [])
         self.calibrate(student, student_hashes, wanted.keys())
         for format_, encodings in wanted.items():
-            self._write(format_, encodings, student, student_hashes)
+            self._write(format_, encodings, student, student_hashes, on_grid)
         for stale in {"gguf", "onnx"} - wanted.keys():
             self.drop(stale)
         return [Artifact.from_dict(table) for format_ in wanted for table in self.dir.result(format_)]
 
-    def _write(self, format_: str, encodings: list[str], student: DenseCheckpoint, student_hashes: list[str]) -> None:
+    def _write(self, format_: str, encodings: list[str], student: DenseCheckpoint, student_hashes: list[str],
+               on_grid: DenseCheckpoint | None) -> None:
         level = self.recipe.export.onnx_accuracy_level
 
         calibrated = format_ == "gguf" and self.recipe.export.calibration_tokens > 0
@@ -242,7 +242,7 @@ class Pipeline(CalibrationStages):
                     n_chunks = self.dir.result("imatrix")["rows"] if imatrix else None
                     allocation = self._allocation(student) if mixed else None
                     artifacts = export_gguf(student, partial, encodings, task.update, importance, n_chunks=n_chunks,
-                                            allocation=allocation)
+                                            on_grid=on_grid, allocation=allocation)
                 else:
                     from lrc_edge.export.to_onnx import export_onnx
 
@@ -252,10 +252,11 @@ class Pipeline(CalibrationStages):
             return [a.as_dict() for a in artifacts], sizes
 
         inputs = [encodings, student.name, student_hashes, level if format_ == "onnx" else None,
-                  self.dir.hash(imatrix) if imatrix else None, mixed]
+                  self.dir.hash(imatrix) if imatrix else None, mixed, self._hashes(on_grid) if on_grid else None]
         self._stage(format_, inputs, [self.out / format_], work)
 
-    def check(self, student: DenseCheckpoint, artifacts: list[Artifact], again: bool = False) -> None:
+    def check(self, student: DenseCheckpoint, artifacts: list[Artifact], on_grid: DenseCheckpoint | None,
+              again: bool = False) -> None:
         """Prove every artifact in its runtime. `again` proves even what is already proved."""
         if again:
             self.dir.forget("check")
@@ -264,14 +265,14 @@ class Pipeline(CalibrationStages):
             from lrc_edge.targets.prove import prove
 
             teacher = self.teacher.checkpoint if self.teacher else None
-            proof = prove(artifacts, self.out, student, self.held_out_rows(student), self._prompts(student),
+            proof = prove(artifacts, self.out, student, on_grid, self.held_out_rows(student), self._prompts(student),
                           self.recipe, _threads(student), teacher, task.update)
             gates = self._gates(proof.gates)
             table = {key: value for key, value in vars(proof).items() if key != "gates"}
             return {**table, "gates": gates}, f"{sum(g['passed'] for g in gates)} of {len(gates)} gates passed"
 
         self._stage("check", [[a.as_dict() for a in artifacts], self._check_settings(),
-                              [self.dir.hash(file) for file in student.weight_files()]], [], work)
+                              [self._hashes(model) for model in (student, on_grid) if model]], [], work)
 
     def report(self, student: DenseCheckpoint) -> dict[str, Any]:
         """Write report.json and report.html from what the stages left, and return the report."""

@@ -148,6 +148,10 @@ class Gates:
     gguf_bf16_kl: float = 1e-3
     gguf_q8_0_kl: float = 5e-3
     quantized_kl: float = 0.15  # every other type, GGUF and ONNX
+    # Files of a student trained on their grid, against that student: blocks with exactly its weights, and what is left
+    # when the runtimes round activations to 8 bits.
+    identical_blocks: float = 0.99
+    on_grid_kl: float = 0.01
     onnx_fp32_kl: float = 1e-8
     onnx_fp32_max_abs: float = 1e-4
 
