@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+
 from export import genai_builder
 from lrc_edge.artifact import Artifact
 from lrc_edge.checkpoint import DenseCheckpoint
@@ -85,7 +86,8 @@ def run_export(model: Path, export: Export, data: str, out: Path, seq_len: int) 
         if status not in (0, 1):
             sys.exit(status)
     stages = json.loads((out / "build.json").read_text())["stages"]
-    return [Artifact.from_dict(table) for kind in ("gguf", "onnx") if kind in stages for table in stages[kind]["result"]]
+    tables = [table for kind in ("gguf", "onnx") if kind in stages for table in stages[kind]["result"]]
+    return [Artifact.from_dict(table) for table in tables]
 
 
 def rows_of(model: Path, data: str, work: Path, grid_tokens: int, positions: int) -> Iterator[Row]:

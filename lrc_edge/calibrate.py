@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +19,10 @@ if TYPE_CHECKING:
 class CalibrationStages(Stages):
     """All on the same calibration text, which the proof does not see."""
 
-    def calibrate(self, student: DenseCheckpoint, student_hashes: list[str], formats: Collection[str]) -> None:
+    def calibrate(self, student: DenseCheckpoint, student_hashes: list[str], needed: bool) -> None:
         """What the recipe's formats need of it; what an earlier recipe needed is dropped."""
         mixed = self.recipe.export.bits_per_weight > 0
-        if "gguf" in formats and self.recipe.export.calibration_tokens:
+        if needed:
             calibration = self._calibration(student)
             self._importance_matrix(student, student_hashes, calibration)
             if mixed:

@@ -91,8 +91,8 @@ class Pipeline(CalibrationStages):
             gates = gates_of_identity(metrics, self.recipe.gates)
             return self._gates(gates), f"P = I folds to the teacher: max abs difference {metrics.max_abs:.1e}"
 
-        self._stage("identity", [self._hashes(self._teacher), self._check_settings(), self.dir.output_hashes("data")], [],
-                    work)
+        inputs = [self._hashes(self._teacher), self._check_settings(), self.dir.output_hashes("data")]
+        self._stage("identity", inputs, [], work)
 
     def train(self) -> None:
         from lrc_edge.train.stage import METRICS_FILE, SUMMARY_FILE, TRAINED_FILE, Plan, train
@@ -100,8 +100,8 @@ class Pipeline(CalibrationStages):
         recipe, folder = self.recipe, self.out / "train"
         plan = Plan.of(recipe, self._teacher, self.hidden_size, self.out / "data")
         settings = {k: v for k, v in asdict(recipe.train).items() if k not in RUN_SETTINGS}
-        inputs = [settings, self.hidden_size, str(plan.dtype), self._hashes(self._teacher), self.dir.output_hashes("data"),
-                  recipe.data.isolate_documents]
+        inputs = [settings, self.hidden_size, str(plan.dtype), self._hashes(self._teacher),
+                  self.dir.output_hashes("data"), recipe.data.isolate_documents]
 
         def work(task: Task) -> tuple[Any, str]:
             self._claim(folder, self.dir.fingerprint("train", inputs))
@@ -217,28 +217,31 @@ class Pipeline(CalibrationStages):
         student_hashes = [self.dir.hash(f) for f in sorted(student.path.iterdir()) if f.is_file()]
         if self.recipe.export.bits_per_weight:
             wanted.setdefault("gguf", [])
-        self.calibrate(student, student_hashes, wanted.keys())
+        self.calibrate(student, student_hashes, any(self._calibrated(*entry) for entry in wanted.items()))
         for format_, encodings in wanted.items():
             self._write(format_, encodings, student, student_hashes, on_grid)
         for stale in {"gguf", "onnx"} - wanted.keys():
             self.drop(stale)
         return [Artifact.from_dict(table) for format_ in wanted for table in self.dir.result(format_)]
 
+    def _calibrated(self, format_: str, encodings: list[str]) -> bool:
+        """Whether the importance matrix changes any of these files."""
+        return self.recipe.export.calibration_tokens > 0 and (format_ == "gguf" or "q4" in encodings)
+
     def _write(self, format_: str, encodings: list[str], student: DenseCheckpoint, student_hashes: list[str],
                on_grid: DenseCheckpoint | None) -> None:
         level = self.recipe.export.onnx_accuracy_level
-
-        calibrated = format_ == "gguf" and self.recipe.export.calibration_tokens > 0
-        imatrix = self._imatrix_file(student) if calibrated else None
+        imatrix = self._imatrix_file(student) if self._calibrated(format_, encodings) else None
         mixed = self.dir.result("allocate") if format_ == "gguf" and self.recipe.export.bits_per_weight else None
 
         def work(task: Task) -> tuple[Any, str]:
+            from lrc_edge.export.imatrix_file import read_imatrix
+
+            importance = read_imatrix(imatrix, student) if imatrix else None
             with self.dir.partial(format_) as partial:
                 if format_ == "gguf":
-                    from lrc_edge.export.imatrix_file import read_imatrix
                     from lrc_edge.export.to_gguf import export_gguf
 
-                    importance = read_imatrix(imatrix, student) if imatrix else None
                     n_chunks = self.dir.result("imatrix")["rows"] if imatrix else None
                     allocation = self._allocation(student) if mixed else None
                     artifacts = export_gguf(student, partial, encodings, task.update, importance, n_chunks=n_chunks,
@@ -246,7 +249,8 @@ class Pipeline(CalibrationStages):
                 else:
                     from lrc_edge.export.to_onnx import export_onnx
 
-                    artifacts = export_onnx(student, partial, encodings, task.update, accuracy_level=level)
+                    artifacts = export_onnx(student, partial, encodings, task.update, level, importance,
+                                            on_grid=on_grid)
                 replace_tree(partial, self.out / format_)
             sizes = ", ".join(f"{a.encoding} {a.bytes / 1e6:.1f} MB" for a in artifacts)
             return [a.as_dict() for a in artifacts], sizes

@@ -33,9 +33,9 @@ def test_ort_model_for_causal_lm(name: str, tmp_path: Path) -> None:
     written = reference.generate(ids[:7].tolist(), 12, set())
     assert runtime.generate(ids[:7].tolist(), 12, set()) == written
     for level in (0, 4):
-        export_onnx(checkpoint, tmp_path / "int4", ["int4"], accuracy_level=level)
-        int4 = OptimumOrt(tmp_path / "int4", "onnx/model_q4.onnx").prefill(ids)
-        np.testing.assert_allclose(int4, OnnxRuntime(tmp_path / "int4/onnx/model_q4.onnx").prefill(ids), atol=1e-5)
+        export_onnx(checkpoint, tmp_path / "q4", ["q4"], accuracy_level=level)
+        q4 = OptimumOrt(tmp_path / "q4", "onnx/model_q4.onnx").prefill(ids)
+        np.testing.assert_allclose(q4, OnnxRuntime(tmp_path / "q4/onnx/model_q4.onnx").prefill(ids), atol=1e-5)
 
 
 def test_without_the_line_a_narrow_student_fails(tmp_path: Path) -> None:
