@@ -12,8 +12,8 @@ import onnx
 import pytest
 import torch
 from families import FAMILIES, LLAMA3_ROPE
-from gguf import quants
 from onnx import numpy_helper
+from rounded import grid_of, rounded, rounded_model
 from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny
 
@@ -71,19 +71,9 @@ def unpacked(packed: np.ndarray, scales: np.ndarray, n_inputs: int) -> np.ndarra
     return (levels * scales[..., None]).reshape(len(packed), -1)[:, :n_inputs]
 
 
-def rounded(weight: np.ndarray, grid: Grid) -> np.ndarray:
-    """What gguf reads back from its own blocks of each row, padded with zeros to whole blocks."""
-    padded = np.pad(weight, ((0, 0), (0, -weight.shape[1] % 32)))
-    return quants.dequantize(quants.quantize(padded, grid.qtype), grid.qtype)[:, :weight.shape[1]]
-
-
-def grid_of(weight: Weight, encoding: str) -> Grid:
-    return Q8_0 if encoding == "q8" or weight.role.name in ("token_embd", "output") else Q4_0
-
-
 def initializers_of(found: dict[str, np.ndarray], weight: Weight, encoding: str) -> tuple[np.ndarray, np.ndarray]:
-    suffix = {Q4_0: ".q4_0", Q8_0: ".q8_0"}[grid_of(weight, encoding)]
-    return found[weight.name + suffix], found[weight.name + ".scales"]
+    grid = grid_of(weight, encoding).name.lower()
+    return found[f"{weight.name}.{grid}"], found[f"{weight.name}.scales"]
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -108,14 +98,7 @@ def test_q8_and_q4_equal_transformers_with_rounded_weights(name: str, tmp_path: 
     checkpoint = DenseCheckpoint.open(make_tiny(tmp_path / "tiny", **SHAPES[name]))
     ids = random_ids(checkpoint)
     for artifact in export_onnx(checkpoint, tmp_path / "onnx", ["q8", "q4"], accuracy_level=0):
-        model = checkpoint.model()
-        with torch.no_grad():
-            for weight in checkpoint.weights():
-                parameter = model.get_parameter(weight.name)
-                if parameter.ndim == 2:
-                    grid = grid_of(weight, artifact.encoding)
-                    parameter.copy_(torch.from_numpy(rounded(parameter.numpy(), grid)))
-        expected = Reference(model).prefill(ids)
+        expected = Reference(rounded_model(checkpoint, artifact.encoding)).prefill(ids)
         runtime = OnnxRuntime(tmp_path / artifact.path)
         for logits_of in (runtime.prefill, runtime.decode):
             metrics = compare(expected, logits_of(ids), ids)
@@ -176,7 +159,7 @@ def test_pack_decodes_as_gguf_does(grid: Grid) -> None:
     weight = rng.standard_normal((7, 96)).astype(np.float32) * rng.lognormal(0, 3, (7, 1)).astype(np.float32)
     weight[2, 32:64] = 0  # a block without a scale
     packed, scales = pack(weight, grid)
-    np.testing.assert_array_equal(unpacked(packed, scales, 96), rounded(weight, grid))
+    np.testing.assert_array_equal(unpacked(packed, scales, 96), rounded(weight, grid.qtype))
     np.testing.assert_array_equal(scales.astype(np.float16), scales)
 
 
