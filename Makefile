@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 OPTIMUM = .venv-optimum
+NODE = tests/node/node_modules
 DEMO_OUT ?= demo-out
 # What depends on the version of transformers: every family through every stage and format, and a whole build.
 FAMILY_TESTS = $(patsubst %,tests/test_%.py,checkpoint identity clone trainer fold tokenizer to_gguf to_onnx onnxrt \
@@ -17,7 +18,7 @@ FAMILY_TESTS = $(patsubst %,tests/test_%.py,checkpoint identity clone trainer fo
 demo: $(VENV)/installed
 	$(BIN)/lrc-edge build examples/demo/storyteller --data examples/demo/stories.jsonl --recipe examples/demo/recipe.toml --out $(DEMO_OUT)
 
-test: $(VENV)/installed
+test: $(VENV)/installed $(NODE)/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2
 
 # transformers 4.57 and optimum's ONNX classes, which do not run on transformers 5.
@@ -42,5 +43,9 @@ $(OPTIMUM)/installed: pyproject.toml constraints-optimum.txt
 	$(OPTIMUM)/bin/pip install --quiet --constraint constraints-optimum.txt --editable '.[optimum,test]'
 	touch $@
 
+# transformers.js with onnxruntime for node, 474 MB. Without npm its tests are skipped.
+$(NODE)/installed: tests/node/package.json
+	if command -v npm > /dev/null; then cd tests/node && npm install --ignore-scripts --no-package-lock --loglevel=error && touch node_modules/installed; fi
+
 clean:
-	rm -rf $(VENV) $(OPTIMUM) $(DEMO_OUT) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OPTIMUM) $(NODE) $(DEMO_OUT) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

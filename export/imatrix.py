@@ -6,7 +6,7 @@ output.weight beside it, takes the head's inputs as token_embd.weight.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -58,3 +58,12 @@ def collect(checkpoint: DenseCheckpoint, rows_BL: np.ndarray, progress: Callable
 def _never_zero(mean_I: np.ndarray) -> np.ndarray:
     level = mean_I.mean()
     return np.ones_like(mean_I) if level < SILENT else np.maximum(mean_I, FLOOR * level)
+
+
+def check_importance(checkpoint: DenseCheckpoint, importance: Mapping[str, np.ndarray]) -> None:
+    """Raise ValueError when the importance is not the one of this checkpoint's matrices."""
+    shapes = {weight.name: weight.shape[1:] for weight in measured_weights(checkpoint)}
+    found = {name: values.shape for name, values in importance.items()}
+    if wrong := sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name)):
+        raise ValueError(f"imatrix: {wrong[0]} is {found.get(wrong[0])}, the checkpoint has {shapes.get(wrong[0])} "
+                         f"({len(wrong)} such entries)")

@@ -1,11 +1,12 @@
-"""An ONNX model on its way to disk: nodes in memory, weights straight into the `_data` file beside it.
+"""An ONNX model on its way to disk: nodes in memory, weights straight into the data files beside it.
 
-Weights never meet in memory, so writing needs room for the largest tensor, not for the model, and the 2 GB limit of a
-protobuf is out of reach. `<file>.onnx_data` is the name that onnxruntime-web's users expect (transformers.js).
+Weights never meet in memory, so writing needs room for what a caller holds, not for the model, and the 2 GB limit of a
+protobuf is out of reach. `<file>.onnx_data`, `<file>.onnx_data_1` ... are the names that transformers.js looks for.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,16 +22,21 @@ IR_VERSION = 10
 MICROSOFT = "com.microsoft"  # onnxruntime's own operators
 PAGE = 4096  # onnxruntime maps a tensor from the file, instead of copying it, when it starts at a page
 PAGE_ALIGNED_BYTES = 1 << 18  # below this, padding would cost more than mapping saves
+SHARD_BYTES = 2_000_000_000  # a browser reads a data file into one buffer, which ends at 2 GiB
 
 
 class OnnxFile:
-    """Collects one graph. `save` finishes it; used as a context manager, which closes the data file."""
+    """Collects one graph. `save` finishes it; used as a context manager, which closes the data file.
 
-    def __init__(self, path: Path):
+    A data file holds at most `shard_bytes`, unless a single weight is larger: no format splits a tensor.
+    """
+
+    def __init__(self, path: Path, shard_bytes: int = SHARD_BYTES):
         self.path = path
-        self.data_path = path.with_name(path.name + "_data")
-        self.written: dict[str, int] = {}  # name of each weight in the data file -> bytes
-        self._data = self.data_path.open("wb")
+        self.shard_bytes = shard_bytes
+        self.data_paths = [path.with_name(path.name + "_data")]
+        self.written: dict[str, tuple[np.dtype, int]] = {}  # name of each weight in the data files -> type, bytes
+        self._data = self.data_paths[0].open("wb")
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, TensorProto] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
@@ -58,18 +64,37 @@ class OnnxFile:
         return outputs[0]
 
     def weight(self, name: str, array: np.ndarray) -> str:
-        """Append the array to the data file as the initializer `name` and return the name."""
-        alignment = PAGE if array.nbytes >= PAGE_ALIGNED_BYTES else 64
-        self._data.write(b"\0" * (-self._data.tell() % alignment))
-        tensor = TensorProto(name=name, dims=array.shape, data_type=helper.np_dtype_to_tensor_dtype(array.dtype),
+        """Append the array to the data as the initializer `name` and return the name."""
+        return self.weight_in_parts(name, array.shape, array.dtype, [array])
+
+    def weight_in_parts(self, name: str, shape: Sequence[int], dtype: np.dtype, parts: Iterable[np.ndarray]) -> str:
+        """`weight` for an array that comes as its consecutive rows, or elements."""
+        n_bytes = math.prod(shape) * dtype.itemsize
+        offset = self._place_for(n_bytes)
+        tensor = TensorProto(name=name, dims=shape, data_type=helper.np_dtype_to_tensor_dtype(dtype),
                              data_location=TensorProto.EXTERNAL)
-        place = {"location": self.data_path.name, "offset": self._data.tell(), "length": array.nbytes}
-        for key, value in place.items():
+        for key, value in {"location": self.data_paths[-1].name, "offset": offset, "length": n_bytes}.items():
             tensor.external_data.add(key=key, value=str(value))
-        self._data.write(np.ascontiguousarray(array).data)
+        for part in parts:
+            self._data.write(np.ascontiguousarray(part, dtype).data)
+        if self._data.tell() != offset + n_bytes:
+            raise ValueError(f"{self.path}: {name} came as {self._data.tell() - offset} bytes, need {n_bytes}")
         self._add(tensor)
-        self.written[name] = array.nbytes
+        self.written[name] = dtype, n_bytes
         return name
+
+    def _place_for(self, n_bytes: int) -> int:
+        """The offset, in the last data file or a new one, where n_bytes may be written next."""
+        alignment = PAGE if n_bytes >= PAGE_ALIGNED_BYTES else 64
+        end = self._data.tell()
+        padding = -end % alignment
+        if end and end + padding + n_bytes > self.shard_bytes:
+            self._data.close()
+            self.data_paths.append(self.path.with_name(f"{self.path.name}_data_{len(self.data_paths)}"))
+            self._data = self.data_paths[-1].open("wb")
+            return 0
+        self._data.write(b"\0" * padding)
+        return end + padding
 
     def constant(self, value: int | float | Sequence[int], dtype: type = np.int64) -> str:
         """A small constant inside the graph; equal ones are one."""

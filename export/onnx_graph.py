@@ -2,6 +2,7 @@
 
 Every weight is placed by its role, never by its shape, and each exactly once. Values are named after the module that
 makes them. Rows of a batch may be padded on the right only: GroupQueryAttention counts a row's tokens from its start.
+Activations and cache have the weights' type, float32 or float16; norms compute, and logits come, in float32.
 Shapes: B batch, T new tokens, P past tokens, S = P + T; O a linear's outputs, I its inputs.
 """
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transformers import AutoConfig, PretrainedConfig
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
 from lrc_edge.export.onnx_file import MICROSOFT, OnnxFile
+from lrc_edge.export.onnx_weights import array_of
 
 INT64, FLOAT = TensorProto.INT64, TensorProto.FLOAT
 ROPE_TABLES = ("rope.cos", "rope.sin")
@@ -27,17 +29,20 @@ FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # whose angles depen
 
 
 class WeightFormat(Protocol):
-    """How matrices stand in the graph: float32, or packed."""
+    """How matrices stand in the graph: plain or packed."""
 
-    def linear(self, file: OnnxFile, name: str, weight_OI: np.ndarray, x: str, output: str) -> str:
+    type: np.dtype  # of activations, cache, biases and RoPE's tables
+    onnx_type: int  # the same as ONNX names it
+
+    def linear(self, file: OnnxFile, name: str, weight_OI: torch.Tensor, x: str, output: str) -> str:
         """x (..., I) -> x W^T (..., O)."""
         ...
 
-    def embedding(self, file: OnnxFile, name: str, weight_OI: np.ndarray, ids: str, output: str) -> str:
+    def embedding(self, file: OnnxFile, name: str, weight_OI: torch.Tensor, ids: str, output: str) -> str:
         """ids (...) -> rows of W (..., I)."""
         ...
 
-    def head(self, file: OnnxFile, name: str, weight_OI: np.ndarray, x: str, output: str) -> str:
+    def head(self, file: OnnxFile, name: str, weight_OI: torch.Tensor, x: str, output: str) -> str:
         """`linear` for the matrix that makes the logits."""
         ...
 
@@ -78,24 +83,32 @@ class DecoderGraph:
         for layer in range(self.shape.num_hidden_layers):
             hidden = self._layer(hidden, layer)
         hidden = self._norm(hidden, "output_norm", None)
+        logits = "logits" if self.weights.onnx_type == FLOAT else "lm_head"
         if self.shape.tied:
-            self.weights.tied_head(self.file, embedding.name, embedding.shape, hidden, "logits")
+            self.weights.tied_head(self.file, embedding.name, embedding.shape, hidden, logits)
         else:
             head = self._name("output", None)
-            self.weights.head(self.file, head, self._take("output", None), hidden, "logits")
+            self.weights.head(self.file, head, self._take("output", None), hidden, logits)
+        if logits != "logits":
+            self.file.node("Cast", [logits], "logits", to=FLOAT)
         self.file.output("logits", FLOAT, ["batch_size", "sequence_length", self.shape.vocab_size])
         for layer in range(self.shape.num_hidden_layers):
             for kind in ("key", "value"):
-                self.file.output(f"present.{layer}.{kind}", FLOAT, self._cache_shape("total_sequence_length"))
+                self.file.output(f"present.{layer}.{kind}", self.weights.onnx_type,
+                                 self._cache_shape("total_sequence_length"))
         if self._unplaced:
             raise ValueError(f"{self.file.path}: no place for {sorted(w.name for w in self._unplaced.values())}")
 
-    def _take(self, role: str, layer: int | None) -> np.ndarray:
-        """The weight of this role as float32; each may be taken once."""
+    def _take(self, role: str, layer: int | None) -> torch.Tensor:
+        """The weight of this role as the checkpoint stores it; each may be taken once."""
         weight = self._unplaced.pop((role, layer))
         self.progress(weight.name)
-        array: np.ndarray = self.checkpoint.tensor(weight.name).float().numpy()
-        return array
+        return self.checkpoint.tensor(weight.name)
+
+    def _vector(self, role: str, layer: int | None, type: np.dtype) -> str:
+        """A norm or bias as an initializer."""
+        name = self._name(role, layer)
+        return self.file.weight(name, array_of(self._take(role, layer), type, name))
 
     def _name(self, role: str, layer: int | None) -> str:
         """Hugging Face's name of a weight that is still to be taken."""
@@ -113,7 +126,8 @@ class DecoderGraph:
         # Key and value alternate: ORTModelForCausalLM pairs them by order.
         for layer in range(self.shape.num_hidden_layers):
             for kind in ("key", "value"):
-                file.input(f"past_key_values.{layer}.{kind}", FLOAT, self._cache_shape("past_sequence_length"))
+                file.input(f"past_key_values.{layer}.{kind}", self.weights.onnx_type,
+                           self._cache_shape("past_sequence_length"))
         # GroupQueryAttention wants each row's S - 1, and S, both as int32.
         lengths = file.node("ReduceSum", [mask, file.constant([1])], "mask.lengths", keepdims=0)
         last = file.node("Sub", [lengths, file.constant([1])], "mask.last")
@@ -129,7 +143,8 @@ class DecoderGraph:
         rotary = getattr(module, f"{family.capitalize()}RotaryEmbedding")(self.config)
         positions = torch.arange(self.shape.max_position_embeddings)[None]
         for name, table in zip(ROPE_TABLES, rotary(torch.zeros(1), positions), strict=True):
-            self.file.weight(name, table[0, :, :self.shape.head_dim // 2].contiguous().numpy())
+            half = table[0, :, :self.shape.head_dim // 2]
+            self.file.weight(name, array_of(half, self.weights.type, name))
 
     def _layer(self, hidden: str, layer: int) -> str:
         attention = self._attention(self._norm(hidden, "attn_norm", layer), layer)
@@ -145,19 +160,27 @@ class DecoderGraph:
         if (bias, layer) not in self._unplaced:
             return self.weights.linear(self.file, name, self._take(role, layer), x, module)
         product = self.weights.linear(self.file, name, self._take(role, layer), x, f"{module}/product")
-        bias_name = self._name(bias, layer)
-        return self.file.node("Add", [product, self.file.weight(bias_name, self._take(bias, layer))], module)
+        return self.file.node("Add", [product, self._vector(bias, layer, self.weights.type)], module)
 
     def _norm(self, x: str, role: str, layer: int | None) -> str:
-        """RMS norm over the last axis, in standard operators: onnxruntime fuses them when it loads the graph."""
-        file, name = self.file, self._name(role, layer)
-        module = name.removesuffix(".weight")
+        """RMS norm over the last axis, in standard operators: onnxruntime fuses them when it loads the graph.
+
+        In float32 whatever x is: the square of a float16 above 256 is infinite.
+        """
+        file = self.file
+        module = self._name(role, layer).removesuffix(".weight")
         epsilon = file.constant(float(self.config.rms_norm_eps), np.float32)
+        is_float = self.weights.onnx_type == FLOAT
+        if not is_float:
+            x = file.node("Cast", [x], f"{module}/float", to=FLOAT)
         square = file.node("Pow", [x, file.constant(2.0, np.float32)], f"{module}/square")
         mean = file.node("ReduceMean", [square, file.constant([-1])], f"{module}/mean")
         root = file.node("Sqrt", [file.node("Add", [mean, epsilon], f"{module}/mean_eps")], f"{module}/root")
         normal = file.node("Div", [x, root], f"{module}/normal")
-        return file.node("Mul", [normal, file.weight(name, self._take(role, layer))], module)
+        factors = [normal, self._vector(role, layer, np.dtype(np.float32))]
+        if is_float:
+            return file.node("Mul", factors, module)
+        return file.node("Cast", [file.node("Mul", factors, f"{module}/scaled")], module, to=self.weights.onnx_type)
 
     def _mlp(self, x: str, layer: int) -> str:
         """down(silu(gate(x)) * up(x))"""

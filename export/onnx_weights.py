@@ -1,21 +1,32 @@
-"""Matrices in an ONNX graph: as float32, or as llama.cpp's blocks in MatMulNBits.
+"""Matrices in an ONNX graph: as float32 or float16, or as llama.cpp's blocks in MatMulNBits.
 
 llama.cpp's Q4_0 and Q8_0 and MatMulNBits with 4 and 8 bits, block 32 and its default zero point are the same grids,
-w = scale * (level - zero point): only the order of the nibbles and the sign of a byte differ. Shapes: O a linear's
-outputs, I its inputs, N = ceil(I / 32) blocks a row.
+w = scale * (level - zero point): only the order of the nibbles and the sign of a byte differ. The blocks come from
+llama.cpp's own quantizer, so that a GGUF of the same checkpoint and importance holds the same numbers. Matrices are
+read, converted and written some rows at a time. Shapes: O a linear's outputs, I its inputs, N = ceil(I / 32) blocks a
+row, R rows of a part.
 """
 from __future__ import annotations
 
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
-from gguf import GGMLQuantizationType, quants
-from onnx import TensorProto
+import torch
+from gguf import GGMLQuantizationType
+from onnx import TensorProto, helper
 
+from lrc_edge.errors import UserError
 from lrc_edge.export.onnx_file import MICROSOFT, OnnxFile
+from lrc_edge.export.quantize import quantize_matrix
 
 BLOCK = 32  # weights that share a scale
-CHUNK_WEIGHTS = 1 << 24  # quantized at one time; gguf's quantizer holds several copies of what it is given
+PART_WEIGHTS = 1 << 20  # converted at one time
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -43,50 +54,66 @@ class Grid:
 Q4_0 = Grid(GGMLQuantizationType.Q4_0, 4)
 Q8_0 = Grid(GGMLQuantizationType.Q8_0, 8)
 GRIDS = (Q4_0, Q8_0)
+PLAIN_TYPES = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16"}  # as GGUF calls them
 
 
-class Float32:
-    """Plain float32. Implements onnx_graph.WeightFormat."""
+class Plain:
+    """Every matrix in one type, float32 or float16, in which the graph then computes. Implements WeightFormat."""
 
-    def linear(self, file: OnnxFile, name: str, weight_OI: np.ndarray, x: str, output: str) -> str:
-        return file.node("MatMul", [x, file.weight(name, weight_OI.T)], output)
+    def __init__(self, type: np.dtype):
+        self.type = type
+        self.onnx_type = helper.np_dtype_to_tensor_dtype(type)
 
-    def embedding(self, file: OnnxFile, name: str, weight_OI: np.ndarray, ids: str, output: str) -> str:
-        return file.node("Gather", [file.weight(name, weight_OI), ids], output)
+    def linear(self, file: OnnxFile, name: str, weight_OI: torch.Tensor, x: str, output: str) -> str:
+        return file.node("MatMul", [x, self._store(file, name, weight_OI.T)], output)
 
-    def head(self, file: OnnxFile, name: str, weight_OI: np.ndarray, x: str, output: str) -> str:
+    def embedding(self, file: OnnxFile, name: str, weight_OI: torch.Tensor, ids: str, output: str) -> str:
+        return file.node("Gather", [self._store(file, name, weight_OI), ids], output)
+
+    def head(self, file: OnnxFile, name: str, weight_OI: torch.Tensor, x: str, output: str) -> str:
         return self.linear(file, name, weight_OI, x, output)
 
     def tied_head(self, file: OnnxFile, name: str, shape_OI: tuple[int, ...], x: str, output: str) -> str:
         # Transposes inside the product; a Transpose node would be folded into a second copy of the largest matrix.
         return file.node("FusedMatMul", [x, name], output, domain=MICROSOFT, transB=1)
 
+    def _store(self, file: OnnxFile, name: str, matrix: torch.Tensor) -> str:
+        parts = (array_of(rows, self.type, name) for rows in _parts(matrix))
+        return file.weight_in_parts(name, matrix.shape, self.type, parts)
 
-class Int4:
-    """Linears on the Q4_0 grid, embedding and head on the Q8_0 one. Implements onnx_graph.WeightFormat.
 
-    4 bits in those two cost most of the quality. KL to float32 on 2,048 tokens of TinyStories with both on Q4_0, and
-    as they are: llama of 9M parameters 0.0057, 0.0019 (llama.cpp's Q4_0: 0.0021); stories260K 0.142, 0.109; a student
-    of it half as wide 0.203, 0.155.
+class Blocks:
+    """Linears on one grid, embedding and head on another. Implements WeightFormat; the graph computes in float32.
+
+    With 4 bits in embedding and head most of the quality goes. KL to float32 on 2,048 tokens of TinyStories with both
+    on Q4_0, and on Q8_0: llama of 9M parameters 0.0057, 0.0019; stories260K 0.142, 0.109; a student of it half as wide
+    0.203, 0.155.
 
     `accuracy_level` is MatMulNBits' own: 0 and 1 compute in float32, 4 rounds activations to int8. 8 bits in float32
     are exact but slow in onnxruntime 1.31: 97 ms for a head of 32,000 x 1024 and one token on one thread, against
     0.9 ms at level 4, 3.4 ms in plain float32 and 1.3 ms with 4 bits.
+
+    `importance`: imatrix.collect's. `threads` quantize; what they make does not depend on their number.
     """
 
-    def __init__(self, accuracy_level: int):
-        self.accuracy_level = accuracy_level
+    type = np.dtype(np.float32)
+    onnx_type = TensorProto.FLOAT
 
-    def linear(self, file: OnnxFile, name: str, weight_OI: np.ndarray, x: str, output: str) -> str:
-        _store(file, Q4_0, name, weight_OI)
-        return self._product(file, Q4_0, name, weight_OI.shape, x, output)
+    def __init__(self, linears: Grid, ends: Grid, accuracy_level: int,
+                 importance: Mapping[str, np.ndarray] | None = None, threads: int | None = None):
+        self.linears, self.ends, self.accuracy_level = linears, ends, accuracy_level
+        self.importance, self.threads = importance or {}, threads or os.cpu_count() or 1
 
-    def embedding(self, file: OnnxFile, name: str, weight_OI: np.ndarray, ids: str, output: str) -> str:
+    def linear(self, file: OnnxFile, name: str, weight_OI: torch.Tensor, x: str, output: str) -> str:
+        self._store(file, self.linears, name, weight_OI)
+        return self._product(file, self.linears, name, weight_OI.shape, x, output)
+
+    def embedding(self, file: OnnxFile, name: str, weight_OI: torch.Tensor, ids: str, output: str) -> str:
         """Rows unpacked by standard operators: onnxruntime-web lacks GatherBlockQuantized."""
-        packed, scales = _store(file, Q8_0, name, weight_OI)
+        packed, scales = self._store(file, self.ends, name, weight_OI)
         bytes_ = file.node("Gather", [packed, ids], f"{output}/bytes")  # (B, T, N, 32)
         levels = file.node("Sub", [file.node("Cast", [bytes_], f"{output}/float", to=TensorProto.FLOAT),
-                                   file.constant(float(Q8_0.zero_point), np.float32)], f"{output}/levels")
+                                   file.constant(float(self.ends.zero_point), np.float32)], f"{output}/levels")
         scale = file.node("Unsqueeze", [file.node("Gather", [scales, ids], f"{output}/row_scales"),
                                         file.constant([-1])], f"{output}/scale")
         weights = file.node("Mul", [levels, scale], f"{output}/weights")
@@ -96,50 +123,81 @@ class Int4:
         padded = file.node("Reshape", [weights, file.constant([0, 0, -1])], f"{output}/padded")
         return file.node("Slice", [padded, file.constant([0]), file.constant([n_inputs]), file.constant([2])], output)
 
-    def head(self, file: OnnxFile, name: str, weight_OI: np.ndarray, x: str, output: str) -> str:
-        _store(file, Q8_0, name, weight_OI)
-        return self._product(file, Q8_0, name, weight_OI.shape, x, output)
+    def head(self, file: OnnxFile, name: str, weight_OI: torch.Tensor, x: str, output: str) -> str:
+        self._store(file, self.ends, name, weight_OI)
+        return self._product(file, self.ends, name, weight_OI.shape, x, output)
 
     def tied_head(self, file: OnnxFile, name: str, shape_OI: tuple[int, ...], x: str, output: str) -> str:
-        return self._product(file, Q8_0, name, shape_OI, x, output)
+        return self._product(file, self.ends, name, shape_OI, x, output)
 
     def _product(self, file: OnnxFile, grid: Grid, name: str, shape_OI: tuple[int, ...], x: str, output: str) -> str:
         return file.node("MatMulNBits", [x, *grid.names(name)], output, domain=MICROSOFT, N=shape_OI[0],
                          K=shape_OI[1], bits=grid.bits, block_size=BLOCK, accuracy_level=self.accuracy_level)
 
+    def _store(self, file: OnnxFile, grid: Grid, name: str, weight_OI: torch.Tensor) -> tuple[str, str]:
+        """Write levels as they are made, then the scales, an eighth of a byte a weight."""
+        levels_name, scales_name = grid.names(name)
+        n_outputs, n_blocks = weight_OI.shape[0], -(-weight_OI.shape[1] // BLOCK)
+        importance_I, scales_ON = self.importance.get(name), []
 
-def _store(file: OnnxFile, grid: Grid, name: str, weight_OI: np.ndarray) -> tuple[str, str]:
-    levels_name, scales_name = grid.names(name)
-    packed, scales = pack(weight_OI, grid)
-    return file.weight(levels_name, packed), file.weight(scales_name, scales)
+        def packed(rows_RI: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+            return pack(array_of(rows_RI, np.dtype(np.float32), name), grid, importance_I)
+
+        def levels() -> Iterator[np.ndarray]:
+            for part, scales_RN in _in_order(packed, _parts(weight_OI), self.threads):
+                scales_ON.append(scales_RN)
+                yield part
+
+        shape = (n_outputs, n_blocks, BLOCK * grid.bits // 8)
+        file.weight_in_parts(levels_name, shape, np.dtype(np.uint8), levels())
+        return levels_name, file.weight(scales_name, np.concatenate(scales_ON))
 
 
-def pack(weight_OI: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
-    """Quantize as llama.cpp does and order the levels as MatMulNBits wants them.
+def array_of(tensor: torch.Tensor, type: np.dtype, name: str) -> np.ndarray:
+    """The tensor in float32 or float16. Raises UserError when float16 cannot hold it."""
+    with np.errstate(over="ignore"):
+        array: np.ndarray = tensor.float().numpy().astype(type, copy=False)
+    if type == np.float16 and not np.isfinite(array).all():
+        raise UserError(f"{name} has values beyond float16's largest, 65504; take onnx:fp32, onnx:q8 or onnx:q4 "
+                        "instead of onnx:fp16")
+    return array
 
-    Returns bytes (O, N, 4 * bits) uint8 and scales (O, N) float32, each of them a float16's value. A row that is no
+
+def _parts(matrix: torch.Tensor) -> Iterator[torch.Tensor]:
+    return iter(matrix.split(max(1, PART_WEIGHTS // matrix.shape[1])))
+
+
+def _in_order(function: Callable[[torch.Tensor], Result], parts: Iterable[torch.Tensor], threads: int
+              ) -> Iterator[Result]:
+    """Like map, in threads; only a few results wait at a time."""
+    waiting: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for part in parts:
+            waiting.append(pool.submit(function, part))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def pack(weight_RI: np.ndarray, grid: Grid, importance_I: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """llama.cpp's blocks of each row, with the levels in MatMulNBits' order: block_q8_0 keeps int8, MatMulNBits that
+    plus 128; block_q4_0 keeps weights 0-15 in the low nibbles and 16-31 in the high ones, MatMulNBits neighbours in
+    one byte, the even one low.
+
+    Returns bytes (R, N, 4 * bits) uint8 and scales (R, N) float32, each of them a float16's value. A row that is no
     multiple of 32 is padded with zeros, which the grids hold exactly.
     """
-    n_outputs, n_inputs = weight_OI.shape
-    n_blocks = -(-n_inputs // BLOCK)
-    packed = np.empty((n_outputs, n_blocks, BLOCK * grid.bits // 8), np.uint8)
-    scales = np.empty((n_outputs, n_blocks), np.float32)
-    rows = max(1, CHUNK_WEIGHTS // n_inputs)
-    for start in range(0, n_outputs, rows):
-        chunk = np.pad(weight_OI[start:start + rows], ((0, 0), (0, n_blocks * BLOCK - n_inputs)))
-        blocks = quants.quantize(chunk, grid.qtype).reshape(len(chunk), n_blocks, 2 + packed.shape[2])
-        scales[start:start + rows] = blocks[..., :2].copy().view(np.float16)[..., 0]
-        packed[start:start + rows] = _reordered(blocks[..., 2:], grid)
-    return packed, scales
-
-
-def _reordered(levels: np.ndarray, grid: Grid) -> np.ndarray:
-    """Bytes of ggml's blocks (..., 4 * bits) as MatMulNBits'.
-
-    block_q8_0 keeps int8, MatMulNBits that plus 128. block_q4_0 keeps weights 0-15 in the low nibbles and 16-31 in the
-    high ones, MatMulNBits neighbours in one byte, the even one low.
-    """
+    padding = -weight_RI.shape[1] % BLOCK
+    if padding:
+        weight_RI = np.pad(weight_RI, ((0, 0), (0, padding)))
+        if importance_I is not None:  # of zeros any will do
+            importance_I = np.pad(importance_I, (0, padding), constant_values=1)
+    rows = quantize_matrix(weight_RI, grid.qtype, importance_I)
+    words = rows.view("<u2").reshape(len(rows), weight_RI.shape[1] // BLOCK, 1 + BLOCK * grid.bits // 16)
+    scales = words[..., 0].copy().view(np.float16).astype(np.float32)
     if grid.bits == 8:
-        return levels ^ 128
-    nibbles = np.concatenate([levels & 15, levels >> 4], axis=-1)
-    return nibbles[..., 0::2] | nibbles[..., 1::2] << 4
+        return (words[..., 1:] ^ 0x8080).view(np.uint8), scales
+    pairs = words[..., 1:]  # of neighbouring bytes
+    low, high = pairs & 0x0F | pairs >> 4 & 0xF0, pairs >> 4 & 0x0F | pairs >> 8 & 0xF0
+    return np.concatenate([low, high], axis=-1).astype(np.uint8), scales

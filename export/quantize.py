@@ -38,6 +38,10 @@ _SUBSTITUTES = {
 # The k-quant that a mixture must have asked for where a file holds its substitute.
 _SUBSTITUTED = {QType.Q8_0: QType.Q6_K, QType.Q5_1: QType.Q5_K, QType.Q5_0: QType.Q4_K, QType.Q4_0: QType.Q3_K}
 _DIRECT = (QType.F32, QType.F16, QType.BF16)
+# Encodings whose linears are all of the one type, with embedding and head in another: what ONNX holds, too. llama.cpp's
+# own Q4_0 gives the head Q6_K and, with an importance matrix, some of ffn_down Q4_1.
+_ENDS = {"q4_0": QType.Q8_0}
+_END_TENSORS = ("token_embd.weight", "output.weight")
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,11 @@ class Encoding:
     def block(self) -> int:
         """Elements of a row that share a scale: a row must be a multiple of it."""
         return GGML_QUANT_SIZES[self.type][0]
+
+    @property
+    def ends(self) -> GGMLQuantizationType | None:
+        """The type of embedding and head where all other matrices have `type`; None where llama.cpp mixes."""
+        return _ENDS.get(self.name)
 
 
 def _encodings() -> dict[str, Encoding]:
@@ -111,6 +120,10 @@ def quantize_file(source: Path, target: Path, encoding: Encoding, threads: int |
     overrides = _overrides(source, encoding)
     if overrides is not None:
         params.tt_overrides = ctypes.cast(overrides, type(params.tt_overrides))
+    if encoding.ends is not None:
+        params.pure = True
+        if _embedding_row(source) % GGML_QUANT_SIZES[encoding.ends][0] == 0:  # llama.cpp would not check, and abort
+            params.token_embedding_type = params.output_tensor_type = encoding.ends
     if importance:
         matrix, notes = _imatrix(importance), _imatrix_metadata(len(importance), n_chunks)
         params.imatrix = ctypes.cast(matrix, type(params.imatrix))
@@ -208,6 +221,10 @@ def _overrides(source: Path, encoding: Encoding) -> ctypes.Array | None:
     return (kind * (len(names) + 1))(*(kind(f"^{name}$".encode(), QType.F16) for name in names))
 
 
+def _embedding_row(source: Path) -> int:
+    return next(int(tensor.shape[0]) for tensor in GGUFReader(source).tensors if tensor.name == _END_TENSORS[0])
+
+
 @dataclass(frozen=True)
 class Contents:
     """What a GGUF file holds."""
@@ -234,10 +251,10 @@ def judge_type(name: str, shape: Sequence[int], got: GGMLQuantizationType, encod
     the output in Q6_K) are no fallbacks: there the row is a multiple of the super-block and llama.cpp chose freely.
     """
     row = shape[0]
-    if len(shape) < 2 or got == encoding.type or encoding.direct:
+    wanted = encoding.ends if encoding.ends is not None and name in _END_TENSORS else encoding.type
+    if len(shape) < 2 or got == wanted or encoding.direct:
         return None
-    wanted = encoding.type
-    if _SUBSTITUTES.get(wanted) != got:
+    if encoding.ends is None and _SUBSTITUTES.get(wanted) != got:
         wanted = _SUBSTITUTED.get(got, wanted)
     block = GGML_QUANT_SIZES[wanted][0]
     if row % block == 0:

@@ -27,7 +27,7 @@ from lrc_edge.export.gguf_metadata import (
     model_size,
     write_metadata,
 )
-from lrc_edge.export.imatrix import measured_weights
+from lrc_edge.export.imatrix import check_importance, measured_weights
 from lrc_edge.export.modelfile import write_modelfile
 from lrc_edge.export.quantize import (
     ENCODINGS,
@@ -105,12 +105,8 @@ def export_gguf(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[s
 
 
 def _by_tensor(checkpoint: DenseCheckpoint, importance: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The importance by GGUF tensor name. Raises ValueError when it is not the one of this checkpoint's matrices."""
-    shapes = {weight.name: weight.shape[1:] for weight in measured_weights(checkpoint)}
-    found = {name: values.shape for name, values in importance.items()}
-    if wrong := sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name)):
-        raise ValueError(f"imatrix: {wrong[0]} is {found.get(wrong[0])}, the checkpoint has {shapes.get(wrong[0])} "
-                         f"({len(wrong)} such entries)")
+    """The importance by GGUF tensor name."""
+    check_importance(checkpoint, importance)
     return {gguf_name(weight): importance[weight.name] for weight in measured_weights(checkpoint)}
 
 

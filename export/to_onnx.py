@@ -1,17 +1,23 @@
 """ONNX: one folder that plain onnxruntime, onnxruntime-genai, ORTModelForCausalLM and transformers.js all read.
 
     config.json, generation_config.json, tokenizer files, chat template, genai_config.json
-    onnx/model.onnx     + onnx/model.onnx_data         float32
-    onnx/model_q4.onnx  + onnx/model_q4.onnx_data      4-bit, embedding and head 8-bit
+    onnx/model.onnx            fp32
+    onnx/model_fp16.onnx       fp16: weights, activations and KV cache
+    onnx/model_quantized.onnx  q8: llama.cpp's Q8_0 blocks
+    onnx/model_q4.onnx         q4: llama.cpp's Q4_0 blocks, embedding and head Q8_0
+
+Beside each lie its weights, <file>.onnx_data, and <file>.onnx_data_1 ... where they are more than 2 GB.
 """
 from __future__ import annotations
 
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lrc_edge import __version__
 from lrc_edge.artifact import Artifact, sha256_of
@@ -20,35 +26,52 @@ from lrc_edge.checkpoint import PROVENANCE_FILE, DenseCheckpoint
 from lrc_edge.errors import UserError
 from lrc_edge.export.fold import copy_tokenizer, student_config
 from lrc_edge.export.genai_config import genai_config
-from lrc_edge.export.onnx_file import OnnxFile
-from lrc_edge.export.onnx_graph import ROPE_TABLES, DecoderGraph, check_supported
-from lrc_edge.export.onnx_weights import GRIDS, Q4_0, Q8_0, Float32, Int4
+from lrc_edge.export.imatrix import check_importance
+from lrc_edge.export.onnx_file import SHARD_BYTES, OnnxFile
+from lrc_edge.export.onnx_graph import ROPE_TABLES, DecoderGraph, WeightFormat, check_supported
+from lrc_edge.export.onnx_weights import GRIDS, PLAIN_TYPES, Q4_0, Q8_0, Blocks, Plain
 
-FILES = {"fp32": "onnx/model.onnx", "int4": "onnx/model_q4.onnx"}  # transformers.js's names for its dtypes fp32 and q4
+# transformers.js's names for its dtypes fp32, fp16, q8 and q4; the largest first.
+FILES = {"fp32": "onnx/model.onnx", "fp16": "onnx/model_fp16.onnx", "q8": "onnx/model_quantized.onnx",
+         "q4": "onnx/model_q4.onnx"}
 CARRIED = ("generation_config.json", "README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", PROVENANCE_FILE)
 # int8 activations, as llama.cpp computes with these grids. Measured on a trained model of 9M parameters: KL to float32
-# 0.00197 instead of 0.00192, 7.0 times the decoding speed (2.0 with a 4-bit head, see Int4).
+# 0.00197 instead of 0.00192, 7.0 times the decoding speed (2.0 with a 4-bit head, see Blocks).
 DEFAULT_ACCURACY_LEVEL = 4
 Progress = Callable[[str], None]
 
 
 def export_onnx(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[str], progress: Progress | None = None,
-                accuracy_level: int = DEFAULT_ACCURACY_LEVEL) -> list[Artifact]:
+                accuracy_level: int = DEFAULT_ACCURACY_LEVEL, importance: Mapping[str, np.ndarray] | None = None, *,
+                threads: int | None = None, shard_bytes: int = SHARD_BYTES) -> list[Artifact]:
     """Write the checkpoint to `folder`, replacing what is there, and return an artifact for each encoding.
 
-    `encodings`: of "fp32" and "int4". `accuracy_level`: see Int4. `progress` hears "fp32 model.layers.0...". The
-    artifacts' paths are relative to the folder's parent. Needs memory for a few copies of the largest tensor in
-    float32. An exception leaves `folder` as it was. Raises UserError.
+    `encodings`: of FILES. `accuracy_level` of q8 and q4: see Blocks. `importance`: imatrix.collect's, by weight name.
+    `threads` quantize: the machine's processors by default. `shard_bytes`: of one data file. `progress` hears
+    "fp32 model.layers.0...". The artifacts' paths are relative to the folder's parent. Needs memory for one tensor as
+    the checkpoint stores it. An exception leaves `folder` as it was. Raises UserError.
     """
     _check_encodings(encodings, accuracy_level)
     check_supported(checkpoint)
+    if importance is not None:
+        check_importance(checkpoint, importance)
+    formats: dict[str, WeightFormat] = {
+        "fp32": Plain(np.dtype(np.float32)), "fp16": Plain(np.dtype(np.float16)),
+        "q8": Blocks(Q8_0, Q8_0, accuracy_level, importance, threads),
+        "q4": Blocks(Q4_0, Q8_0, accuracy_level, importance, threads)}
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         (partial / "onnx").mkdir(parents=True)
-        _write_sidecars(checkpoint, partial, encodings)
-        artifacts = [_write_model(checkpoint, partial, encoding, folder.name, accuracy_level, progress)
-                     for encoding in encodings]
+        artifacts, n_shards = [], {}
+        for encoding in encodings:
+            path = partial / FILES[encoding]
+            with OnnxFile(path, shard_bytes) as file:
+                DecoderGraph(file, checkpoint, formats[encoding], _prefixed(progress, encoding)).write()
+                file.save(checkpoint.name, _metadata(checkpoint, encoding))
+            artifacts.append(_artifact(checkpoint, file, encoding, folder.name))
+            n_shards[path.name] = len(file.data_paths)
+        _write_sidecars(checkpoint, partial, encodings, n_shards)
         replace_tree(partial, folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot write the ONNX files ({error.strerror or error}); "
@@ -59,12 +82,12 @@ def export_onnx(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[s
 
 
 def onnx_bytes(checkpoint: DenseCheckpoint, encodings: Sequence[str]) -> int:
-    """About how large the files become, for a check of the free space: weights as Float32 and Int4 store them, RoPE."""
+    """About how large the files become, for a check of the free space: weights as Plain and Blocks store them, RoPE."""
     shape = checkpoint.shape
     tables = 4 * shape.max_position_embeddings * shape.head_dim
     n_ends = shape.vocab_size * shape.hidden_size * (1 if shape.tied else 2)  # embedding and head
-    n_bytes = {"fp32": 4 * shape.n_params,
-               "int4": Q4_0.bytes_per_weight * (shape.n_params - n_ends) + Q8_0.bytes_per_weight * n_ends}
+    n_bytes = {"fp32": 4 * shape.n_params, "fp16": 2 * shape.n_params, "q8": Q8_0.bytes_per_weight * shape.n_params,
+               "q4": Q4_0.bytes_per_weight * (shape.n_params - n_ends) + Q8_0.bytes_per_weight * n_ends}
     return sum(int(n_bytes[encoding] * 1.02) + tables + 2**20 for encoding in encodings)
 
 
@@ -75,14 +98,12 @@ def _check_encodings(encodings: Sequence[str], accuracy_level: int) -> None:
         raise UserError(f"onnx: accuracy_level {accuracy_level!r}: need 0 to 4 (0: float32 activations, 4: int8)")
 
 
-def _write_model(checkpoint: DenseCheckpoint, partial: Path, encoding: str, folder_name: str, accuracy_level: int,
-                 progress: Progress | None) -> Artifact:
-    path = partial / FILES[encoding]
-    weights = Float32() if encoding == "fp32" else Int4(accuracy_level)
-    with OnnxFile(path) as file:
-        DecoderGraph(file, checkpoint, weights, progress and (lambda name: progress(f"{encoding} {name}"))).write()
-        file.save(checkpoint.name, _metadata(checkpoint, encoding))
-    files = [path, file.data_path]
+def _prefixed(progress: Progress | None, encoding: str) -> Progress | None:
+    return progress and (lambda name: progress(f"{encoding} {name}"))
+
+
+def _artifact(checkpoint: DenseCheckpoint, file: OnnxFile, encoding: str, folder_name: str) -> Artifact:
+    files = [file.path, *file.data_paths]
     n_bytes, types = _inventory(checkpoint, file.written)
     return Artifact(
         path=f"{folder_name}/{FILES[encoding]}", format="onnx", encoding=encoding,
@@ -91,31 +112,35 @@ def _write_model(checkpoint: DenseCheckpoint, partial: Path, encoding: str, fold
         tensor_types=types)
 
 
-def _inventory(checkpoint: DenseCheckpoint, written: dict[str, int]) -> tuple[int, dict[str, int]]:
+def _inventory(checkpoint: DenseCheckpoint, written: dict[str, tuple[np.dtype, int]]) -> tuple[int, dict[str, int]]:
     """Bytes of the checkpoint's weights in the file, and how many stand there as which type.
 
     Raises ValueError unless the file holds each weight once, in one form, and nothing else but RoPE's tables.
     """
-    left = {name: size for name, size in written.items() if name not in ROPE_TABLES}
+    left = {name: entry for name, entry in written.items() if name not in ROPE_TABLES}
     n_bytes, types = 0, Counter[str]()
     for weight in checkpoint.weights():
-        forms = {"F32": (weight.name,)} | {grid.qtype.name: grid.names(weight.name) for grid in GRIDS}
+        forms = {grid.qtype.name: grid.names(weight.name) for grid in GRIDS}
+        if weight.name in left:
+            forms[PLAIN_TYPES[left[weight.name][0]]] = (weight.name,)
         found = [kind for kind, names in forms.items() if all(name in left for name in names)]
         if len(found) != 1:
             raise ValueError(f"onnx: {weight.name} stands in the file as {found or 'nothing'}")
         types[found[0]] += 1
-        n_bytes += sum(left.pop(name) for name in forms[found[0]])
+        n_bytes += sum(left.pop(name)[1] for name in forms[found[0]])
     if left:
         raise ValueError(f"onnx: {sorted(left)} in the file are no weights of the checkpoint")
     return n_bytes, dict(types)
 
 
-def _write_sidecars(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[str]) -> None:
-    """Everything beside the graphs."""
+def _write_sidecars(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[str], n_shards: dict[str, int]
+                    ) -> None:
+    """Everything beside the graphs. Whoever names no file gets the smallest one: it is what a device is to run."""
+    smallest = max(encodings, key=list(FILES).index)
     config = student_config(checkpoint.config, checkpoint.shape, checkpoint.rope)
-    # transformers.js looks here for how many `_data` files a model has.
-    config["transformers.js_config"] = {
-        "use_external_data_format": {Path(FILES[encoding]).name: 1 for encoding in encodings}}
+    config["transformers.js_config"] = {"dtype": smallest, "use_external_data_format": n_shards}
+    if "fp16" in encodings:  # transformers.js before 4.0 does not look at the graph's own type
+        config["transformers.js_config"]["kv_cache_dtype"] = {"fp16": "float16"}
     _write_json(folder / "config.json", config)
     for name in CARRIED:
         if (checkpoint.path / name).exists():
@@ -132,7 +157,7 @@ def _write_sidecars(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequen
     except ValueError as error:
         where = checkpoint.path / generation_file.name
         raise UserError(f"{where}: not JSON ({error}); mend it or delete it") from error
-    _write_json(folder / "genai_config.json", genai_config(checkpoint, tokenizer, generation, FILES[encodings[0]]))
+    _write_json(folder / "genai_config.json", genai_config(checkpoint, tokenizer, generation, FILES[smallest]))
 
 
 def _bound_model_max_length(file: Path, context_length: int) -> None:

@@ -34,7 +34,7 @@ Sources = Annotated[list[str] | None, typer.Option(
          "name:config:split), or `self`, what the teacher itself says; may be repeated.")]
 Formats = Annotated[str | None, typer.Option(
     help="What to write, comma-separated: gguf:f32, gguf:f16, gguf:bf16, gguf:q8_0, gguf:q4_0, gguf:q4_k_m and every "
-         "other llama.cpp type; onnx:fp32, onnx:int4.")]
+         "other llama.cpp type; onnx:fp32, fp16, q8, q4.")]
 BuildDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="The --out directory of a build or an export.")]
 
 
@@ -82,7 +82,7 @@ def export(model: Annotated[str, typer.Argument(metavar="HF_DIR", help="Any dens
            formats: Formats = None) -> None:
     """Write and prove GGUF and ONNX of any dense checkpoint, trained here or not.
 
-    [dim]lrc-edge export Qwen/Qwen3-0.6B --out out --formats gguf:q4_k_m,onnx:int4[/]
+    [dim]lrc-edge export Qwen/Qwen3-0.6B --out out --formats gguf:q4_k_m,onnx:q4[/]
     """
     from lrc_edge import commands
 

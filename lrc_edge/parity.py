@@ -155,5 +155,6 @@ def gates_of_artifact(artifact: str, kind: str, mode: str, metrics: Metrics, lim
         return [gate("kl_mean", limits.gguf_f32_kl), gate("top1", limits.gguf_f32_top1, ">=")]
     if kind == "onnx:fp32":
         return [gate("kl_mean", limits.onnx_fp32_kl), gate("max_abs", limits.onnx_fp32_max_abs)]
-    by_kind = {"gguf:f16": limits.gguf_f16_kl, "gguf:bf16": limits.gguf_bf16_kl, "gguf:q8_0": limits.gguf_q8_0_kl}
+    by_kind = {"gguf:f16": limits.gguf_f16_kl, "gguf:bf16": limits.gguf_bf16_kl, "gguf:q8_0": limits.gguf_q8_0_kl,
+               "onnx:fp16": limits.onnx_fp16_kl, "onnx:q8": limits.onnx_q8_kl}
     return [gate("kl_mean", by_kind.get(kind, limits.quantized_kl))]

@@ -173,7 +173,7 @@ class Pipeline(Stages):
         for format_, encoding in preflight.wanted_formats(self.recipe, student.shape.hidden_size):
             wanted.setdefault(format_, []).append(encoding)
         student_hashes = [self.dir.hash(f) for f in sorted(student.path.iterdir()) if f.is_file()]
-        if "gguf" in wanted and self.recipe.export.calibration_tokens:
+        if any(self._calibrated(*entry) for entry in wanted.items()):
             self._importance_matrix(student, student_hashes)
         for format_, encodings in wanted.items():
             self._write(format_, encodings, student, student_hashes)
@@ -181,6 +181,10 @@ class Pipeline(Stages):
             self.dir.forget(stale)
             shutil.rmtree(self.out / stale, ignore_errors=True)
         return [Artifact.from_dict(table) for format_ in wanted for table in self.dir.result(format_)]
+
+    def _calibrated(self, format_: str, encodings: list[str]) -> bool:
+        """Whether the importance matrix changes any of these files."""
+        return self.recipe.export.calibration_tokens > 0 and (format_ == "gguf" or "q4" in encodings)
 
     def _importance_matrix(self, student: DenseCheckpoint, student_hashes: list[str]) -> None:
         """How strongly each weight's inputs fire, for the quantizers, on text that the proof does not see."""
@@ -224,7 +228,7 @@ class Pipeline(Stages):
         level = self.recipe.export.onnx_accuracy_level
 
         file = self.out / "imatrix" / "importance.npz"
-        importance = file if format_ == "gguf" and self.recipe.export.calibration_tokens else None
+        importance = file if self._calibrated(format_, encodings) else None
 
         def work(task: Task) -> tuple[Any, str]:
             import numpy as np
@@ -238,7 +242,7 @@ class Pipeline(Stages):
                 else:
                     from lrc_edge.export.to_onnx import export_onnx
 
-                    artifacts = export_onnx(student, partial, encodings, task.update, accuracy_level=level)
+                    artifacts = export_onnx(student, partial, encodings, task.update, level, weights)
                 replace_tree(partial, self.out / format_)
             sizes = ", ".join(f"{a.encoding} {a.bytes / 1e6:.1f} MB" for a in artifacts)
             return [a.as_dict() for a in artifacts], sizes

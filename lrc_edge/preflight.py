@@ -12,7 +12,8 @@ from lrc_edge.recipe import Recipe
 from lrc_edge.shape import ModelShape
 from lrc_edge.sources import SELF, WANTED, looks_local
 
-ONNX_ENCODINGS = {"fp32": 1, "int4": 32}  # name -> elements of a block, which a row must be a multiple of
+# Name -> elements of a block, which a row must be a multiple of.
+ONNX_ENCODINGS = {"fp32": 1, "fp16": 1, "q8": 32, "q4": 32}
 
 
 def gguf_encodings() -> dict[str, int]:
@@ -42,7 +43,7 @@ def _check_imatrix(recipe: Recipe, formats: list[tuple[str, str]]) -> None:
 
 def wanted_formats(recipe: Recipe, hidden_size: int) -> list[tuple[str, str]]:
     """The recipe's formats, or the default ones of a model of this width."""
-    default = ["gguf:f16", "gguf:q8_0", "onnx:fp32"] + ["gguf:q4_k_m", "onnx:int4"] * (hidden_size % 256 == 0)
+    default = ["gguf:f16", "gguf:q8_0", "onnx:fp32"] + ["gguf:q4_k_m", "onnx:q4"] * (hidden_size % 256 == 0)
     return [parse_format(text) for text in dict.fromkeys(recipe.export.formats or default)]
 
 
@@ -129,7 +130,7 @@ def _check_runtimes(model: DenseCheckpoint, recipe: Recipe, formats: list[tuple[
 
 
 # Bytes a weight of the encodings, near enough to reserve disk.
-_BYTES = {"f32": 4.0, "fp32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 1.1}
+_BYTES = {"f32": 4.0, "fp32": 4.0, "f16": 2.0, "fp16": 2.0, "bf16": 2.0, "q8_0": 1.1, "q8": 1.2}
 _OTHER_BYTES = 0.9
 
 

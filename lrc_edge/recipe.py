@@ -92,10 +92,10 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """What to write. GGUF encodings are llama.cpp's names; ONNX has fp32 and int4 (the
-    Q4_0 grid; embedding and head on Q8_0's)."""
+    """What to write. GGUF encodings are llama.cpp's names. ONNX has fp32, fp16, q8 (the numbers of GGUF's Q8_0) and q4
+    (those of its Q4_0)."""
 
-    # Empty: gguf:f16, gguf:q8_0 and onnx:fp32; from a width that 256 divides also gguf:q4_k_m and onnx:int4. Narrower
+    # Empty: gguf:f16, gguf:q8_0 and onnx:fp32; from a width that 256 divides also gguf:q4_k_m and onnx:q4. Narrower
     # models are so small that 4 bits save little, and lose much (docs/LOG.md).
     formats: tuple[str, ...] = ()
     calibration_tokens: int = 16_384  # of text apart from the proof's, for the quantizer's importance matrix; 0: none
@@ -129,6 +129,8 @@ class Gates:
     quantized_kl: float = 0.15  # every other type, GGUF and ONNX
     onnx_fp32_kl: float = 1e-8
     onnx_fp32_max_abs: float = 1e-4
+    onnx_fp16_kl: float = 1e-4
+    onnx_q8_kl: float = 5e-3
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ import onnxruntime
 
 from lrc_edge.errors import UserError
 
+CACHE_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 Cache = dict[str, onnxruntime.OrtValue]  # past_key_values.{layer}.{key|value} -> (1, kv heads, P, head_dim)
 
 
@@ -29,8 +30,9 @@ class OnnxRuntime:
                             "export it again") from error
         self.label = f"onnxruntime {onnxruntime.__version__}"
         self._outputs = [output.name for output in self._session.get_outputs()]
-        self._past_shapes = {value.name: (1, value.shape[1], 0, value.shape[3])
-                             for value in self._session.get_inputs() if value.name.startswith("past_key_values.")}
+        self._empty_past = {
+            value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), CACHE_TYPES[value.type])
+            for value in self._session.get_inputs() if value.name.startswith("past_key_values.")}
 
     def prefill(self, ids: np.ndarray) -> np.ndarray:
         """(T,) -> (T, V)"""
@@ -62,8 +64,7 @@ class OnnxRuntime:
         self._session = None
 
     def _empty_cache(self) -> Cache:
-        return {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
-                for name, shape in self._past_shapes.items()}
+        return {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in self._empty_past.items()}
 
     def _step(self, new_ids: np.ndarray, cache: Cache, n_past: int) -> tuple[np.ndarray, Cache]:
         """Run (T,) new ids after n_past cached ones: (T, V) float32 and the longer cache, kept in onnxruntime."""

@@ -13,7 +13,7 @@ STORY = ("Once upon a time, there was a little girl named Lily. She loved to pla
          "One day, the ball rolled under a big tree, and a small bird said, “I can help you find it.”")
 ENCODINGS = (  # format, encoding, bits a weight, KL, gate limit
     ("gguf", "f16", 16.0, 3.1e-8, 1e-4), ("gguf", "q8_0", 8.51, 4.3e-4, 5e-3), ("gguf", "q4_k_m", 5.21, 0.0203, 0.15),
-    ("gguf", "q4_0", 4.52, 0.0415, 0.15), ("onnx", "fp32", 32.0, 2.2e-13, 1e-8), ("onnx", "int4", 4.55, 0.0415, 0.15))
+    ("gguf", "q4_0", 4.52, 0.0415, 0.15), ("onnx", "fp32", 32.0, 2.2e-13, 1e-8), ("onnx", "q4", 4.55, 0.0415, 0.15))
 
 
 def metrics(kl: float) -> dict[str, Any]:

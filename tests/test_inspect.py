@@ -177,7 +177,7 @@ def test_exported_files_are_read_back_as_their_writers_count(tmp_path: Path, fam
     from lrc_edge.export.to_gguf import export_gguf
 
     checkpoint = DenseCheckpoint.open(make_tiny(tmp_path / "m", family, tied=tied))
-    made = [*export_onnx(checkpoint, tmp_path / "onnx", ["fp32", "int4"]),
+    made = [*export_onnx(checkpoint, tmp_path / "onnx", ["fp32", "q4"]),
             *export_gguf(checkpoint, tmp_path / "gguf", ["f16", "q8_0"], lambda _: None)]
     for artifact in made:
         found = describe(tmp_path / artifact.path)
@@ -258,7 +258,7 @@ def test_build(tmp_path: Path) -> None:
     found = describe(tmp_path)
     assert found["kind"] == "build" and found["stages"] == ["data", "train"] and found["source"] == "org/x"
     text = printed(tmp_path)
-    assert "All 18 gates passed" in text and "onnx/onnx/model_int4.onnx" in text
+    assert "All 18 gates passed" in text and "onnx/onnx/model_q4.onnx" in text
 
 
 def test_broken_report_is_one_line(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from tiny_models import make_tiny
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
-from lrc_edge.export.to_onnx import export_onnx
+from lrc_edge.export.to_onnx import FILES, export_onnx
 from lrc_edge.parity import compare
 from lrc_edge.targets.onnxrt import OnnxRuntime
 from lrc_edge.targets.ort_genai import OrtGenai
@@ -28,6 +28,7 @@ TEXTS = [
 ]
 # What onnxruntime-genai 0.18 reads otherwise, whatever the files say: it leaves out Qwen's NFC normalization.
 DIFFERENT_IN_GENAI = {("qwen2", "e\u0301")}
+FP32 = "onnx/model.onnx"
 CHAT = [
     [{"role": "user", "content": "Hi"}],
     [{"role": "system", "content": "Be \"brief\"."}, {"role": "user", "content": "é 😀 {{x}} <b> & '\n"},
@@ -53,12 +54,12 @@ def llama(tiny_llama: Path) -> DenseCheckpoint:
 @pytest.fixture(scope="module")
 def folder(llama: DenseCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("exported") / "onnx"
-    export_onnx(llama, path, ["fp32", "int4"])
+    export_onnx(llama, path, list(FILES))
     return path
 
 
 def test_they_are_runtimes(folder: Path) -> None:
-    plain, genai = OnnxRuntime(folder / "onnx/model.onnx"), OrtGenai(folder)
+    plain, genai = OnnxRuntime(folder / FP32), OrtGenai(folder)
     assert isinstance(plain, Runtime)
     assert isinstance(genai, TextRuntime)
     assert plain.label.startswith("onnxruntime 1.")
@@ -74,7 +75,7 @@ def test_logits_and_generation(threads: int, llama: DenseCheckpoint, folder: Pat
     reference = Reference(llama.model())
     expected = reference.prefill(ids)
     written = reference.generate(ids[:9].tolist(), 20, set())
-    for runtime in (OnnxRuntime(folder / "onnx/model.onnx", threads), OrtGenai(folder, threads=threads)):
+    for runtime in (OnnxRuntime(folder / FP32, threads), OrtGenai(folder, FP32, threads)):
         for logits in (runtime.prefill(ids), runtime.decode(ids)):
             assert logits.dtype == np.float32
             assert compare(expected, logits, ids).kl_mean <= 1e-8
@@ -84,26 +85,29 @@ def test_logits_and_generation(threads: int, llama: DenseCheckpoint, folder: Pat
         assert runtime.generate(ids[:9].tolist(), 20, {written[5]}) == written[:first]
 
 
-@pytest.mark.parametrize("file", ["onnx/model.onnx", "onnx/model_q4.onnx"])
+@pytest.mark.parametrize("file", FILES.values())
 def test_rows_of_a_batch_padded_on_the_right(file: str, llama: DenseCheckpoint, folder: Path) -> None:
     ids = np.random.default_rng(4).integers(0, llama.shape.vocab_size, (2, 10))
     mask = np.ones_like(ids)
     mask[1, 6:] = 0
-    past = {f"past_key_values.{layer}.{kind}": np.zeros((2, 2, 0, 24), np.float32)
+    cache_type = np.float16 if "fp16" in file else np.float32
+    past = {f"past_key_values.{layer}.{kind}": np.zeros((2, 2, 0, 24), cache_type)
             for layer in range(2) for kind in ("key", "value")}
     session = onnxruntime.InferenceSession(folder / file)
     positions = np.tile(np.arange(10), (2, 1))
     [logits] = session.run(["logits"], {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **past})
     alone = OnnxRuntime(folder / file)
-    np.testing.assert_allclose(logits[0], alone.prefill(ids[0]), atol=1e-5)
-    np.testing.assert_allclose(logits[1, :6], alone.prefill(ids[1, :6]), atol=1e-5)
+    assert logits.dtype == np.float32
+    tolerance = 2e-2 if "fp16" in file else 1e-5
+    np.testing.assert_allclose(logits[0], alone.prefill(ids[0]), atol=tolerance)
+    np.testing.assert_allclose(logits[1, :6], alone.prefill(ids[1, :6]), atol=tolerance)
 
 
 def test_more_tokens_than_the_context_holds_fail(llama: DenseCheckpoint, folder: Path) -> None:
     """An error, not numbers from beyond RoPE's tables."""
     ids = np.zeros(llama.shape.max_position_embeddings + 1, np.int64)
-    runtime = OnnxRuntime(folder / "onnx/model.onnx")
-    for logits_of in (runtime.prefill, runtime.decode, OrtGenai(folder).prefill):
+    runtime = OnnxRuntime(folder / FP32)
+    for logits_of in (runtime.prefill, runtime.decode, OrtGenai(folder, FP32).prefill):
         with pytest.raises(Exception, match=r"RotaryEmbedding|exceeds max length"):
             logits_of(ids)
 
@@ -112,21 +116,30 @@ def test_more_tokens_than_the_context_holds_fail(llama: DenseCheckpoint, folder:
 def test_genai_runs_the_named_model(level: int, llama: DenseCheckpoint, tmp_path: Path) -> None:
     """Also at both accuracy levels, and token by token: plain onnxruntime's are proved in test_to_onnx."""
     folder = tmp_path / "onnx"
-    export_onnx(llama, folder, ["fp32", "int4"], accuracy_level=level)
+    export_onnx(llama, folder, list(FILES), accuracy_level=level)
     ids = np.random.default_rng(2).integers(0, llama.shape.vocab_size, 32)
-    genai = OrtGenai(folder, "onnx/model_q4.onnx")
-    expected = OnnxRuntime(folder / "onnx/model_q4.onnx").prefill(ids)
-    np.testing.assert_allclose(genai.prefill(ids), expected, atol=1e-5)
-    np.testing.assert_allclose(genai.decode(ids), expected, atol=1e-5 if level == 0 else 1e-3)
-    assert compare(OrtGenai(folder).prefill(ids), genai.prefill(ids), ids).kl_mean > 1e-4
+    for encoding, file in FILES.items():
+        genai, expected = OrtGenai(folder, file), OnnxRuntime(folder / file).prefill(ids)
+        np.testing.assert_allclose(genai.prefill(ids), expected, atol=1e-5)
+        np.testing.assert_allclose(genai.decode(ids), expected, atol={"fp16": 2e-2}.get(encoding, 1e-3 * level + 1e-5))
+
+
+def test_genai_takes_the_smallest_file(llama: DenseCheckpoint, folder: Path, tmp_path: Path) -> None:
+    ids = np.random.default_rng(2).integers(0, llama.shape.vocab_size, 32)
+    np.testing.assert_array_equal(OrtGenai(folder).prefill(ids), OrtGenai(folder, FILES["q4"]).prefill(ids))
+    export_onnx(llama, tmp_path / "onnx", ["fp16", "fp32"])
+    config = json.loads((tmp_path / "onnx/config.json").read_text())["transformers.js_config"]
+    assert config["dtype"] == "fp16"
+    np.testing.assert_array_equal(OrtGenai(tmp_path / "onnx").prefill(ids),
+                                  OrtGenai(tmp_path / "onnx", FILES["fp16"]).prefill(ids))
 
 
 def test_genai_whole_context(llama: DenseCheckpoint, folder: Path) -> None:
     """Every position that the model has, so the last rows of RoPE's tables too."""
     ids = np.random.default_rng(3).integers(0, llama.shape.vocab_size, llama.shape.max_position_embeddings)
     expected = Reference(llama.model()).prefill(ids)
-    assert compare(expected, OnnxRuntime(folder / "onnx/model.onnx").prefill(ids), ids).max_abs <= 1e-4
-    assert compare(expected[:-1], OrtGenai(folder).prefill(ids[:-1]), ids[:-1]).max_abs <= 1e-4
+    assert compare(expected, OnnxRuntime(folder / FP32).prefill(ids), ids).max_abs <= 1e-4
+    assert compare(expected[:-1], OrtGenai(folder, FP32).prefill(ids[:-1]), ids[:-1]).max_abs <= 1e-4
 
 
 def test_genai_ends_at_end_of_text(llama: DenseCheckpoint, folder: Path, tmp_path: Path) -> None:
@@ -137,7 +150,7 @@ def test_genai_ends_at_end_of_text(llama: DenseCheckpoint, folder: Path, tmp_pat
     table = json.loads((copy / "genai_config.json").read_text())
     table["model"]["eos_token_id"] = [written[4]]
     (copy / "genai_config.json").write_text(json.dumps(table))
-    assert OrtGenai(copy).generate(prompt, 12, set()) == written[:written.index(written[4])]
+    assert OrtGenai(copy, FP32).generate(prompt, 12, set()) == written[:written.index(written[4])]
 
 
 def test_token_ids_equal_hugging_face(any_tokenizer: tuple[DenseCheckpoint, Path]) -> None:
@@ -182,7 +195,7 @@ def test_damaged_files_are_refused(damage: str, folder: Path, tmp_path: Path) ->
     file.unlink()
     if damage.startswith("truncated"):
         file.write_bytes(content[:len(content) // 2])
-    for load in (lambda: OnnxRuntime(copy / "onnx/model.onnx"), lambda: OrtGenai(copy)):
+    for load in (lambda: OnnxRuntime(copy / FP32), lambda: OrtGenai(copy, FP32)):
         with pytest.raises(UserError, match="does not load it") as caught:
             load()
         assert "\n" not in str(caught.value)
@@ -192,4 +205,4 @@ def test_a_folder_without_genai_config_is_refused(folder: Path, tmp_path: Path) 
     copy = Path(shutil.copytree(folder, tmp_path / "onnx"))
     (copy / "genai_config.json").unlink()
     with pytest.raises(UserError, match="does not load it"):
-        OrtGenai(copy)
+        OrtGenai(copy, FP32)

@@ -111,15 +111,40 @@ def test_quantized_files_run(name: str, widths: tuple[int, int], f32_files: dict
     ("q4_k_m", 576, "Q5_0", ("Q4_K", "row of 576 is not a multiple of 256 (Q4_K super-block)")),
     ("q4_k_m", 576, "Q8_0", ("Q6_K", "row of 576 is not a multiple of 256 (Q6_K super-block)")),
     ("q4_k_m", 172, "F16", ("Q4_K", "row of 172 is not a multiple of 256 (Q4_K super-block)")),
-    ("q4_0", 64, "Q8_0", ("Q6_K", "row of 64 is not a multiple of 256 (Q6_K super-block)")),
+    ("q5_0", 64, "Q8_0", ("Q6_K", "row of 64 is not a multiple of 256 (Q6_K super-block)")),
     ("iq4_nl", 288, "Q5_1", ("Q5_K", "row of 288 is not a multiple of 256 (Q5_K super-block)")),
     ("q4_k_m", 512, "Q6_K", None),  # the mixture's choice
-    ("q4_0", 512, "Q6_K", None),
+    ("q5_0", 512, "Q6_K", None),
     ("q4_0", 64, "Q4_0", None),
 ])
 def test_judgement(encoding: str, row: int, got: str, expected: tuple[str, str] | None) -> None:
     fallback = judge_type("blk.0.ffn_down.weight", (row, 64), QType[got], ENCODINGS[encoding])
     assert (fallback and (fallback.wanted, fallback.reason)) == expected
+
+
+@pytest.mark.parametrize("name, row, got, wanted", [
+    ("token_embd.weight", 64, "Q8_0", None), ("output.weight", 288, "Q8_0", None), ("output.weight", 48, "F16", "Q8_0"),
+    ("blk.0.ffn_down.weight", 172, "F16", "Q4_0")])
+def test_judgement_of_q4_0(name: str, row: int, got: str, wanted: str | None) -> None:
+    fallback = judge_type(name, (row, 64), QType[got], ENCODINGS["q4_0"])
+    assert (fallback and fallback.wanted) == wanted
+
+
+@pytest.mark.parametrize(("tied", "hidden_size"), [(True, 64), (False, 64), (True, 48)])
+def test_q4_0_has_no_third_type(tied: bool, hidden_size: int, tmp_path: Path) -> None:
+    """llama.cpp by itself puts ffn_down of the first eighth of the layers in Q4_1 when it has an importance matrix."""
+    path = make_tiny(tmp_path / "tiny", layers=8, tied=tied, hidden_size=hidden_size)
+    [source] = export_gguf(DenseCheckpoint.open(path), tmp_path / "gguf", ["f32"])
+    importance = importance_for(tmp_path / source.path)
+    quantize_file(tmp_path / source.path, tmp_path / "x.gguf", ENCODINGS["q4_0"], 1, importance)
+    found = {tensor.name: tensor.tensor_type for tensor in GGUFReader(tmp_path / "x.gguf").tensors
+             if len(tensor.shape) > 1}
+    ends = {name: found.pop(name) for name in ("token_embd.weight", "output.weight") if name in found}
+    assert len(ends) == 2 - tied
+    if hidden_size == 64:
+        assert {*ends.values()} == {QType.Q8_0} and {*found.values()} == {QType.Q4_0}
+    else:  # rows of 48 are no whole blocks
+        assert {*ends.values()} == {QType.F16} and {*found.values()} == {QType.F16, QType.Q4_0}
 
 
 def test_a_failing_quantizer_says_why(tmp_path: Path) -> None:

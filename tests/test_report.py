@@ -230,7 +230,7 @@ def test_token_and_template_mismatches_are_shown() -> None:
 def test_samples_mark_the_first_difference() -> None:
     html = render_report(example_report())
     assert "and a <mark>little</mark> bird said" in html
-    assert "Word for word the same: gguf:f16, gguf:q8_0, onnx:fp32, onnx:int4" in html
+    assert "Word for word the same: gguf:f16, gguf:q8_0, onnx:fp32, onnx:q4" in html
     page = Page(html)
     assert page.words("samples").count("named Lily") == 3 and "named Mia" in page.words("samples")
     assert page.html.count("<mark>") == 3  # the legend, one changed word, one early end
@@ -312,7 +312,7 @@ def test_size_chart_has_a_labelled_point_for_each() -> None:
     labels = {e.text for e in svg.iterfind("s:text", SVG) if e.attrib["class"] == "label"}
     assert labels == {made["encoding"] for made in report["artifacts"]} | {"student"}
     passed = chart(example_report(), "Size against perplexity")
-    assert {"teacher", "student", "q4_0", "int4"} <= {e.text for e in passed.iterfind("s:text", SVG)}
+    assert {"teacher", "student", "q4_0", "q4"} <= {e.text for e in passed.iterfind("s:text", SVG)}
 
 
 def test_labels_do_not_overlap() -> None:
