@@ -127,8 +127,8 @@ def make_files(student: Path, work: Path, wanted: set[str]) -> Path:
     files = work / f"{student.name}-files"
     commands = {
         f"{OURS}/gguf": our_export(student, files / OURS, "gguf", "q4_0"),
-        f"{OURS}/onnx": our_export(student, files / OURS, "onnx", "int4"),
-        f"{LEVEL_0}/onnx": our_export(student, files / LEVEL_0, "onnx", "int4", "accuracy_level=0"),
+        f"{OURS}/onnx": our_export(student, files / OURS, "onnx", "q4"),
+        f"{LEVEL_0}/onnx": our_export(student, files / LEVEL_0, "onnx", "q4", "accuracy_level=0"),
         BUILDER: genai_builder(student, files / BUILDER),
     }
     for name, command in commands.items():

@@ -104,7 +104,8 @@ ROWS = {
     "llama.cpp quantize Q4_K_M": llama_quantize("Q4_K_M"),
     BUILDER: Row(lambda job, out: genai_builder(job.student, out)),
     "lrc-edge ONNX fp32": ours("onnx", "fp32"),
-    "lrc-edge ONNX int4": ours("onnx", "int4", BUILDER),
+    "lrc-edge ONNX q8": ours("onnx", "q8"),
+    "lrc-edge ONNX q4": ours("onnx", "q4", BUILDER),
 }
 
 

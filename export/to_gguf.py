@@ -73,6 +73,7 @@ GGUF_NAMES: dict[str, tuple[MODEL_TENSOR, str]] = {
 _TORCH_TYPES = {GGMLQuantizationType.F32: torch.float32, GGMLQuantizationType.F16: torch.float16,
                 GGMLQuantizationType.BF16: torch.bfloat16}
 ON_GRID_ENCODING = "q4_0"  # the one that quantization-aware training is for
+PIECE = 1 << 15  # elements; torch starts threads above that
 _ROPE_FACTORS = TENSOR_NAMES[MODEL_TENSOR.ROPE_FREQS] + ".weight"
 
 
@@ -275,11 +276,22 @@ def _tensor_data(checkpoint: DenseCheckpoint, weight: Weight, kind: GGMLQuantiza
         tensor = interleave_rotary(tensor, shape.num_attention_heads)
     if permuted and weight.role.name in ("attn_k", "attn_k_bias"):
         tensor = interleave_rotary(tensor, shape.num_key_value_heads)
-    tensor = tensor.to(_TORCH_TYPES[kind]).contiguous()
+    tensor = _converted(tensor, _TORCH_TYPES[kind])
     if kind == GGMLQuantizationType.F16 and not all_finite(tensor):
         raise UserError(f"{checkpoint.path}: {weight.name} has values beyond F16's largest, 65504; "
                         "take bf16 or f32 instead of f16")
     return tensor.view(torch.int16).numpy() if kind == GGMLQuantizationType.BF16 else tensor.numpy()
+
+
+def _converted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The contiguous tensor in another type. In pieces that stay in the cache and on this thread, and by way of float32:
+    half as long as at once, and torch's other threads would spin where those of HashedFile work."""
+    if tensor.dtype == dtype:
+        return tensor.contiguous()
+    made = torch.empty(tensor.shape, dtype=dtype)
+    for source, target in zip(tensor.reshape(-1).split(PIECE), made.view(-1).split(PIECE), strict=True):
+        target.copy_(source.float())
+    return made
 
 
 def interleave_rotary(tensor: torch.Tensor, n_heads: int) -> torch.Tensor:

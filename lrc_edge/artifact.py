@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+WRITE_BYTES = 4 << 20  # of one call
+
 
 @dataclass(frozen=True)
 class Fallback:
@@ -53,33 +55,47 @@ def sha256_of(*paths: Path) -> str:
 
 
 class HashedFile:
-    """Appends to a file and hashes it meanwhile, in a thread: the digest costs no second pass over the bytes."""
+    """Appends to a file: one thread writes, one hashes, while the caller prepares what comes next."""
 
     def __init__(self, path: Path):
-        self._file = path.open("ab")
-        self._digest = hashlib.sha256(path.read_bytes())  # what stands there already: a header
-        self._thread = ThreadPoolExecutor(1)
-        self._hashing: Future[None] = self._thread.submit(int)
+        header = path.read_bytes() if path.exists() else b""
+        self.n_bytes = len(header)
+        self._file = path.open("ab", buffering=0)
+        self._digest = hashlib.sha256(header)
+        self._threads = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._pending: list[Future[None]] = []
 
     def __enter__(self) -> HashedFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        self._thread.shutdown()
+        for thread in self._threads:
+            thread.shutdown()
         self._file.close()
 
     def write(self, data: bytes | np.ndarray) -> None:
-        """Append a contiguous array, which may not change before the next call."""
-        self._hashing.result()
-        self._hashing = self._thread.submit(self._digest.update, data)
-        self._file.write(data)
+        """Append a contiguous array, which may not change until the next call returns. Raises OSError, also for it."""
+        view = memoryview(data).cast("B")
+        self._wait()
+        self._pending = [thread.submit(work, view)
+                         for thread, work in zip(self._threads, (self._write, self._digest.update), strict=True)]
+        self.n_bytes += len(view)
 
     def align(self, n_bytes: int) -> None:
         """Fill with zeros up to a multiple of n_bytes."""
-        self.write(b"\0" * (-self._file.tell() % n_bytes))
+        if padding := -self.n_bytes % n_bytes:
+            self.write(bytes(padding))
 
     def sha256(self) -> str:
-        """Hex digest of the whole file so far."""
-        self._hashing.result()
+        """Hex digest of the whole file, all of which is written when this returns."""
+        self._wait()
         return self._digest.hexdigest()
+
+    def _wait(self) -> None:
+        for future in self._pending:
+            future.result()
+
+    def _write(self, view: memoryview) -> None:
+        while view:  # one call writes 2 GiB at most
+            view = view[self._file.write(view[:WRITE_BYTES]):]
