@@ -52,6 +52,7 @@ class Pipeline(Stages):
     def data(self) -> None:
         from lrc_edge.train.corpus_stage import row_length, tokenize_corpus
         from lrc_edge.train.data import PackedRows
+        from lrc_edge.train.token_cache import forget_key
 
         folder, seq_len = self.out / "data", row_length(self.recipe, self._teacher)
         corpus = self._corpus_inputs(seq_len)
@@ -63,6 +64,7 @@ class Pipeline(Stages):
             return None, f"{n_tokens:,} training tokens, {len(held_out.ids):,} held out" + f" ({told})" * bool(told)
 
         self._stage("data", [corpus, seq_len], [folder], work, self.recipe.train.tokens or None)
+        forget_key(folder)
 
     def _corpus_inputs(self, seq_len: int) -> list[Any]:
         """All that the tokens depend on, so that builds with the same may share them (data.cache)."""
