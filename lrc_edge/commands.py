@@ -107,7 +107,9 @@ def _leaving_nothing_of_a_mistake(out: Path) -> Iterator[None]:
     try:
         yield
     except UserError:
-        if not existed and not list(out.glob("*.unfinished/state.json")):  # hours of tokenizing, which can go on
+        # Hours of tokenizing, or of the teacher's own text, which can go on.
+        kept = [*out.glob("*.unfinished/state.json"), *out.glob("*.unfinished/self.jsonl")]
+        if not existed and not any(file.stat().st_size for file in kept):
             shutil.rmtree(out, ignore_errors=True)
         raise
 

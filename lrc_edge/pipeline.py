@@ -54,6 +54,7 @@ class Pipeline(CalibrationStages):
         """Tokenize the corpus for a model to train on: the teacher, or a finished student that goes onto a grid."""
         from lrc_edge.train.corpus_stage import row_length, tokenize_corpus
         from lrc_edge.train.data import PackedRows
+        from lrc_edge.train.token_cache import forget_key
 
         folder, seq_len = self.out / "data", row_length(self.recipe, model)
         corpus = self._corpus_inputs(model, seq_len)
@@ -65,6 +66,7 @@ class Pipeline(CalibrationStages):
             return None, f"{n_tokens:,} training tokens, {len(held_out.ids):,} held out" + f" ({told})" * bool(told)
 
         self._stage("data", [corpus, seq_len], [folder], work, self.recipe.train.tokens or None)
+        forget_key(folder)
 
     def _corpus_inputs(self, model: DenseCheckpoint, seq_len: int) -> list[Any]:
         """All that the tokens depend on, so that builds with the same may share them (data.cache)."""

@@ -194,6 +194,8 @@ def _build_bytes(teacher: ModelShape, recipe: Recipe, formats: list[tuple[str, s
 
 
 def _check_disk(out: Path, needed: float) -> None:
+    """`needed`: bytes of the finished build, of which an earlier run may have written some."""
+    needed -= sum(file.lstat().st_size for file in out.rglob("*") if file.is_file())
     free = free_bytes(out.resolve())
     if free < needed:
         raise UserError(f"{out}: needs about {human_bytes(needed)}, {human_bytes(free)} are free; "

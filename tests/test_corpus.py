@@ -150,6 +150,8 @@ def test_rows_for_the_proof() -> None:
     assert held_out.rows(100, 10**6, bos=None).shape == (10, 100)  # no more than there is
     with pytest.raises(UserError, match="need at least"):
         held_out.rows(2000, 10, bos=None)
+    with pytest.raises(UserError, match="3 tokens in rows of 1, need at least 2"):
+        HeldOut(np.arange(3), 9, ()).rows(1, 10, bos=None)
 
 
 def test_built_in_text_is_enough_for_the_proof() -> None:

@@ -94,7 +94,7 @@ class LayerPair(nn.Module):
             targets = outputs if objective.alpha else {}
         if self.recompute and torch.is_grad_enabled():
             mine, terms = checkpoint(self._student, mine, targets, objective.relative, mask, rope,
-                                     use_reentrant=False)
+                                     use_reentrant=False, preserve_rng_state=False)
         else:
             mine, terms = self._student(mine, targets, objective.relative, mask, rope)
         return theirs, mine, terms

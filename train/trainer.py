@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lrc_edge import recipe as recipes
+from lrc_edge.build import write_atomically
 from lrc_edge.errors import UserError
 from lrc_edge.train import checkpoints, processes
 from lrc_edge.train.clone import Clone
@@ -104,7 +105,6 @@ class Trainer:
         self.order = RowOrder(len(rows), schedule.rows, settings.seed)
         self.guard = Guard(self.device, settings.spike_factor)
         self.clock = Clock()
-        self._bad_in_a_row = 0
         if settings.compile == "on" or (settings.compile == "auto" and self.device.type == "cuda"):
             clone.compile_()
         self.optimizer = self._new_optimizer()
@@ -204,9 +204,8 @@ class Trainer:
                       "loss": o.lm * lm + o.kl * kl + o.alpha * clone, "lm": lm, "kl": kl, "clone": clone,
                       "grad_norm": norm, "lr": self.schedule.learning_rate(step - 1),
                       "tokens_per_second": self.clock.rate})
-        self._bad_in_a_row = self._bad_in_a_row + len(bad) if means is None else len(bad)
         for batch in bad:
-            if self.settings.on_bad_batch == "stop" or self._bad_in_a_row >= MOST_SKIPPED:
+            if self.settings.on_bad_batch == "stop" or batch.in_a_row >= MOST_SKIPPED:
                 raise UserError(self._stopped(batch))
             self.row({"step": batch.step + 1, "skipped": str(batch)})  # type: ignore[dict-item]
 
@@ -290,7 +289,7 @@ class Trainer:
         file = self.folder / METRICS_FILE
         if self.is_main and file.exists():
             kept = [row for row in read_metrics(file) if row["step"] <= step]
-            file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            write_atomically(file, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def save_trained(clone: Clone, path: Path) -> None:
