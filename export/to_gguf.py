@@ -284,7 +284,7 @@ def _tensor_data(checkpoint: DenseCheckpoint, weight: Weight, kind: GGMLQuantiza
 
 
 def _converted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The contiguous tensor in another type. In pieces that stay in the cache and on this thread, and by way of float32:
+    """The contiguous tensor in another type. In pieces that stay in the cache and on this thread, by way of float32:
     half as long as at once, and torch's other threads would spin where those of HashedFile work."""
     if tensor.dtype == dtype:
         return tensor.contiguous()

@@ -18,11 +18,12 @@ from lrc_edge.artifact import Artifact
 from lrc_edge.build import MANIFEST, BuildDir
 from lrc_edge.checkpoint import DenseCheckpoint, resolve_model
 from lrc_edge.errors import UserError
-from lrc_edge.pipeline import ON_GRID, Pipeline
+from lrc_edge.pipeline import Pipeline
 from lrc_edge.recipe import Recipe, load_recipe
 from lrc_edge.report import gate_table, verdict, write_report
 from lrc_edge.report_table import processors
 from lrc_edge.stages import Teacher
+from lrc_edge.training import ON_GRID
 
 
 def build(source: str, out: Path, recipe: Recipe, console: Console, until: str = "report") -> bool:
