@@ -44,7 +44,8 @@ def _check_imatrix(recipe: Recipe, formats: list[tuple[str, str]]) -> None:
 
 def wanted_formats(recipe: Recipe, hidden_size: int) -> list[tuple[str, str]]:
     """The recipe's formats, or the default ones of a model of this width."""
-    default = ["gguf:f16", "gguf:q8_0", "onnx:fp32"] + ["gguf:q4_k_m", "onnx:q4"] * (hidden_size % 256 == 0)
+    default = ["gguf:f16", "gguf:q8_0", "onnx:fp32"]
+    default += ["gguf:q4_k_m", "gguf:q4_0", "onnx:q4"] * (hidden_size % 256 == 0)
     return [parse_format(text) for text in dict.fromkeys(recipe.export.formats or default)]
 
 
@@ -176,9 +177,15 @@ _OTHER_BYTES = 0.9
 
 
 def _export_bytes(shape: ModelShape, recipe: Recipe, formats: list[tuple[str, str]]) -> float:
-    """Artifacts, and the lossless file that llama.cpp quantizes from."""
+    """Artifacts, the lossless file that llama.cpp quantizes from, and training on the grid."""
     kept = sum(_BYTES.get(encoding, _OTHER_BYTES) for _, encoding in formats) + recipe.export.bits_per_weight / 8
-    return shape.n_params * (kept + 4.0)
+    on_grid = _training_bytes(recipe, 4 * shape.n_params) + 4.0 * shape.n_params if recipe.quantize.tokens else 0.0
+    return shape.n_params * (kept + 4.0) + on_grid
+
+
+def _training_bytes(recipe: Recipe, trained: float) -> float:
+    """Checkpoints with both Adam moments, one more while it is being written, and the result."""
+    return (3 * (recipe.train.keep_checkpoints + 1) + 1) * trained
 
 
 def _build_bytes(teacher: ModelShape, recipe: Recipe, formats: list[tuple[str, str]]) -> float:
@@ -186,11 +193,10 @@ def _build_bytes(teacher: ModelShape, recipe: Recipe, formats: list[tuple[str, s
     student = teacher.with_hidden_size(width)
     projections = 4 * teacher.hidden_size * width * (7 * teacher.num_hidden_layers + 2)
     trained = max(projections, 4 * student.n_params) if recipe.train.dense_share else projections
-    # Checkpoints with both Adam moments, one more while it is being written, and the result.
-    training = (3 * (recipe.train.keep_checkpoints + 1) + 1) * trained
     identity = 4 * teacher.n_params  # the teacher folded through P = I; gone before training
     tokens = recipe.train.tokens * (2 if teacher.vocab_size <= 2**16 else 4)
-    return tokens + max(identity, training + 4 * student.n_params + _export_bytes(student, recipe, formats))
+    training = _training_bytes(recipe, trained) + 4 * student.n_params
+    return tokens + max(identity, training + _export_bytes(student, recipe, formats))
 
 
 def _check_disk(out: Path, needed: float) -> None:

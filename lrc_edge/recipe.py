@@ -113,8 +113,8 @@ class Export:
     """What to write. GGUF encodings are llama.cpp's names. ONNX has fp32, fp16, q8 (the numbers of GGUF's Q8_0) and q4
     (those of its Q4_0)."""
 
-    # Empty: gguf:f16, gguf:q8_0 and onnx:fp32; from a width that 256 divides also gguf:q4_k_m and onnx:q4. Narrower
-    # models are so small that 4 bits save little, and lose much (docs/LOG.md).
+    # Empty: gguf:f16, gguf:q8_0 and onnx:fp32; from a width that 256 divides also gguf:q4_k_m, gguf:q4_0 and onnx:q4.
+    # Narrower models are so small that 4 bits save little, and lose much (docs/LOG.md).
     formats: tuple[str, ...] = ()
     calibration_tokens: int = 16_384  # of text apart from the proof's, for the quantizer's importance matrix; 0: none
     # Above 0: one more GGUF, each of its matrices in the type that, as measured, loses least at this size (mixed
