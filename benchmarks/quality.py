@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -58,6 +59,7 @@ class Export:
     formats: tuple[str, ...]
     settings: tuple[str, ...] = ()
     label: str = ""  # after the encoding
+    begins_as: str = ""  # another export, whose finished stages it takes over
 
     @property
     def imatrix(self) -> bool:
@@ -73,12 +75,14 @@ def exports(grid_tokens: int) -> list[Export]:
             Export("plain", (*gguf, *onnx), (without,), ", level 4"),
             Export("level0", onnx, ("export.onnx_accuracy_level=0",), ", level 0"),
             Export("grid", ("gguf:q4_0", "onnx:q4"), (grid, without), ", level 4"),
-            Export("grid-level0", ("onnx:q4",), (grid, without, "export.onnx_accuracy_level=0"), ", level 0")]
+            Export("grid-level0", ("onnx:q4",), (grid, without, "export.onnx_accuracy_level=0"), ", level 0", "grid")]
 
 
 def run_export(model: Path, export: Export, data: str, out: Path, seq_len: int) -> list[Artifact]:
     """Artifacts of the export, made unless they are there. A gate that fails is no matter here."""
     if not (out / "report.json").exists():
+        if export.begins_as:
+            shutil.copytree(out.with_name(export.begins_as), out, ignore=shutil.ignore_patterns("report.*"))
         settings = (*export.settings, "data.held_out_share=0.1", f"train.seq_len={seq_len}", "parity.positions=256")
         command = [sys.executable, "-m", "lrc_edge", "export", str(model), "--data", data, "--out", str(out),
                    "--formats", ",".join(export.formats), *(part for s in settings for part in ("--set", s))]

@@ -31,6 +31,7 @@ def report_table(build: BuildDir, student: DenseCheckpoint, teacher: DenseCheckp
         "teacher": _describe(teacher) if teacher else None,
         "student": _describe(student), "artifacts": check["artifacts"], "gates": gates + check["gates"],
         "calibration": stages["imatrix"]["result"] if "imatrix" in stages else None,
+        "grid": stages["quantize"]["result"] if "quantize" in stages else None,
         "allocation": _allocation(stages["allocate"]["result"], check["artifacts"]) if "allocate" in stages else None,
         "tokenizer": check["tokenizer"], "chat_template": check["chat_template"], "samples": check["samples"]}
     if table["teacher"]:

@@ -11,7 +11,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lrc_edge.artifact import Artifact
 from lrc_edge.checkpoint import DenseCheckpoint
-from lrc_edge.parity import Gate, gates_of_artifact, gates_of_grid
+from lrc_edge.parity import AS_TRAINED, Gate, gates_of_artifact, gates_of_grid
 from lrc_edge.recipe import Recipe
 from lrc_edge.targets.llamacpp import LlamaCpp
 from lrc_edge.targets.onnxrt import OnnxRuntime
@@ -83,7 +83,7 @@ def prove(artifacts: list[Artifact], folder: Path, student: DenseCheckpoint, on_
             entry = _logits_parity(proof, artifact, runtime, held_out, recipe, progress)
             if artifact.identical_blocks is not None and trained is not None:
                 metrics = trained.compare(runtime.prefill, recipe.parity.near_tie)
-                entry["parity"]["trained"] = metrics.as_dict()
+                entry["parity"][AS_TRAINED] = metrics.as_dict()
                 proof.gates += gates_of_grid(artifact.path, artifact.identical_blocks, metrics, recipe.gates)
             progress(f"{artifact.path}: generation")
             sample(artifact.path, runtime)
