@@ -74,9 +74,10 @@ class CalibrationStages(Stages):
 
     def _sensitivity(self, student: DenseCheckpoint, student_hashes: list[str], calibration: Calibration) -> None:
         """What each matrix suffers from each type, for a mixed precision of any size."""
-        from lrc_edge.export.sensitivity import N_ROWS, measure, work_of
+        from lrc_edge.export.sensitivity import SAMPLE, measure, work_of
 
-        file, rows = self.out / "sensitivity" / "sensitivity.json", calibration.rows[:N_ROWS]
+        file = self.out / "sensitivity" / "sensitivity.json"
+        rows = calibration.rows[:SAMPLE[0], :SAMPLE[1]]
         imatrix = self._imatrix_file(student)
 
         def work(task: Task) -> tuple[Any, str]:
@@ -89,7 +90,7 @@ class CalibrationStages(Stages):
                 replace_tree(partial, file.parent)
             return None, f"KL of {len(costs)} matrices in each type, on {rows.size:,} tokens"
 
-        inputs = [student_hashes, self.dir.hash(imatrix), calibration.as_dict(), N_ROWS]
+        inputs = [student_hashes, self.dir.hash(imatrix), calibration.as_dict(), SAMPLE]
         self._stage("sensitivity", inputs, [file], work, work_of(student))
 
     def _allocate(self, student: DenseCheckpoint) -> None:

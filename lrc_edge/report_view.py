@@ -285,5 +285,9 @@ def build_facts(report: Report) -> list[tuple[str, str]]:
         facts.append(("calibration", f"{calibration['tokens']:,} tokens of {calibration['source']}, SHA-256 "
                       f"{calibration['sha256']}" + f"; {left_out} rows left out that share text with the proof's"
                       * bool(left_out)))
+    if allocation := report.get("allocation"):
+        facts.append(("mixed precision", f"{allocation['bits_per_weight']:g} bits a weight asked for, "
+                      f"{figure(allocation['measured_bits_per_weight'])} made; predicted KL "
+                      f"{figure(allocation['predicted_kl'])}, measured {figure(allocation['measured_kl'])}"))
     facts += [(key.replace("_", " "), value) for key, value in (report["student"].get("provenance") or {}).items()]
     return [(visible(name), visible(value)) for name, value in facts if value]
