@@ -24,7 +24,7 @@ class CalibrationStages(Stages):
         """What the recipe's formats need of it; what an earlier recipe needed is dropped."""
         mixed = self.recipe.export.bits_per_weight > 0
         if "gguf" in formats and self.recipe.export.calibration_tokens:
-            calibration = self._calibration(student)
+            calibration = self.calibration(student)
             self._importance_matrix(student, student_hashes, calibration)
             if mixed:
                 self._sensitivity(student, student_hashes, calibration)
@@ -35,7 +35,7 @@ class CalibrationStages(Stages):
             self.drop("sensitivity")
             self.drop("allocate")
 
-    def _calibration(self, model: DenseCheckpoint) -> Calibration:
+    def calibration(self, model: DenseCheckpoint) -> Calibration:
         """Rows of the build's training text, or of what the given text holds behind the proof's rows."""
         row_len = self._row_len(model)
         held_out = self._held_out(model).ids
@@ -63,7 +63,8 @@ class CalibrationStages(Stages):
             with self.dir.partial("imatrix") as partial:
                 partial.mkdir()
                 importance = collect(student, calibration.rows, task.update)
-                write_imatrix(partial / file.name, student, importance, *calibration.rows.shape,
+                n_rows, row_len = calibration.rows.shape
+                write_imatrix(partial / file.name, student, importance, n_rows, row_len,
                               f"sha256:{calibration.sha256}")
                 replace_tree(partial, file.parent)
             left_out = f"; {calibration.n_left_out} rows left out that share text with the proof's"

@@ -85,10 +85,10 @@ def test_sensitivity_is_the_divergence_of_the_changed_model(family: str, tied: b
     assert said[0][1] == 0 and (steps > 0).all()
     for name in names:
         assert list(costs[name]) == [kind.name for kind in candidates(256)]
-        # The probe's own divergence is the exact one; the quadratic law gives a random model's others to about a fifth.
+        # The probe's own divergence is the exact one; the quadratic law gave these others to 18 %.
         for kind in (QType.IQ4_XS, QType.Q5_K):
             expected = kl_by_hand(checkpoint, name, kind, importance.get(name))
-            assert costs[name][kind.name] == pytest.approx(expected, rel=0.6), (name, kind.name)
+            assert costs[name][kind.name] == pytest.approx(expected, rel=0.3), (name, kind.name)
     head = costs["model.embed_tokens.weight" if tied else "lm_head.weight"]
     assert head["Q2_K"] > head["IQ4_XS"] > head["Q6_K"] > head["Q8_0"] > 0
 
