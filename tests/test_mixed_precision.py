@@ -191,10 +191,9 @@ def test_the_command_line_makes_it_and_measures_once(tmp_path: Path) -> None:
              *(part for setting in settings for part in ("--set", setting))],
             capture_output=True, text=True, timeout=300)
 
-    for bits, told in ((2.0, "can have "), (9.0, "to 8.")):
-        refused = run(bits)
-        assert refused.returncode == 2 and told in refused.stderr and refused.stderr.count("\n") == 1, refused.stderr
-        assert not (tmp_path / "out").exists()
+    refused = run(2.0)
+    assert refused.returncode == 2 and "can have " in refused.stderr and refused.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
     refused = run(4.25, "export.calibration_tokens=0")
     assert refused.returncode == 2 and "export.calibration_tokens above 0" in refused.stderr
     made = run(4.25)
