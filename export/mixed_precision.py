@@ -67,7 +67,7 @@ class Allocation:
 
     bits_per_weight: float  # asked for
     types: Mapping[str, GGMLQuantizationType]  # weight name -> type
-    main_type: GGMLQuantizationType  # of most weights
+    main_type: GGMLQuantizationType  # of most quantized weights
     predicted_kl: float  # nats a token, on the calibration text: the sum of the matrices' own
 
 
@@ -93,15 +93,17 @@ def allocate(weights: Iterable[Weight], costs: Mapping[str, Mapping[str, float]]
     types = {weight.name: candidates(weight.shape[1])[i] for weight, i in zip(matrices, chosen, strict=True)}
     n_weights = Counter[GGMLQuantizationType]()
     for weight in matrices:
-        n_weights[types[weight.name]] += weight.numel
+        if types[weight.name] != QType.F16:
+            n_weights[types[weight.name]] += weight.numel
     return Allocation(bits_per_weight, types, n_weights.most_common(1)[0][0],
                       sum(row[i] for row, i in zip(losses, chosen, strict=True)))
 
 
 def choose(sizes: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int) -> list[int]:
-    """One option of each item, of least total loss with a total size of at most `budget`, which the first ones meet.
+    """One option of each item, of least total loss with a total size of at most `budget`.
 
-    The multiple-choice knapsack problem, solved exactly where the sizes have a common divisor of at least
+    Each item's first option is its smallest. Raises ValueError when these exceed the budget. The multiple-choice
+    knapsack problem, solved exactly where the sizes' common divisor is at least what the first options leave of the
     budget / STEPS; else sizes are rounded up to that, which wastes at most a step an item.
     """
     slack = budget - sum(row[0] for row in sizes)

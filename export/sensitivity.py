@@ -20,8 +20,8 @@ from lrc_edge.export.quantize import quantize_matrix
 from lrc_edge.roles import EMBEDDING, HEAD, Weight
 
 PROBE = GGMLQuantizationType.Q4_0  # an error of the size that matters, for every row of whole blocks of 32
-N_ROWS = 2  # calibration rows that the model runs on
-ERROR_ROWS = 512  # rows of a matrix that the types are compared on
+SAMPLE = (2, 128)  # calibration rows, and tokens of each, that the model runs on; more change little (docs/LOG.md)
+ERROR_ROWS = 256  # rows of a matrix that the types are compared on
 
 
 @torch.inference_mode()

@@ -23,7 +23,7 @@ class CalibrationStages(Stages):
         """What the recipe's formats need of it; what an earlier recipe needed is dropped."""
         mixed = self.recipe.export.bits_per_weight > 0
         if needed:
-            calibration = self._calibration(student)
+            calibration = self.calibration(student)
             self._importance_matrix(student, student_hashes, calibration)
             if mixed:
                 self._sensitivity(student, student_hashes, calibration)
@@ -34,7 +34,7 @@ class CalibrationStages(Stages):
             self.drop("sensitivity")
             self.drop("allocate")
 
-    def _calibration(self, model: DenseCheckpoint) -> Calibration:
+    def calibration(self, model: DenseCheckpoint) -> Calibration:
         """Rows of the build's training text, or of what the given text holds behind the proof's rows."""
         row_len = self._row_len(model)
         held_out = self._held_out(model).ids
@@ -62,7 +62,8 @@ class CalibrationStages(Stages):
             with self.dir.partial("imatrix") as partial:
                 partial.mkdir()
                 importance = collect(student, calibration.rows, task.update)
-                write_imatrix(partial / file.name, student, importance, *calibration.rows.shape,
+                n_rows, row_len = calibration.rows.shape
+                write_imatrix(partial / file.name, student, importance, n_rows, row_len,
                               f"sha256:{calibration.sha256}")
                 replace_tree(partial, file.parent)
             left_out = f"; {calibration.n_left_out} rows left out that share text with the proof's"
@@ -73,9 +74,10 @@ class CalibrationStages(Stages):
 
     def _sensitivity(self, student: DenseCheckpoint, student_hashes: list[str], calibration: Calibration) -> None:
         """What each matrix suffers from each type, for a mixed precision of any size."""
-        from lrc_edge.export.sensitivity import N_ROWS, measure, work_of
+        from lrc_edge.export.sensitivity import SAMPLE, measure, work_of
 
-        file, rows = self.out / "sensitivity" / "sensitivity.json", calibration.rows[:N_ROWS]
+        file = self.out / "sensitivity" / "sensitivity.json"
+        rows = calibration.rows[:SAMPLE[0], :SAMPLE[1]]
         imatrix = self._imatrix_file(student)
 
         def work(task: Task) -> tuple[Any, str]:
@@ -88,7 +90,7 @@ class CalibrationStages(Stages):
                 replace_tree(partial, file.parent)
             return None, f"KL of {len(costs)} matrices in each type, on {rows.size:,} tokens"
 
-        inputs = [student_hashes, self.dir.hash(imatrix), calibration.as_dict(), N_ROWS]
+        inputs = [student_hashes, self.dir.hash(imatrix), calibration.as_dict(), SAMPLE]
         self._stage("sensitivity", inputs, [file], work, work_of(student))
 
     def _allocate(self, student: DenseCheckpoint) -> None:

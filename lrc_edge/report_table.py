@@ -44,11 +44,11 @@ def report_table(build: BuildDir, student: DenseCheckpoint, teacher: DenseCheckp
     return table
 
 
-def _allocation(table: dict[str, Any], artifacts: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the mixed precision was meant to be, beside what its file measured."""
-    file = next(a for a in artifacts if a["encoding"] == f"{table['bits_per_weight']:g}bpw")
-    return {**table, "measured_bits_per_weight": file["bits_per_weight"],
-            "measured_kl": file["parity"]["prefill"]["kl_mean"]}
+def _allocation(table: dict[str, Any], artifacts: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What the mixed precision was meant to be, beside what its file measured; None while that is not yet written."""
+    file = next((a for a in artifacts if a["encoding"] == f"{table['bits_per_weight']:g}bpw"), None)
+    return file and {**table, "measured_bits_per_weight": file["bits_per_weight"],
+                     "measured_kl": file["parity"]["prefill"]["kl_mean"]}
 
 
 def _describe(model: DenseCheckpoint) -> dict[str, Any]:
