@@ -49,6 +49,23 @@ def fold(teacher: DenseCheckpoint, trained_file: Path, folder: Path, provenance:
     return DenseCheckpoint.open(folder)
 
 
+def with_weights(source: DenseCheckpoint, trained_file: Path, folder: Path, provenance: dict[str, str]
+                 ) -> DenseCheckpoint:
+    """Write `source` with the weights of `trained_file` (safetensors, kind = weights) in float32 to `folder`, and open
+    it. Tokenizer, card and all else are the source's."""
+    with safe_open(trained_file, framework="pt") as trained:
+        folder.mkdir(parents=True)
+        _write_weights(_folded(source, source.shape, trained, None), folder)
+    kept_out = {file.name for file in source.weight_files()} | {"model.safetensors.index.json"}
+    for file in source.path.iterdir():
+        if file.is_file() and file.name not in kept_out:
+            shutil.copyfile(file, folder / file.name)
+    config = student_config(source.config, source.shape, source.rope)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / PROVENANCE_FILE).write_text(json.dumps(provenance, indent=2) + "\n")
+    return DenseCheckpoint.open(folder)
+
+
 def _student_shape(teacher: ModelShape, trained: Any, where: Path) -> ModelShape:
     names = set(trained.keys())
     norm = next(w.name for w in weights_of(teacher) if w.role.kind == "norm")

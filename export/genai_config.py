@@ -18,8 +18,8 @@ def genai_config(checkpoint: DenseCheckpoint, tokenizer: PreTrainedTokenizerBase
                  model_file: str) -> dict[str, Any]:
     """The table for `model_file` (relative to the folder). `generation`: generation_config.json, {} when there is none.
 
-    No thread count: it belongs to the device, and onnxruntime takes one thread a physical core. Set it when loading
-    (og.Config.overlay) where that is wrong.
+    The thread count belongs to the device. 0 leaves it to onnxruntime, which takes one thread a physical core; left
+    out, onnxruntime-genai takes half of the processors: one thread on two cores. og.Config.overlay sets another.
     """
     shape = checkpoint.shape
     eos = eos_ids(checkpoint, tokenizer, generation)
@@ -35,7 +35,7 @@ def genai_config(checkpoint: DenseCheckpoint, tokenizer: PreTrainedTokenizerBase
             "context_length": shape.max_position_embeddings,
             "vocab_size": shape.vocab_size,
             "decoder": {
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "session_options": {"log_id": "onnxruntime-genai", "intra_op_num_threads": 0, "provider_options": []},
                 "filename": model_file,
                 "head_size": shape.head_dim,
                 "hidden_size": shape.hidden_size,

@@ -4,6 +4,7 @@ from __future__ import annotations
 import ctypes
 import difflib
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ class Encoding:
     ftype: int  # llama_ftype, and general.file_type of the file
     type: GGMLQuantizationType  # of most tensors; mixtures give some tensors another on purpose
     needs_imatrix: bool
+    tensor_types: tuple[tuple[str, GGMLQuantizationType], ...] = ()  # mixed precision: every matrix and its own type
 
     @property
     def direct(self) -> bool:
@@ -211,14 +213,19 @@ def _imatrix_metadata(n_entries: int, n_chunks: int | None) -> ctypes.Array:
 
 
 def _overrides(source: Path, encoding: Encoding) -> ctypes.Array | None:
-    """llama.cpp knows no substitute for block sizes other than 32 and 256 (Q1_0 has 128) and gives up: say F16."""
-    if encoding.block in (32, 256):
+    """Types of single tensors: those of a mixed precision, and F16 where llama.cpp would give up.
+
+    It knows no substitute for block sizes other than 32 and 256 (Q1_0 has 128).
+    """
+    types = dict(encoding.tensor_types)
+    if not types and encoding.block not in (32, 256):
+        types = {tensor.name: QType.F16 for tensor in GGUFReader(source).tensors
+                 if len(tensor.shape) > 1 and int(tensor.shape[0]) % encoding.block}
+    if not types:
         return None
-    names = [tensor.name for tensor in GGUFReader(source).tensors
-             if len(tensor.shape) > 1 and int(tensor.shape[0]) % encoding.block]
     kind = llama_cpp.llama_cpp.llama_model_tensor_override
-    # The list ends with an entry without a pattern.
-    return (kind * (len(names) + 1))(*(kind(f"^{name}$".encode(), QType.F16) for name in names))
+    # Patterns are regular expressions. The list ends with an entry without one.
+    return (kind * (len(types) + 1))(*(kind(f"^{re.escape(name)}$".encode(), type) for name, type in types.items()))
 
 
 def _embedding_row(source: Path) -> int:
@@ -251,6 +258,9 @@ def judge_type(name: str, shape: Sequence[int], got: GGMLQuantizationType, encod
     the output in Q6_K) are no fallbacks: there the row is a multiple of the super-block and llama.cpp chose freely.
     """
     row = shape[0]
+    if encoding.tensor_types:
+        asked = dict(encoding.tensor_types).get(name, got)
+        return None if got == asked else Fallback(name, asked.name, got.name, "llama.cpp chose it")
     wanted = encoding.ends if encoding.ends is not None and name in _END_TENSORS else encoding.type
     if len(shape) < 2 or got == wanted or encoding.direct:
         return None

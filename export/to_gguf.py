@@ -13,7 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gguf import MODEL_ARCH, MODEL_TENSOR, TENSOR_NAMES, GGMLQuantizationType, GGUFWriter
+from gguf import (
+    GGML_QUANT_SIZES,
+    MODEL_ARCH,
+    MODEL_TENSOR,
+    TENSOR_NAMES,
+    GGMLQuantizationType,
+    GGUFReader,
+    GGUFWriter,
+    quants,
+)
 from safetensors import safe_open
 
 from lrc_edge.artifact import Artifact, HashedFile, sha256_of
@@ -28,6 +37,7 @@ from lrc_edge.export.gguf_metadata import (
     write_metadata,
 )
 from lrc_edge.export.imatrix import check_importance, measured_weights
+from lrc_edge.export.mixed_precision import Allocation, encoding_name
 from lrc_edge.export.modelfile import write_modelfile
 from lrc_edge.export.quantize import (
     ENCODINGS,
@@ -62,20 +72,25 @@ GGUF_NAMES: dict[str, tuple[MODEL_TENSOR, str]] = {
 }
 _TORCH_TYPES = {GGMLQuantizationType.F32: torch.float32, GGMLQuantizationType.F16: torch.float16,
                 GGMLQuantizationType.BF16: torch.bfloat16}
+ON_GRID_ENCODING = "q4_0"  # the one that quantization-aware training is for
 PIECE = 1 << 15  # elements; torch starts threads above that
 _ROPE_FACTORS = TENSOR_NAMES[MODEL_TENSOR.ROPE_FREQS] + ".weight"
 
 
 def export_gguf(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[str],
                 progress: Callable[[str], None] | None = None,
-                importance: Mapping[str, np.ndarray] | None = None, *, n_chunks: int | None = None) -> list[Artifact]:
+                importance: Mapping[str, np.ndarray] | None = None, *, n_chunks: int | None = None,
+                on_grid: DenseCheckpoint | None = None, allocation: Allocation | None = None) -> list[Artifact]:
     """Write one GGUF file for each encoding, and an Ollama Modelfile, into `folder`.
 
-    `importance`: imatrix.collect's, by weight name, and `n_chunks` how many rows it saw. Returns the artifacts in the
-    order of `encodings`, their paths relative to folder's parent. A file bears its name only when it is whole. Raises
-    UserError before writing when an encoding, the tokenizer or the RoPE is not possible.
+    `importance`: imatrix.collect's, by weight name, and `n_chunks` how many rows it saw. `on_grid`: the same model
+    trained on the Q4_0 grid, of which q4_0 is then made. `allocation`: one more file, in mixed precision. Returns the
+    artifacts in this order, their paths relative to folder's parent. A file bears its name only when it is whole.
+    Raises UserError before writing when an encoding, the tokenizer or the RoPE is not possible.
     """
     wanted = list(dict.fromkeys(parse_encoding(name) for name in encodings))
+    if allocation is not None:
+        wanted.append(_mixed_encoding(checkpoint, allocation))
     for encoding in wanted:
         check_imatrix(encoding, importance is not None)
     by_tensor = None if importance is None else _by_tensor(checkpoint, importance)
@@ -91,6 +106,15 @@ def export_gguf(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[s
             with _whole(file) as partial:
                 hashes[encoding] = _write(checkpoint, vocabulary, encoding, partial)
     quantized = {encoding: file for encoding, file in files.items() if not encoding.direct}
+    identical: dict[Encoding, float] = {}
+    if on_grid is not None and ENCODINGS[ON_GRID_ENCODING] in quantized:
+        encoding = ENCODINGS[ON_GRID_ENCODING]
+        file = quantized.pop(encoding)
+        with _lossless_file(on_grid, vocabulary, {}, folder) as source, _whole(file) as partial:
+            say(f"quantizing {file.name}")
+            # Without importance: the scales are already those that the weights were trained with.
+            quantize_file(source, partial, encoding)
+        hashes[encoding], identical[encoding] = sha256_of(file), identical_blocks(file, on_grid)
     if quantized:
         with _lossless_file(checkpoint, vocabulary, files, folder) as source:
             for encoding, file in quantized.items():
@@ -98,16 +122,47 @@ def export_gguf(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[s
                 with _whole(file) as partial:
                     quantize_file(source, partial, encoding, importance=by_tensor, n_chunks=n_chunks)
                 hashes[encoding] = sha256_of(file)
-    artifacts = [_artifact(checkpoint, encoding, file, hashes[encoding]) for encoding, file in files.items()]
+    artifacts = [_artifact(checkpoint, encoding, file, hashes[encoding], identical.get(encoding))
+                 for encoding, file in files.items()]
     if files:
         write_modelfile(checkpoint, vocabulary, {encoding.name: file for encoding, file in files.items()})
     return artifacts
+
+
+def identical_blocks(file: Path, checkpoint: DenseCheckpoint) -> float:
+    """Share of the file's quantized blocks that decode to exactly the checkpoint's weights."""
+    tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+    permuted = architecture(checkpoint) == MODEL_ARCH.LLAMA
+    n_blocks = n_identical = 0
+    for weight in checkpoint.weights():
+        tensor = tensors[gguf_name(weight)]
+        block = GGML_QUANT_SIZES[tensor.tensor_type][0]
+        if block > 1:
+            expected = _tensor_data(checkpoint, weight, GGMLQuantizationType.F32, permuted)
+            equal = (quants.dequantize(tensor.data, tensor.tensor_type) == expected).reshape(-1, block).all(1)
+            n_blocks, n_identical = n_blocks + equal.size, n_identical + int(equal.sum())
+    return n_identical / n_blocks
 
 
 def _by_tensor(checkpoint: DenseCheckpoint, importance: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The importance by GGUF tensor name."""
     check_importance(checkpoint, importance)
     return {gguf_name(weight): importance[weight.name] for weight in measured_weights(checkpoint)}
+
+
+def _mixed_encoding(checkpoint: DenseCheckpoint, allocation: Allocation) -> Encoding:
+    """As an entry of llama.cpp's quantizer: general.file_type says the type of most weights."""
+    nominal = next(encoding for encoding in ENCODINGS.values() if encoding.type == allocation.main_type)
+    types = tuple((gguf_name(weight), allocation.types[weight.name]) for weight in checkpoint.weights()
+                  if len(weight.shape) > 1)
+    return Encoding(encoding_name(allocation.bits_per_weight), nominal.ftype, nominal.type, needs_imatrix=False,
+                    tensor_types=types)
+
+
+def rope_factor_bytes(checkpoint: DenseCheckpoint) -> int:
+    """Bytes of the one tensor that is no weight; 0 for most models."""
+    factors = llama3_rope_factors(checkpoint)
+    return 0 if factors is None else factors.numel() * 4
 
 
 def check_gguf(checkpoint: DenseCheckpoint) -> None:
@@ -118,13 +173,19 @@ def check_gguf(checkpoint: DenseCheckpoint) -> None:
 
 
 def file_name(checkpoint: DenseCheckpoint, encoding: Encoding) -> str:
-    """llama.cpp's convention, <Name>-<Size>-<Encoding>.gguf; a name that says its size already is not told it twice."""
+    """llama.cpp's convention, <Name>-<Size>-<Encoding>.gguf."""
+    label = encoding.name if encoding.tensor_types else encoding.name.upper()
+    return f"{file_stem(checkpoint)}-{label}.gguf"
+
+
+def file_stem(checkpoint: DenseCheckpoint) -> str:
+    """<Name>-<Size>; a name that says its size already is not told it twice."""
     name = re.sub(r"[^\w.-]+", "-", checkpoint.name, flags=re.ASCII).strip("-.") or "model"
     stated = [float(number) * {"K": 1e3, "M": 1e6, "B": 1e9}[unit.upper()]
               for number, unit in re.findall(r"(?<![^-_])(\d+(?:\.\d+)?)([KMB])(?![^-_])", name, re.IGNORECASE)]
     n_params = checkpoint.shape.n_params
     size = "" if any(abs(n - n_params) <= n_params / 4 for n in stated) else f"-{model_size(checkpoint)}"
-    return f"{name}{size}-{encoding.name.upper()}.gguf"
+    return name + size
 
 
 @contextmanager
@@ -223,7 +284,7 @@ def _tensor_data(checkpoint: DenseCheckpoint, weight: Weight, kind: GGMLQuantiza
 
 
 def _converted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The contiguous tensor in another type. In pieces that stay in the cache and on this thread, and by way of float32:
+    """The contiguous tensor in another type. In pieces that stay in the cache and on this thread, by way of float32:
     half as long as at once, and torch's other threads would spin where those of HashedFile work."""
     if tensor.dtype == dtype:
         return tensor.contiguous()
@@ -243,9 +304,12 @@ def interleave_rotary(tensor: torch.Tensor, n_heads: int) -> torch.Tensor:
     return halves.transpose(1, 2).reshape(tensor.shape)
 
 
-def _artifact(checkpoint: DenseCheckpoint, encoding: Encoding, file: Path, sha256: str) -> Artifact:
+def _artifact(checkpoint: DenseCheckpoint, encoding: Encoding, file: Path, sha256: str,
+              identical: float | None) -> Artifact:
     contents = read_contents(file, encoding)
+    if encoding.tensor_types and contents.fallbacks:  # candidates() offers what every row can have
+        raise RuntimeError(f"{file.name}: llama.cpp did not keep to the allocation: {contents.fallbacks}")
     return Artifact(
         path=f"{file.parent.name}/{file.name}", format="gguf", encoding=encoding.name, bytes=file.stat().st_size,
         bits_per_weight=8 * contents.data_bytes / checkpoint.shape.n_params, sha256=sha256,
-        fallbacks=contents.fallbacks, tensor_types=contents.tensor_types)
+        fallbacks=contents.fallbacks, tensor_types=contents.tensor_types, identical_blocks=identical)

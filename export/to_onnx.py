@@ -43,13 +43,15 @@ Progress = Callable[[str], None]
 
 def export_onnx(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[str], progress: Progress | None = None,
                 accuracy_level: int = DEFAULT_ACCURACY_LEVEL, importance: Mapping[str, np.ndarray] | None = None, *,
-                threads: int | None = None, shard_bytes: int = SHARD_BYTES) -> list[Artifact]:
+                on_grid: DenseCheckpoint | None = None, threads: int | None = None,
+                shard_bytes: int = SHARD_BYTES) -> list[Artifact]:
     """Write the checkpoint to `folder`, replacing what is there, and return an artifact for each encoding.
 
     `encodings`: of FILES. `accuracy_level` of q8 and q4: see Blocks. `importance`: imatrix.collect's, by weight name.
-    `threads` quantize: the machine's processors by default. `shard_bytes`: of one data file. `progress` hears
-    "fp32 model.layers.0...". The artifacts' paths are relative to the folder's parent. Needs memory for one tensor as
-    the checkpoint stores it. An exception leaves `folder` as it was. Raises UserError.
+    `on_grid`: the same model trained on the Q4_0 grid, of which q4 is then made. `threads` quantize: the machine's
+    processors by default. `shard_bytes`: of one data file. `progress` hears "fp32 model.layers.0...". The artifacts'
+    paths are relative to the folder's parent. Needs memory for one tensor as the checkpoint stores it. An exception
+    leaves `folder` as it was. Raises UserError.
     """
     _check_encodings(encodings, accuracy_level)
     check_supported(checkpoint)
@@ -58,7 +60,9 @@ def export_onnx(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[s
     formats: dict[str, WeightFormat] = {
         "fp32": Plain(np.dtype(np.float32)), "fp16": Plain(np.dtype(np.float16)),
         "q8": Blocks(Q8_0, Q8_0, accuracy_level, importance, threads),
-        "q4": Blocks(Q4_0, Q8_0, accuracy_level, importance, threads)}
+        "q4": Blocks(Q4_0, Q8_0, accuracy_level, importance, threads) if on_grid is None else
+        # Without importance: the scales are already those that the weights were trained with.
+        Blocks(Q4_0, Q8_0, accuracy_level, None, threads, trained_on_grid=True)}
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -67,9 +71,11 @@ def export_onnx(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[s
         for encoding in encodings:
             path = partial / FILES[encoding]
             with OnnxFile(path, shard_bytes) as file:
-                DecoderGraph(file, checkpoint, formats[encoding], _prefixed(progress, encoding)).write()
-                file.save(checkpoint.name, _metadata(checkpoint, encoding))
-            artifacts.append(_artifact(checkpoint, file, encoding, folder.name))
+                source = on_grid if on_grid is not None and encoding == "q4" else checkpoint
+                DecoderGraph(file, source, formats[encoding], _prefixed(progress, encoding)).write()
+                file.save(checkpoint.name, _metadata(source, encoding))
+            identical = getattr(formats[encoding], "identical_blocks", None)
+            artifacts.append(_artifact(checkpoint, file, encoding, folder.name, identical))
             n_shards[path.name] = len(file.data_paths)
         _write_sidecars(checkpoint, partial, encodings, n_shards)
         replace_tree(partial, folder)
@@ -102,14 +108,15 @@ def _prefixed(progress: Progress | None, encoding: str) -> Progress | None:
     return progress and (lambda name: progress(f"{encoding} {name}"))
 
 
-def _artifact(checkpoint: DenseCheckpoint, file: OnnxFile, encoding: str, folder_name: str) -> Artifact:
+def _artifact(checkpoint: DenseCheckpoint, file: OnnxFile, encoding: str, folder_name: str,
+              identical: float | None) -> Artifact:
     files = [file.path, *file.data_paths]
     n_bytes, types = _inventory(checkpoint, file.written)
     return Artifact(
         path=f"{folder_name}/{FILES[encoding]}", format="onnx", encoding=encoding,
         bytes=sum(part.stat().st_size for part in files),
         bits_per_weight=8 * n_bytes / checkpoint.shape.n_params, sha256=sha256_of(*files), fallbacks=(),
-        tensor_types=types)
+        tensor_types=types, identical_blocks=identical)
 
 
 def _inventory(checkpoint: DenseCheckpoint, written: dict[str, tuple[np.dtype, int]]) -> tuple[int, dict[str, int]]:

@@ -33,6 +33,8 @@ class Artifact:
     sha256: str  # of its file; of its files one after the other when there are several
     fallbacks: tuple[Fallback, ...]
     tensor_types: dict[str, int]  # type -> number of tensors
+    # Of a model trained on its grid: the share of blocks that decode to exactly the trained weights.
+    identical_blocks: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -35,6 +35,9 @@ Sources = Annotated[list[str] | None, typer.Option(
 Formats = Annotated[str | None, typer.Option(
     help="What to write, comma-separated: gguf:f32, gguf:f16, gguf:bf16, gguf:q8_0, gguf:q4_0, gguf:q4_k_m and every "
          "other llama.cpp type; onnx:fp32, fp16, q8, q4.")]
+BitsPerWeight = Annotated[float | None, typer.Option(
+    help="One more GGUF, of this size and mixed precision: each matrix gets the type that, as measured, loses least "
+         "(4.25).")]
 BuildDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="The --out directory of a build or an export.")]
 
 
@@ -47,14 +50,14 @@ def _options(show_version: Annotated[bool, typer.Option("--version", help="Print
 
 @app.command()
 def build(teacher: Teacher, out: Out, recipe: RecipeFile = None, settings: Settings = None, data: Sources = None,
-          formats: Formats = None) -> None:
+          formats: Formats = None, bits_per_weight: BitsPerWeight = None) -> None:
     """Everything: teacher in, proved GGUF and ONNX out, with a report.
 
     [dim]lrc-edge build HuggingFaceTB/SmolLM2-360M --data stories.jsonl --set student.hidden_size=512 --out out[/]
     """
     from lrc_edge import commands
 
-    _exit(commands.build(teacher, out, _recipe(recipe, settings, data, formats), _console()))
+    _exit(commands.build(teacher, out, _recipe(recipe, settings, data, formats, bits_per_weight), _console()))
 
 
 @app.command()
@@ -63,7 +66,7 @@ def train(teacher: Teacher, out: Out, recipe: RecipeFile = None, settings: Setti
     """Train only (the GPU's part of a build). `build` or `fold` on the same directory goes on."""
     from lrc_edge import commands
 
-    _exit(commands.build(teacher, out, _recipe(recipe, settings, data, None), _console(), until="train"))
+    _exit(commands.build(teacher, out, _recipe(recipe, settings, data), _console(), until="train"))
 
 
 @app.command()
@@ -79,14 +82,14 @@ def export(model: Annotated[str, typer.Argument(metavar="HF_DIR", help="Any dens
            out: Out, recipe: RecipeFile = None, settings: Settings = None,
            data: Annotated[list[str] | None, typer.Option(
                "--data", "-d", metavar="SRC", help="Text to prove on; default: Python's own documentation.")] = None,
-           formats: Formats = None) -> None:
+           formats: Formats = None, bits_per_weight: BitsPerWeight = None) -> None:
     """Write and prove GGUF and ONNX of any dense checkpoint, trained here or not.
 
     [dim]lrc-edge export Qwen/Qwen3-0.6B --out out --formats gguf:q4_k_m,onnx:q4[/]
     """
     from lrc_edge import commands
 
-    _exit(commands.export(model, out, _recipe(recipe, settings, data, formats), _console()))
+    _exit(commands.export(model, out, _recipe(recipe, settings, data, formats, bits_per_weight), _console()))
 
 
 @app.command()
@@ -130,17 +133,18 @@ def show_recipe(recipe: RecipeFile = None, settings: Settings = None) -> None:
     """Print the recipe with every key and its default, as TOML to start from."""
     from lrc_edge.recipe import to_toml
 
-    print(to_toml(_recipe(recipe, settings, None, None)), end="")
+    print(to_toml(_recipe(recipe, settings)), end="")
 
 
-def _recipe(file: Path | None, settings: list[str] | None, data: list[str] | None, formats: str | None) -> Any:
+def _recipe(file: Path | None, settings: list[str] | None, data: list[str] | None = None, formats: str | None = None,
+            bits_per_weight: float | None = None) -> Any:
     from lrc_edge.recipe import load_recipe
 
     overrides: dict[str, dict[str, Any]] = {}
     if data:
         overrides["data"] = {"sources": data}
-    if formats is not None:
-        overrides["export"] = {"formats": formats}
+    export = {"formats": formats, "bits_per_weight": bits_per_weight}
+    overrides["export"] = {key: value for key, value in export.items() if value is not None}
     return load_recipe(file, settings or (), **overrides)
 
 

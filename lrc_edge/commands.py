@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from lrc_edge.recipe import Recipe, load_recipe
 from lrc_edge.report import gate_table, verdict, write_report
 from lrc_edge.report_table import processors
 from lrc_edge.stages import Teacher
+from lrc_edge.training import ON_GRID
 
 
 def build(source: str, out: Path, recipe: Recipe, console: Console, until: str = "report") -> bool:
@@ -53,7 +55,7 @@ def _before_training(source: str, out: Path, recipe: Recipe, console: Console, u
         pipeline = Pipeline(out, recipe, console, teacher)
         pipeline.describe_job(teacher=str(Path(source).resolve()) if teacher.revision == "local" else source)
         pipeline.weights(teacher.checkpoint)
-        pipeline.data()
+        pipeline.data(teacher.checkpoint)
     pipeline.identity()
     if not all(gate["passed"] for gate in pipeline.dir.result("identity")):
         console.print("identity gate failed: this teacher's clone would not be the teacher; not trained",
@@ -87,10 +89,14 @@ def export(source: str, out: Path, recipe: Recipe, console: Console) -> bool:
     path, name, _ = resolve_model(source)
     student = DenseCheckpoint.open(path, name)
     preflight.check_export(student, recipe, out)
+    if recipe.quantize.tokens and not recipe.train.tokens:  # read as much of --data as there is use for
+        recipe = replace(recipe, train=replace(recipe.train, tokens=recipe.quantize.tokens))
     with _leaving_nothing_of_a_mistake(out):
         pipeline = Pipeline(out, recipe, console)
         pipeline.describe_job(student=str(path.resolve()))
         pipeline.weights(student)
+        if recipe.quantize.tokens:
+            pipeline.data(student)
         pipeline.held_out_rows(student)  # too little --data is said before the files are written
     return _prove_and_report(pipeline, student, console)
 
@@ -102,14 +108,17 @@ def _leaving_nothing_of_a_mistake(out: Path) -> Iterator[None]:
     try:
         yield
     except UserError:
-        if not existed and not list(out.glob("*.unfinished/state.json")):  # hours of tokenizing, which can go on
+        # Hours of tokenizing, or of the teacher's own text, which can go on.
+        kept = [*out.glob("*.unfinished/state.json"), *out.glob("*.unfinished/self.jsonl")]
+        if not existed and not any(file.stat().st_size for file in kept):
             shutil.rmtree(out, ignore_errors=True)
         raise
 
 
 def _prove_and_report(pipeline: Pipeline, student: DenseCheckpoint, console: Console) -> bool:
-    artifacts = pipeline.export(student)
-    pipeline.check(student, artifacts)
+    on_grid = pipeline.quantize(student)
+    artifacts = pipeline.export(student, on_grid)
+    pipeline.check(student, artifacts, on_grid)
     report = pipeline.report(student)
     show_verdict(report, pipeline.out, console)
     return all(gate["passed"] for gate in report["gates"])
@@ -135,7 +144,8 @@ def check(out: Path, console: Console) -> bool:
     for artifact in artifacts:
         if not (out / artifact.path).exists():
             raise UserError(f"{out / artifact.path}: missing, though the build wrote it; run the build again")
-    pipeline.check(student, artifacts, again=True)
+    on_grid = DenseCheckpoint.open(out / ON_GRID) if "quantize" in stages else None
+    pipeline.check(student, artifacts, on_grid, again=True)
     report = pipeline.report(student)
     show_verdict(report, out, console)
     return all(gate["passed"] for gate in report["gates"])
@@ -198,7 +208,8 @@ def _gguf_of(path: Path, encoding: str) -> Path:
     if path.is_file():
         return path
     wanted = encoding.lower()
-    files = sorted((f for f in path.rglob("*.gguf") if f.stem.lower().endswith(wanted)), key=lambda f: f.stat().st_size)
+    models = (f for f in path.rglob("*.gguf") if not f.stem.endswith(".imatrix") and f.stem.lower().endswith(wanted))
+    files = sorted(models, key=lambda f: f.stat().st_size)
     if not files:
         raise UserError(f"{path}: no GGUF {f'in {encoding} ' if encoding else ''}here; "
                         "build or export one with --formats gguf:q8_0")

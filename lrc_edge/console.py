@@ -16,7 +16,8 @@ class Task:
 
     def __init__(self, console: Console, name: str, total: int | None):
         self.console, self.name, self.total = console, name, total
-        self.started = self._shown = time.monotonic()
+        self._shown = time.monotonic()
+        self._began: tuple[float, int] | None = None  # when it first said what was done, and what: none of it is ours
         self._live: Progress | None = None
         if console.is_terminal:
             self._live = Progress(SpinnerColumn(), TextColumn("[bold]{task.description:>9}"), BarColumn(24),
@@ -27,6 +28,8 @@ class Task:
             self._live.start()
 
     def update(self, detail: str, completed: int | None = None) -> None:
+        if self._began is None and completed is not None:
+            self._began = time.monotonic(), completed
         if self._live is not None:
             self._live.update(self._id, detail=detail, completed=completed)
         elif time.monotonic() - self._shown >= PLAIN_EVERY:
@@ -35,9 +38,12 @@ class Task:
                                soft_wrap=True)
 
     def _where(self, completed: int | None) -> str:
-        if not self.total or not completed:
+        if not self.total or not completed or not self._began:
             return ""
-        eta = (time.monotonic() - self.started) / completed * (self.total - completed)
+        started, had = self._began
+        if completed == had:
+            return f"{completed / self.total:4.0%}  "
+        eta = (time.monotonic() - started) / (completed - had) * (self.total - completed)
         return f"{completed / self.total:4.0%}  eta {eta // 60:.0f}:{eta % 60:02.0f}  "
 
     def stop(self) -> None:

@@ -1,10 +1,11 @@
-"""The corpus apart from training: the split by document hash, held-out text as token rows for evaluation and proof."""
+"""The corpus apart from training: the split by document hash, held-out text as token rows for evaluation and proof,
+calibration rows that share nothing with it."""
 from __future__ import annotations
 
 import hashlib
 import json
 import pydoc_data.topics
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 HELD_OUT_TOKENS = 200_000
 N_OPENINGS = 8
+OVERLAP = 32  # tokens in sequence: two texts that share so many were not written apart
 
 
 def is_held_out(document: Document, share: float) -> bool:
@@ -80,6 +82,9 @@ class HeldOut:
 
         Each row begins with BOS when there is one: a model that was trained with it misbehaves without.
         """
+        if row_len < 2:
+            raise UserError(f"held-out text: {len(self.ids)} tokens in rows of {row_len}, need at least 2 in a row; "
+                            "give more text, or raise data.held_out_share or parity.row_len")
         body = row_len if bos is None else row_len - 1
         n_rows = min(-(-positions // (row_len - 1)), len(self.ids) // body)
         if n_rows < 1:
@@ -87,3 +92,52 @@ class HeldOut:
                             "give more text or lower parity.row_len")
         rows = self.ids[: n_rows * body].reshape(n_rows, body)
         return rows if bos is None else np.concatenate([np.full((n_rows, 1), bos), rows], axis=1)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The rows that quantizers look at, none of which the proof sees."""
+
+    rows: np.ndarray  # (n, row_len) int64
+    source: str  # where they come from, for people
+    n_left_out: int  # rows that shared text with the evaluation
+
+    @classmethod
+    def choose(cls, candidates: Iterable[np.ndarray], shape: tuple[int, int], evaluation_ids: np.ndarray, source: str
+               ) -> Calibration:
+        """The first candidates that share no OVERLAP consecutive tokens with `evaluation_ids` (N,).
+
+        shape: (rows wanted, tokens of a row); rows shorter than OVERLAP are compared whole. Raises UserError when no
+        row remains.
+        """
+        n_rows, row_len = shape
+        window = min(OVERLAP, row_len)
+        evaluated = set(_windows(evaluation_ids, window))
+        kept: list[np.ndarray] = []
+        n_left_out = 0
+        for row in candidates:
+            if evaluated.isdisjoint(_windows(row, window)):
+                kept.append(row)
+            else:
+                n_left_out += 1
+            if len(kept) == n_rows:
+                break
+        if not kept:
+            found = f"all {n_left_out} rows share text with it" if n_left_out else f"not {row_len} tokens"
+            raise UserError(f"calibration: no text beside the proof's ({found}); give more --data or "
+                            "--set export.calibration_tokens=0")
+        return cls(np.stack(kept).astype(np.int64), source, n_left_out)
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of the token ids, row after row, as little-endian int64."""
+        return hashlib.sha256(self.rows.astype("<i8").tobytes()).hexdigest()
+
+    def as_dict(self) -> dict[str, str | int]:
+        return {"source": self.source, "sha256": self.sha256, "rows": len(self.rows), "tokens": self.rows.size,
+                "rows_left_out": self.n_left_out}
+
+
+def _windows(ids_N: np.ndarray, length: int) -> Iterator[bytes]:
+    ids = np.ascontiguousarray(ids_N, dtype=np.int32)
+    return (ids[i:i + length].tobytes() for i in range(len(ids) - length + 1))

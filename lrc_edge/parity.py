@@ -13,6 +13,7 @@ import numpy as np
 
 from lrc_edge.recipe import Gates
 
+AS_TRAINED = "as trained"  # of comparisons with the student that was trained on a grid, not with the student
 CHUNK_ELEMENTS = 2**23  # logits in float64 at one time: 64 MiB
 
 
@@ -142,6 +143,12 @@ def gates_of_identity(metrics: Metrics, limits: Gates) -> list[Gate]:
     table = metrics.as_dict()
     return [Gate("identity vs teacher", "teacher", "max_abs", table["max_abs"], limits.identity_max_abs, "<="),
             Gate("identity vs teacher", "teacher", "top1", table["top1"], limits.fold_top1, ">=")]
+
+
+def gates_of_grid(artifact: str, identical_blocks: float, metrics: Metrics, limits: Gates) -> list[Gate]:
+    """Of a file made of a student that was trained on its grid: it holds the trained weights and says what they say."""
+    return [Gate(AS_TRAINED, artifact, "identical_blocks", identical_blocks, limits.identical_blocks, ">="),
+            Gate(AS_TRAINED, artifact, "kl_mean", metrics.as_dict()["kl_mean"], limits.on_grid_kl, "<=")]
 
 
 def gates_of_artifact(artifact: str, kind: str, mode: str, metrics: Metrics, limits: Gates) -> list[Gate]:

@@ -9,6 +9,7 @@ from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
 from lrc_edge.figures import human_bytes
 from lrc_edge.recipe import Recipe
+from lrc_edge.roles import weights_of
 from lrc_edge.shape import ModelShape
 from lrc_edge.sources import SELF, WANTED, looks_local
 
@@ -43,8 +44,35 @@ def _check_imatrix(recipe: Recipe, formats: list[tuple[str, str]]) -> None:
 
 def wanted_formats(recipe: Recipe, hidden_size: int) -> list[tuple[str, str]]:
     """The recipe's formats, or the default ones of a model of this width."""
-    default = ["gguf:f16", "gguf:q8_0", "onnx:fp32"] + ["gguf:q4_k_m", "onnx:q4"] * (hidden_size % 256 == 0)
+    default = ["gguf:f16", "gguf:q8_0", "onnx:fp32"]
+    default += ["gguf:q4_k_m", "gguf:q4_0", "onnx:q4"] * (hidden_size % 256 == 0)
     return [parse_format(text) for text in dict.fromkeys(recipe.export.formats or default)]
+
+
+GRID_FORMATS = {("gguf", "q4_0"), ("onnx", "q4")}  # what training on the Q4_0 grid is for
+
+
+def trains_on_grid(recipe: Recipe, hidden_size: int) -> bool:
+    return recipe.quantize.tokens > 0 and not GRID_FORMATS.isdisjoint(wanted_formats(recipe, hidden_size))
+
+
+def _check_quantize(recipe: Recipe, shape: ModelShape, formats: list[tuple[str, str]], has_teacher: bool) -> None:
+    """Whether quantization-aware training is possible where it is asked for."""
+    q = recipe.quantize
+    if not q.tokens:
+        return
+    from lrc_edge.train.quantize import row_off_the_grid
+
+    if GRID_FORMATS.isdisjoint(formats):
+        raise UserError(f"quantize.tokens = {q.tokens}: trains the student on the grid of gguf:q4_0 and onnx:q4, and "
+                        "neither is among the formats; add one, or set quantize.tokens=0")
+    if row := row_off_the_grid(shape):
+        raise UserError(f"quantize.tokens = {q.tokens}: a row of {row} does not divide into the Q4_0 grid's blocks of "
+                        "32; set quantize.tokens=0")
+    if q.teacher == "teacher" and not has_teacher:
+        raise UserError("quantize.teacher = 'teacher': an export has none; leave it at 'student'")
+    if not recipe.data.sources:
+        raise UserError(f"quantize.tokens = {q.tokens}: no text to train on; {WANTED} with --data")
 
 
 def student_width(recipe: Recipe, teacher: ModelShape) -> int:
@@ -71,15 +99,21 @@ def check_build(teacher: DenseCheckpoint, recipe: Recipe, out: Path, runtimes: b
     _check_sources(recipe)
     formats = wanted_formats(recipe, student_width(recipe, teacher.shape)) if runtimes else []
     _check_width(teacher, recipe, formats)
+    if runtimes:
+        _check_quantize(recipe, teacher.shape.with_hidden_size(student_width(recipe, teacher.shape)), formats, True)
     _check_runtimes(teacher, recipe, formats)
+    if runtimes:
+        _check_mixed_precision(recipe, teacher.shape.with_hidden_size(student_width(recipe, teacher.shape)))
     _check_disk(out, _build_bytes(teacher.shape, recipe, formats))
 
 
 def check_export(student: DenseCheckpoint, recipe: Recipe, out: Path) -> None:
     """The same for an export. Widths of a finished model are what they are: tensors that do not fit are reported."""
     formats = wanted_formats(recipe, student.shape.hidden_size)
+    _check_quantize(recipe, student.shape, formats, False)
     _check_runtimes(student, recipe, formats)
-    _check_disk(out, _export_bytes(student.shape, formats))
+    _check_mixed_precision(recipe, student.shape)
+    _check_disk(out, _export_bytes(student.shape, recipe, formats))
 
 
 def _check_width(teacher: DenseCheckpoint, recipe: Recipe, formats: list[tuple[str, str]]) -> None:
@@ -117,7 +151,7 @@ def _check_runtimes(model: DenseCheckpoint, recipe: Recipe, formats: list[tuple[
     if rows > model.shape.vocab_size:
         raise UserError(f"{model.path}: the tokenizer has {rows} tokens, the embedding {model.shape.vocab_size} rows; "
                         "get a tokenizer and weights that belong together")
-    kinds = {format_ for format_, _ in formats}
+    kinds = {format_ for format_, _ in formats} | ({"gguf"} if formats and recipe.export.bits_per_weight else set())
     if "gguf" in kinds:
         _check_imatrix(recipe, formats)
         from lrc_edge.export.to_gguf import check_gguf
@@ -129,15 +163,29 @@ def _check_runtimes(model: DenseCheckpoint, recipe: Recipe, formats: list[tuple[
         check_supported(model)
 
 
+def _check_mixed_precision(recipe: Recipe, shape: ModelShape) -> None:
+    """Whether a file of that size can be made of a model of this shape."""
+    if recipe.export.bits_per_weight:
+        from lrc_edge.export.mixed_precision import check_size
+
+        check_size(weights_of(shape), recipe.export.bits_per_weight)
+
+
 # Bytes a weight of the encodings, near enough to reserve disk.
 _BYTES = {"f32": 4.0, "fp32": 4.0, "f16": 2.0, "fp16": 2.0, "bf16": 2.0, "q8_0": 1.1, "q8": 1.2}
 _OTHER_BYTES = 0.9
 
 
-def _export_bytes(shape: ModelShape, formats: list[tuple[str, str]]) -> float:
-    """Artifacts, and the lossless file that llama.cpp quantizes from."""
-    kept = sum(_BYTES.get(encoding, _OTHER_BYTES) for _, encoding in formats)
-    return shape.n_params * (kept + 4.0)
+def _export_bytes(shape: ModelShape, recipe: Recipe, formats: list[tuple[str, str]]) -> float:
+    """Artifacts, the lossless file that llama.cpp quantizes from, and training on the grid."""
+    kept = sum(_BYTES.get(encoding, _OTHER_BYTES) for _, encoding in formats) + recipe.export.bits_per_weight / 8
+    on_grid = _training_bytes(recipe, 4 * shape.n_params) + 4.0 * shape.n_params if recipe.quantize.tokens else 0.0
+    return shape.n_params * (kept + 4.0) + on_grid
+
+
+def _training_bytes(recipe: Recipe, trained: float) -> float:
+    """Checkpoints with both Adam moments, one more while it is being written, and the result."""
+    return (3 * (recipe.train.keep_checkpoints + 1) + 1) * trained
 
 
 def _build_bytes(teacher: ModelShape, recipe: Recipe, formats: list[tuple[str, str]]) -> float:
@@ -145,14 +193,15 @@ def _build_bytes(teacher: ModelShape, recipe: Recipe, formats: list[tuple[str, s
     student = teacher.with_hidden_size(width)
     projections = 4 * teacher.hidden_size * width * (7 * teacher.num_hidden_layers + 2)
     trained = max(projections, 4 * student.n_params) if recipe.train.dense_share else projections
-    # Checkpoints with both Adam moments, one more while it is being written, and the result.
-    training = (3 * (recipe.train.keep_checkpoints + 1) + 1) * trained
     identity = 4 * teacher.n_params  # the teacher folded through P = I; gone before training
     tokens = recipe.train.tokens * (2 if teacher.vocab_size <= 2**16 else 4)
-    return tokens + max(identity, training + 4 * student.n_params + _export_bytes(student, formats))
+    training = _training_bytes(recipe, trained) + 4 * student.n_params
+    return tokens + max(identity, training + _export_bytes(student, recipe, formats))
 
 
 def _check_disk(out: Path, needed: float) -> None:
+    """`needed`: bytes of the finished build, of which an earlier run may have written some."""
+    needed -= sum(file.lstat().st_size for file in out.rglob("*") if file.is_file())
     free = free_bytes(out.resolve())
     if free < needed:
         raise UserError(f"{out}: needs about {human_bytes(needed)}, {human_bytes(free)} are free; "

@@ -90,15 +90,36 @@ class Train:
     spike_factor: float = 5.0
 
 
+# Peak learning rate x the student's hidden_size of the quantization-aware phase: best of a grid (docs/LOG.md).
+QUANTIZED_RATE = 0.0256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize:
+    """A last phase on the grid of gguf:q4_0 and onnx:q4, which are then made of its weights; the other files are not.
+
+    The student's matrices pass through that grid in every forward pass, and learn to say what they said before it.
+    """
+
+    tokens: int = 0  # of the phase; 0: none
+    teacher: Literal["student", "teacher"] = "student"  # whom to copy: the student itself, unquantized, or its teacher
+    alpha: float = 1.0  # weight of the clone terms between the student's layers and its own, unquantized
+    batch_tokens: int = 0  # of an optimizer step; 0: a 200th of the budget, at least 1,024 and at most 32,768
+    learning_rate: float = 0.0  # its peak; 0: QUANTIZED_RATE / the student's hidden_size
+
+
 @dataclass(frozen=True, kw_only=True)
 class Export:
     """What to write. GGUF encodings are llama.cpp's names. ONNX has fp32, fp16, q8 (the numbers of GGUF's Q8_0) and q4
     (those of its Q4_0)."""
 
-    # Empty: gguf:f16, gguf:q8_0 and onnx:fp32; from a width that 256 divides also gguf:q4_k_m and onnx:q4. Narrower
-    # models are so small that 4 bits save little, and lose much (docs/LOG.md).
+    # Empty: gguf:f16, gguf:q8_0 and onnx:fp32; from a width that 256 divides also gguf:q4_k_m, gguf:q4_0 and onnx:q4.
+    # Narrower models are so small that 4 bits save little, and lose much (docs/LOG.md).
     formats: tuple[str, ...] = ()
     calibration_tokens: int = 16_384  # of text apart from the proof's, for the quantizer's importance matrix; 0: none
+    # Above 0: one more GGUF, each of its matrices in the type that, as measured, loses least at this size (mixed
+    # precision); all tensors counted. docs/quantization.md.
+    bits_per_weight: float = 0.0
     # 0: activations stay float32; 4: onnxruntime rounds them to int8, as llama.cpp does: twice as fast at the same KL
     onnx_accuracy_level: int = 4
 
@@ -127,6 +148,10 @@ class Gates:
     gguf_bf16_kl: float = 1e-3
     gguf_q8_0_kl: float = 5e-3
     quantized_kl: float = 0.15  # every other type, GGUF and ONNX
+    # Files of a student trained on their grid, against that student: blocks with exactly its weights, and what is left
+    # when the runtimes round activations to 8 bits.
+    identical_blocks: float = 0.99
+    on_grid_kl: float = 0.01
     onnx_fp32_kl: float = 1e-8
     onnx_fp32_max_abs: float = 1e-4
     onnx_fp16_kl: float = 1e-4
@@ -138,6 +163,7 @@ class Recipe:
     student: Student = field(default_factory=Student)
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
+    quantize: Quantize = field(default_factory=Quantize)
     export: Export = field(default_factory=Export)
     parity: Parity = field(default_factory=Parity)
     gates: Gates = field(default_factory=Gates)
@@ -281,7 +307,12 @@ def _check(recipe: Recipe) -> None:
                                       "train.learning_rate": t.learning_rate, "train.alpha": t.alpha,
                                       "train.dense_alpha": t.dense_alpha,
                                       "train.dense_learning_rate": t.dense_learning_rate, "train.workers": t.workers,
+                                      "quantize.tokens": recipe.quantize.tokens,
+                                      "quantize.alpha": recipe.quantize.alpha,
+                                      "quantize.batch_tokens": recipe.quantize.batch_tokens,
+                                      "quantize.learning_rate": recipe.quantize.learning_rate,
                                       "export.calibration_tokens": recipe.export.calibration_tokens,
+                                      "export.bits_per_weight": recipe.export.bits_per_weight,
                                       "student.hidden_size": recipe.student.hidden_size,
                                       "train.kl_weight": t.kl_weight, "train.lm_weight": t.lm_weight,
                                       "train.warmup_share": t.warmup_share, "parity.near_tie": p.near_tie}
@@ -295,6 +326,9 @@ def _check(recipe: Recipe) -> None:
         if not value >= 0:
             raise UserError(f"recipe: {name} = {value}: need 0 or more")
     _check_data(recipe)
+    if recipe.export.bits_per_weight and not recipe.export.calibration_tokens:
+        raise UserError(f"recipe: export.bits_per_weight = {recipe.export.bits_per_weight:g}: what a matrix suffers is "
+                        "measured on calibration text; set export.calibration_tokens above 0")
     if 0 < t.spike_factor <= 1:
         raise UserError(f"recipe: train.spike_factor = {t.spike_factor}: need more than 1, or 0 for no limit")
     if not 0 <= t.dense_share <= 1:

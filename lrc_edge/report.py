@@ -17,6 +17,7 @@ from lrc_edge import report_charts as charts
 from lrc_edge import report_view as view
 from lrc_edge.build import write_atomically
 from lrc_edge.figures import prose, visible
+from lrc_edge.report_quantization import quantization_facts
 from lrc_edge.report_view import Names, Report, gate_cells, ordered_gates
 
 NAMED_IN_VERDICT = 3  # failed gates; the table has the others
@@ -63,7 +64,8 @@ def render_report(report: Report) -> str:
         state=state if report["gates"] else "unjudged", title=visible(report["student"]["name"]),
         teacher=visible(report["teacher"]["name"]) if report.get("teacher") else "",
         tiles=view.tiles(report, names), models=view.models(report), shape=view.shape_rows(report),
-        training=view.training_facts(report), artifacts=view.artifact_rows(report, names),
+        training=view.training_facts(report), quantization=quantization_facts(report, names),
+        artifacts=view.artifact_rows(report, names),
         loss_charts=charts.loss_charts(report), kl_chart=charts.kl_chart(report, names),
         size_chart=charts.size_chart(report, names), samples=view.sample_rows(report, names),
         fallbacks=view.fallback_groups(report, names), tokenizer=view.tokenizer_rows(report, names),

@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from lrc_edge.charts import Bar, Point, Series, bar_chart, line_chart, point_chart
 from lrc_edge.figures import figure, human_bytes, human_count, is_number, tick, visible
+from lrc_edge.parity import AS_TRAINED
 from lrc_edge.report_view import Names, Report, student_perplexity, worst_kl
 
 BINS = 120  # points of one loss curve; longer ones are averaged
@@ -50,9 +51,11 @@ def _binned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 def kl_chart(report: Report, names: Names) -> Markup | None:
     bars = []
     for a in report["artifacts"]:
-        gates = [g for g in report["gates"] if g["artifact"] == a["path"] and g["metric"] == "kl_mean"]
+        # The chart is of the distance from the student; that from the weights trained on a grid has another limit.
+        gates = [g for g in report["gates"] if g["artifact"] == a["path"] and g["metric"] == "kl_mean"
+                 and g["name"] != AS_TRAINED]
         values = tuple((visible(what), m.get("kl_mean") if is_number(m.get("kl_mean")) else None)
-                       for what, m in (a.get("parity") or {}).items() if m)
+                       for what, m in (a.get("parity") or {}).items() if m and what != AS_TRAINED)
         if values:
             limit = min((g["limit"] for g in gates if is_number(g["limit"])), default=None)
             bars.append(Bar(names(a["path"]), values, limit, any(g.get("passed") is not True for g in gates)))

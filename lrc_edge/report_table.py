@@ -30,6 +30,9 @@ def report_table(build: BuildDir, student: DenseCheckpoint, teacher: DenseCheckp
         "machine": f"{processors()} processors",
         "teacher": _describe(teacher) if teacher else None,
         "student": _describe(student), "artifacts": check["artifacts"], "gates": gates + check["gates"],
+        "calibration": stages["imatrix"]["result"] if "imatrix" in stages else None,
+        "grid": stages["quantize"]["result"] if "quantize" in stages else None,
+        "allocation": _allocation(stages["allocate"]["result"], check["artifacts"]) if "allocate" in stages else None,
         "tokenizer": check["tokenizer"], "chat_template": check["chat_template"], "samples": check["samples"]}
     if table["teacher"]:
         table["teacher"]["proof_perplexity"] = check["teacher_perplexity"]
@@ -39,6 +42,13 @@ def report_table(build: BuildDir, student: DenseCheckpoint, teacher: DenseCheckp
             table[who]["held_out"] = _held_out_figures(training[f"{who}_held_out_loss"],
                                                        training["bytes_per_token"])
     return table
+
+
+def _allocation(table: dict[str, Any], artifacts: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the mixed precision was meant to be, beside what its file measured."""
+    file = next(a for a in artifacts if a["encoding"] == f"{table['bits_per_weight']:g}bpw")
+    return {**table, "measured_bits_per_weight": file["bits_per_weight"],
+            "measured_kl": file["parity"]["prefill"]["kl_mean"]}
 
 
 def _describe(model: DenseCheckpoint) -> dict[str, Any]:

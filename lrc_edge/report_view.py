@@ -15,7 +15,8 @@ SHAPE_NAMES = {
     "num_key_value_heads": "key/value heads", "head_dim": "head size", "intermediate_size": "FFN width",
     "vocab_size": "vocabulary", "max_position_embeddings": "context", "tied": "tied embeddings"}
 METRIC_NAMES = {"kl_mean": "KL mean", "kl_p99": "KL p99", "kl_max": "KL max", "top1": "top-1", "nmse": "NMSE",
-                "max_abs": "max abs", "delta_ppl": "Δ perplexity"}
+                "max_abs": "max abs", "delta_ppl": "Δ perplexity", "identical_blocks": "identical blocks"}
+SHARES = ("top1", "identical_blocks")
 RELATIONS = {"<=": ("≤", ">"), ">=": ("≥", "<"), "==": ("=", "≠")}  # as asked, as missed
 
 
@@ -54,7 +55,7 @@ def gate_cells(gate: dict[str, Any], names: Names) -> dict[str, Any]:
 def _judged(metric: str, value: Any, whole: bool = False) -> str:
     if value is None:
         return "not a number"
-    if metric != "top1":
+    if metric not in SHARES:
         return figure(value, 4)
     return f"{100 * value:.10g} %" if whole else percent(value)
 

@@ -1,6 +1,7 @@
 """What every stage of a build shares: running only what is not done, hashes of inputs, held-out text."""
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -62,6 +63,11 @@ class Stages:
         self._stage_work += 1
         stage_line(self.console, name, line, time.monotonic() - started)
 
+    def drop(self, stage: str) -> None:
+        """A stage that this recipe has not: what an earlier one left would be taken for its work."""
+        self.dir.forget(stage)
+        shutil.rmtree(self.out / stage, ignore_errors=True)
+
     def describe_job(self, **facts: Any) -> None:
         """Remember what this directory is of, for commands that are given the directory alone."""
         self.dir.manifest["job"] = {"recipe": self.recipe.as_dict(), **facts}
@@ -75,9 +81,8 @@ class Stages:
         assert self.teacher is not None
         return self.teacher.checkpoint
 
-    def _teacher_hashes(self) -> list[str]:
-        files = [self._teacher.path / "config.json", *self._teacher.weight_files()]
-        return [self.dir.hash(file) for file in files]
+    def _hashes(self, model: DenseCheckpoint) -> list[str]:
+        return [self.dir.hash(file) for file in (model.path / "config.json", *model.weight_files())]
 
     def _tokenizer_hashes(self, checkpoint: DenseCheckpoint) -> list[str]:
         return [self.dir.hash(checkpoint.path / n) for n in TOKENIZER_PARTS if (checkpoint.path / n).exists()]

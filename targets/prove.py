@@ -11,7 +11,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lrc_edge.artifact import Artifact
 from lrc_edge.checkpoint import DenseCheckpoint
-from lrc_edge.parity import Gate, gates_of_artifact
+from lrc_edge.parity import AS_TRAINED, Gate, gates_of_artifact, gates_of_grid
 from lrc_edge.recipe import Recipe
 from lrc_edge.targets.llamacpp import LlamaCpp
 from lrc_edge.targets.onnxrt import OnnxRuntime
@@ -41,9 +41,14 @@ class Proof:
     teacher_perplexity: float | None = None  # on the proof's rows
 
 
-def prove(artifacts: list[Artifact], folder: Path, student: DenseCheckpoint, ids: np.ndarray, prompts: list[str],
-          recipe: Recipe, threads: int, teacher: DenseCheckpoint | None, progress: Progress) -> Proof:
-    """Run every artifact below `folder`. `ids`: held-out rows (n, L); `prompts`: beginnings for sample texts."""
+def prove(artifacts: list[Artifact], folder: Path, student: DenseCheckpoint, on_grid: DenseCheckpoint | None,
+          ids: np.ndarray, prompts: list[str], recipe: Recipe, threads: int, teacher: DenseCheckpoint | None,
+          progress: Progress) -> Proof:
+    """Run every artifact below `folder`. `ids`: held-out rows (n, L); `prompts`: beginnings for sample texts.
+
+    `on_grid`: the student trained on the grid of the 4-bit files. What is made of it is compared with both: with the
+    student for what the file has lost, with `on_grid` for whether it says what was trained.
+    """
     proof = Proof()
     tokenizer = student.tokenizer()
     stop = stop_ids(student, tokenizer)
@@ -68,10 +73,18 @@ def prove(artifacts: list[Artifact], folder: Path, student: DenseCheckpoint, ids
         sample("teacher", original)
         for row in proof.samples:
             row["outputs"].reverse()  # the teacher first
+    trained: HeldOutRows | None = None
+    if on_grid is not None:
+        progress("student on its grid: reference logits in PyTorch")
+        trained = HeldOutRows.of(Reference(on_grid.model()), ids)
     for artifact in artifacts:
         runtime = open_runtime(artifact, folder, ids.shape[1] + n_tokens, threads)
         try:
             entry = _logits_parity(proof, artifact, runtime, held_out, recipe, progress)
+            if artifact.identical_blocks is not None and trained is not None:
+                metrics = trained.compare(runtime.prefill, recipe.parity.near_tie)
+                entry["parity"][AS_TRAINED] = metrics.as_dict()
+                proof.gates += gates_of_grid(artifact.path, artifact.identical_blocks, metrics, recipe.gates)
             progress(f"{artifact.path}: generation")
             sample(artifact.path, runtime)
             entry["generation"] = _smoke(proof, artifact, runtime, tokenizer, prompts[0], n_tokens, stop)

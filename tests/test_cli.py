@@ -1,18 +1,22 @@
 """The command line as a user meets it: separate processes, their output, their exit status, what they leave behind."""
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from lrc_edge import preflight
 from lrc_edge.checkpoint import DenseCheckpoint
+from lrc_edge.console import Task
 from lrc_edge.errors import UserError
 from lrc_edge.recipe import load_recipe
 
@@ -135,6 +139,32 @@ def test_disk_too_small_is_said_before_the_start(tiny_llama: Path, text: Path, t
     with pytest.raises(UserError, match="free some space"):
         preflight.check_export(model, recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_build_has_written_need_not_be_free_again(tiny_llama: Path, text: Path, tmp_path: Path,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    model = DenseCheckpoint.open(tiny_llama)
+    recipe = load_recipe(None, ["student.hidden_size=32"], data={"sources": [str(text)]})
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**6))
+    checkpoint = tmp_path / "out" / "train" / "checkpoints" / "step-00000001" / "state.safetensors"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(bytes(10**5))
+    with pytest.raises(UserError, match=r"needs about .* MB, 1.00 MB are free"):
+        preflight.check_build(model, recipe, tmp_path / "out")
+    checkpoint.write_bytes(bytes(10**7))
+    preflight.check_build(model, recipe, tmp_path / "out")
+
+
+def test_time_left_is_told_by_what_this_run_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    console = Console(file=io.StringIO(), width=120)
+    task = Task(console, "train", 1000)
+    for now[0], done in ((10, 900), (20, 910)):
+        task.update("step", done)
+    assert console.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
+        "    train   90%  step", "    train   91%  eta 1:30  step"]
 
 
 def test_width_that_leaves_some_formats(tmp_path: Path, tiny_llama: Path, text: Path) -> None:

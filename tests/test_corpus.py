@@ -1,6 +1,7 @@
 """Texts from every kind of source; the split by hash; rows for the proof."""
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from lrc_edge.corpus import HeldOut, built_in_text, is_held_out
+from lrc_edge.corpus import OVERLAP, Calibration, HeldOut, built_in_text, is_held_out
 from lrc_edge.errors import UserError
 from lrc_edge.sources import LONGEST_PASSAGE, Document, Fields, documents
 
@@ -149,7 +150,36 @@ def test_rows_for_the_proof() -> None:
     assert held_out.rows(100, 10**6, bos=None).shape == (10, 100)  # no more than there is
     with pytest.raises(UserError, match="need at least"):
         held_out.rows(2000, 10, bos=None)
+    with pytest.raises(UserError, match="3 tokens in rows of 1, need at least 2"):
+        HeldOut(np.arange(3), 9, ()).rows(1, 10, bos=None)
 
 
 def test_built_in_text_is_enough_for_the_proof() -> None:
     assert sum(map(len, built_in_text())) > 200_000
+
+
+def test_calibration_rows_share_nothing_with_the_evaluation() -> None:
+    rng = np.random.default_rng(0)
+    evaluation = rng.integers(0, 500, 4000)
+    rows = [rng.integers(0, 500, 64) for _ in range(8)]
+    rows[1][:OVERLAP] = evaluation[100:100 + OVERLAP]  # whole windows: at the beginning, the end, and the last one
+    rows[4][-OVERLAP:] = evaluation[-OVERLAP:]
+    rows[6] = evaluation[7:71]
+    rows[5][3:3 + OVERLAP - 1] = evaluation[200:200 + OVERLAP - 1]  # one token short of a window
+    got = Calibration.choose(iter(rows), (5, 64), evaluation, "training text")
+    np.testing.assert_array_equal(got.rows, np.stack([rows[i] for i in (0, 2, 3, 5, 7)]))
+    assert got.as_dict() == {"source": "training text", "sha256": got.sha256, "rows": 5, "tokens": 320,
+                             "rows_left_out": 3}
+    assert Calibration.choose(iter(rows), (2, 64), evaluation, "").n_left_out == 1  # enough is enough
+    assert got.sha256 == hashlib.sha256(np.stack(got.rows).astype("<i8").tobytes()).hexdigest()
+    assert got.sha256 != Calibration.choose(iter(rows), (4, 64), evaluation, "").sha256
+
+
+def test_short_rows_are_compared_whole_and_none_left_is_an_error() -> None:
+    evaluation = np.arange(100)
+    got = Calibration.choose([np.arange(20, 30), np.arange(120, 130)], (2, 10), evaluation, "")
+    assert got.rows.tolist() == [list(range(120, 130))] and got.n_left_out == 1
+    with pytest.raises(UserError, match="all 2 rows share text with it"):
+        Calibration.choose([np.arange(50), np.arange(50, 100)], (2, 50), evaluation, "")
+    with pytest.raises(UserError, match=r"no text beside the proof.s \(not 50 tokens\); give more --data"):
+        Calibration.choose([], (2, 50), evaluation, "")

@@ -11,7 +11,9 @@ import pytest
 from rich.console import Console
 from tiny_models import TEXT, make_tiny
 
+from lrc_edge.build import BuildDir
 from lrc_edge.checkpoint import DenseCheckpoint
+from lrc_edge.commands import build
 from lrc_edge.errors import UserError
 from lrc_edge.pipeline import Pipeline
 from lrc_edge.preflight import check_build
@@ -109,6 +111,41 @@ def test_a_build_stopped_in_its_data_continues(tiny_llama: Path, text: Path, tmp
     streams = [[i for row in PackedRows(tmp_path / name / "data", 64) for i in row["input_ids"].tolist()]
                for name in ("whole", "out")]
     assert streams[0] == streams[1]
+
+
+def test_a_build_killed_before_its_corpus_was_noted_makes_it_once(tiny_llama: Path, text: Path, tmp_path: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    calls, out = tokenizer_calls(monkeypatch), tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(BuildDir, "record", killed)
+        build_data(out, tiny_llama, recipe_of(text))
+    assert (out / "data" / "data.json").exists() and len(calls) == 1
+    build_data(out, tiny_llama, recipe_of(text))
+    assert len(calls) == 1 and [file.name for file in out.iterdir() if file.name.startswith("data")] == ["data"]
+    # Once it is noted, a file that is no longer what it was is made again.
+    (out / "data" / "tokens-00000.npy").write_bytes(b"")
+    build_data(out, tiny_llama, recipe_of(text))
+    assert len(calls) == 2
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(BuildDir, "record", killed)
+        build_data(out, tiny_llama, recipe_of(text, text_field="other"))
+    build_data(out, tiny_llama, recipe_of(text))
+    assert len(calls) == 4, "what was finished for other inputs is not taken"
+
+
+def test_a_mistake_behind_the_teachers_own_text_keeps_it(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.jsonl").write_text("no json\n")
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=r"broken\.jsonl"):
+        build(str(tiny_llama), out, recipe_of("self", tmp_path / "broken.jsonl", weights=[1, 1], tokens=10**6),
+              Console(quiet=True), until="train")
+    assert (out / "data.unfinished" / "self.jsonl").stat().st_size > 0
+    with pytest.raises(UserError, match=r"broken\.jsonl"):
+        build(str(tiny_llama), tmp_path / "nothing", recipe_of(tmp_path / "broken.jsonl"), Console(quiet=True))
+    assert not (tmp_path / "nothing").exists()
 
 
 def test_the_teacher_as_a_source_among_others(tiny_llama: Path, text: Path, tmp_path: Path) -> None:

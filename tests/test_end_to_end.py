@@ -18,7 +18,7 @@ COMMON = ["--set", "student.hidden_size=32", "--set", "train.tokens=24576", "--s
           "--set", "train.batch_tokens=1024", "--set", "train.checkpoint_every=4", "--set", "train.eval_every=8",
           "--set", "parity.positions=512", "--set", "parity.row_len=64", "--set", "parity.generate_tokens=8",
           # Random weights are no trained student: 4 bits move its flat distributions little, but not by a known amount.
-          "--formats", "gguf:f32,gguf:q8_0,gguf:q4_0,onnx:fp32,onnx:q4"]
+          "--formats", "gguf:f32,gguf:q8_0,gguf:q4_0,onnx:fp32,onnx:fp16,onnx:q8,onnx:q4"]
 
 
 def command(*args: object) -> list[str]:
@@ -53,7 +53,7 @@ def report_of(out: Path) -> dict[str, Any]:
 def test_the_build_leaves_what_it_promises(built: Path) -> None:
     report = report_of(built)
     assert {"teacher", "student", "artifacts", "gates"} <= report.keys()
-    assert [a["encoding"] for a in report["artifacts"]] == ["f32", "q8_0", "q4_0", "fp32", "q4"]
+    assert [a["encoding"] for a in report["artifacts"]] == ["f32", "q8_0", "q4_0", "fp32", "fp16", "q8", "q4"]
     for artifact in report["artifacts"]:
         assert (built / artifact["path"]).exists() and artifact["bits_per_weight"] > 4
         assert artifact["parity"]["prefill"]["positions"] >= 512 <= artifact["parity"]["decode"]["positions"]
@@ -161,6 +161,22 @@ def test_stages_alone_make_the_same_student(built: Path, inputs: tuple[Path, Pat
     assert report_of(tmp_path / "exported")["teacher"] is None
     files = [f.name for f in (tmp_path / "exported" / "gguf").glob("*.gguf")]
     assert len(files) == 1 and files[0].startswith("teacher-LRC-32-"), "the name that the fold gave it"
+
+
+def test_onnx_q4_is_made_with_the_importance_matrix(built: Path, tmp_path: Path) -> None:
+    made, lines = [], []
+    for tokens in (0, 2048, 2048, 1024):
+        result = run("export", built / "student", "--out", tmp_path / "out", "--formats", "onnx:fp32,onnx:q4",
+                     "--set", f"export.calibration_tokens={tokens}", "--set", "parity.positions=64",
+                     "--set", "parity.row_len=64", "--set", "parity.generate_tokens=2")
+        assert result.returncode == 0, result.stdout + result.stderr
+        lines.append(dict(line.split(None, 1) for line in result.stdout.splitlines() if len(line.split(None, 1)) == 2))
+        made.append([artifact["sha256"] for artifact in report_of(tmp_path / "out")["artifacts"]])
+    assert "imatrix" not in lines[0] and "2,048 tokens" in lines[1]["imatrix"] and "1,024" in lines[3]["imatrix"]
+    assert lines[2]["imatrix"] == lines[2]["onnx"] == "unchanged, nothing to do"
+    (fp32, plain), (fp32_1, weighted), again, (fp32_3, other) = made
+    assert fp32 == fp32_1 == fp32_3 and again == [fp32, weighted]
+    assert len({plain, weighted, other}) == 3
 
 
 def test_a_killed_training_continues(inputs: tuple[Path, Path], tmp_path: Path) -> None:

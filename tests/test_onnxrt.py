@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +112,34 @@ def test_more_tokens_than_the_context_holds_fail(llama: DenseCheckpoint, folder:
     for logits_of in (runtime.prefill, runtime.decode, OrtGenai(folder, FP32).prefill):
         with pytest.raises(Exception, match=r"RotaryEmbedding|exceeds max length"):
             logits_of(ids)
+
+
+THREADS_STARTED = """
+import os, sys
+from pathlib import Path
+from lrc_edge.targets.ort_genai import OrtGenai
+import onnxruntime
+before = len(os.listdir("/proc/self/task"))
+kind, folder = sys.argv[1], Path(sys.argv[2])
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = int(kind == "plain-1")
+if kind.startswith("plain"):
+    kept = onnxruntime.InferenceSession(folder / "onnx/model_q4.onnx", options)
+else:
+    kept = OrtGenai(folder, threads=1 if kind == "genai-1" else None)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_genai_starts_as_many_threads_as_onnxruntime_would(folder: Path) -> None:
+    """Left to itself it takes half as many. Each is counted beyond what a session of one thread starts."""
+    started = {kind: int(subprocess.run([sys.executable, "-c", THREADS_STARTED, kind, folder], capture_output=True,
+                                        text=True, check=True).stdout)
+               for kind in ("plain", "plain-1", "genai", "genai-1")}
+    assert started["genai"] - started["genai-1"] == started["plain"] - started["plain-1"]
+    session = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]["session_options"]
+    assert session["intra_op_num_threads"] == 0
 
 
 @pytest.mark.parametrize("level", [0, 4])

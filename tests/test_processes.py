@@ -27,9 +27,9 @@ def data(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_data(tiny_llama, tmp_path_factory.mktemp("data"))
 
 
-def start(n_processes: int, teacher: Path, data: Path, folder: Path) -> subprocess.Popen[bytes]:
+def start(n_processes: int, teacher: Path, data: Path, folder: Path, *settings: str) -> subprocess.Popen[bytes]:
     launcher = TORCHRUN if n_processes == 2 else [sys.executable]
-    return subprocess.Popen([*launcher, RUN, str(teacher), str(data), str(folder), *SETTINGS],
+    return subprocess.Popen([*launcher, RUN, str(teacher), str(data), str(folder), *SETTINGS, *settings],
                             start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 

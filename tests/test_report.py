@@ -295,6 +295,36 @@ def test_kl_chart() -> None:
     assert "bad" in c_prefill.attrib["class"] and "bad" not in a_decode.attrib["class"]
 
 
+def test_quantization_is_told() -> None:
+    """Calibration, training on the grid and a mixed precision; none of it where there was none."""
+    report = example_report()
+    assert "quantization" not in Page(render_report(report)).text
+    grid = next(a for a in report["artifacts"] if a["encoding"] == "q4_0")
+    grid["identical_blocks"] = 1.0
+    grid["parity"]["as trained"] = {**grid["parity"]["prefill"], "kl_mean": 1.5e-4}
+    report["gates"] += [
+        {"name": "as trained", "artifact": grid["path"], "metric": "identical_blocks", "value": 1.0, "limit": 0.99,
+         "relation": ">=", "passed": True},
+        {"name": "as trained", "artifact": grid["path"], "metric": "kl_mean", "value": 1.5e-4, "limit": 0.01,
+         "relation": "<=", "passed": True}]
+    report |= {
+        "calibration": {"source": "training text", "sha256": "ab" * 32, "rows": 64, "tokens": 16384,
+                        "rows_left_out": 3},
+        "grid": {"tokens": 50_176, "seconds": 51.0, "first_held_out_loss": 1.65, "student_held_out_loss": 1.63,
+                 "teacher_held_out_loss": 1.625},
+        "allocation": {"bits_per_weight": 4.25, "predicted_kl": 0.0167, "measured_kl": 0.0175,
+                       "measured_bits_per_weight": 4.249, "types": {"a": "Q3_K", "b": "Q5_K", "c": "Q3_K"}}}
+    page = Page(render_report(report))
+    words = page.words("quantization")
+    for told in ("16,384 tokens of training text", "3 rows left out", "80 % of the loss won back",
+                 "gguf:q4_0: 100 % of the blocks as trained", "2 × Q3_K, 1 × Q5_K", "0.0167 predicted, 0.0175 measured"):
+        assert told in words, told
+    assert "identical blocks" in page.words("gates")
+    # The chart is of the distance from the student: neither the figure nor the limit of the other comparison is in it.
+    drawn = titles(chart(report, "Mean KL divergence of each artifact"))
+    assert not any("as trained" in title or "limit 0.01" in title for title in drawn)
+
+
 def test_kl_of_zero_everywhere() -> None:
     report = example_report()
     for made in report["artifacts"]:

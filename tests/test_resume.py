@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -18,7 +19,7 @@ from train_runs import run
 
 from lrc_edge.errors import UserError
 from lrc_edge.train import checkpoints
-from lrc_edge.train.guard import MOST_SKIPPED, Guard
+from lrc_edge.train.guard import Guard
 from lrc_edge.train.trainer import METRICS_FILE, TRAINED_FILE, read_metrics
 
 KILLS, STEPS = 20, 60
@@ -158,6 +159,17 @@ def test_a_run_that_diverged_stops_even_where_batches_are_skipped(tiny_llama: Pa
             "train.max_grad_norm=1e30", "train.on_bad_batch=skip", "train.dense_share=0")
 
 
+def test_bad_batches_in_a_row_are_counted_from_the_last_good_one() -> None:
+    guard = Guard(torch.device("cpu"), spike_factor=0)
+    values = [1.0, math.nan, 1.0, math.nan, math.nan, math.nan, 1.0]
+    counts = []
+    for step, value in enumerate(values):
+        guard.judge(step, torch.tensor([value, 1.0, 1.0, 1.0]))
+        if step in (4, 6):  # a log row between them ends no row of bad batches
+            counts += [batch.in_a_row for batch in guard.report()[1]]
+    assert counts == [1, 1, 2, 3]
+
+
 @pytest.mark.parametrize("bad", [[5.0, 1.0, 1.0, 1.0], [1.0, float("nan"), 1.0, 1.0], [1.0, 1.0, 1.0, float("inf")]])
 def test_guard_skips_the_update_and_forgets_the_batch(bad: list[float]) -> None:
     guard = Guard(torch.device("cpu"), spike_factor=3.0)
@@ -179,4 +191,3 @@ def test_guard_skips_the_update_and_forgets_the_batch(bad: list[float]) -> None:
 def test_a_jumping_gradient_norm_is_no_spike() -> None:
     guard = Guard(torch.device("cpu"), spike_factor=3.0)
     assert [guard.judge(i, torch.tensor([1.0, 1.0, 1.0, norm])).item() for i, norm in enumerate((1.0, 100.0))] == [0, 0]
-    assert MOST_SKIPPED > 1

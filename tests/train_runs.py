@@ -9,6 +9,7 @@ import torch
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.recipe import load_recipe
 from lrc_edge.train.processes import join, leave
+from lrc_edge.train.quantize import train_on_grid
 from lrc_edge.train.stage import Plan, train
 
 SETTINGS = ["train.seq_len=64", "train.batch_tokens=256", "train.tokens=5120", "train.eval_every=5",
@@ -16,12 +17,15 @@ SETTINGS = ["train.seq_len=64", "train.batch_tokens=256", "train.tokens=5120", "
 
 
 def run(teacher: Path, data: Path, folder: Path, *settings: str) -> list[dict[str, float]]:
-    """Train in `folder`; returns the rows that were logged."""
+    """Train in `folder`, on the grid where `settings` give tokens for that; returns the rows that were logged."""
     recipe = load_recipe(None, [*SETTINGS, *settings])
     model = DenseCheckpoint.open(teacher)
     rows: list[dict[str, float]] = []
     folder.mkdir(exist_ok=True, parents=True)
-    train(model, recipe, Plan.of(recipe, model, 32, data), data, folder, rows.append)
+    if recipe.quantize.tokens:
+        train_on_grid(model, model, recipe, data, folder, rows.append)
+    else:
+        train(model, recipe, Plan.of(recipe, model, 32, data), data, folder, rows.append)
     return rows
 
 

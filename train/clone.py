@@ -5,6 +5,8 @@ The student is transformers' own model of a smaller hidden_size. In the clone ph
 those to the projections P, which are what the optimizer sees. So a weight is composed once per optimizer step, however
 many batches it has. Norms have no projection; the student trains its own. `start_dense_phase` ends this: from there
 on the matrices themselves are trained, as a folded student's would be (Train What You Deploy, arXiv 2609.02006).
+`start_quantized_phase` then composes them again, from latent weights rounded to the grid of the file that ships, and
+hands their gradients straight through the rounding (Bengio et al., arXiv 1308.3432).
 """
 from __future__ import annotations
 
@@ -21,6 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lrc_edge.roles import Weight, compose, weights_of
 from lrc_edge.shape import ModelShape
 from lrc_edge.train import losses, lowrank
+from lrc_edge.train.grids import on_grid
 from lrc_edge.train.losses import Objective
 from lrc_edge.train.masks import attention_mask, positions_of
 
@@ -91,7 +94,7 @@ class LayerPair(nn.Module):
             targets = outputs if objective.alpha else {}
         if self.recompute and torch.is_grad_enabled():
             mine, terms = checkpoint(self._student, mine, targets, objective.relative, mask, rope,
-                                     use_reentrant=False)
+                                     use_reentrant=False, preserve_rng_state=False)
         else:
             mine, terms = self._student(mine, targets, objective.relative, mask, rope)
         return theirs, mine, terms
@@ -104,7 +107,7 @@ class LayerPair(nn.Module):
         mine = self._mine.take()
         terms = stream.new_zeros((), dtype=torch.float32)
         for name, target in targets.items():
-            if name in RESIDUAL_WRITERS:
+            if _key(name) in self.projections:
                 target = target @ self.projections[_key(name)].to(target.dtype)
             terms = terms + losses.clone_term(mine[name], target, relative)
         return stream, terms
@@ -150,6 +153,7 @@ class Clone(nn.Module):
         self.projections = nn.ParameterDict(
             {_key(weight.name): nn.Parameter(torch.zeros(self.teacher_width, hidden_size)) for weight in self.weights
              if weight.role.kind == "project_in"})
+        self.latents = nn.ParameterDict()  # of the quantized phase: what the matrices were before rounding
         self.bind()
         for weight in self.weights:
             if weight.role.kind == "copy":
@@ -190,14 +194,21 @@ class Clone(nn.Module):
         return [pair for pair in self.pairs if isinstance(pair, LayerPair)]
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """What the optimizer trains, by the name of the weight that it makes: projections, or weights, and norms."""
-        return {weight.name: self.student_weights[weight.name] if self.is_dense or weight.role.kind == "norm"
-                else self.projection(weight.name) for weight in self.weights if weight.role.kind != "copy"}
+        """What the optimizer trains, by the name of the weight that it makes: projections, weights or latent weights,
+        and norms."""
+        return {weight.name: self._trained(weight) for weight in self.weights if weight.role.kind != "copy"}
+
+    def _trained(self, weight: Weight) -> nn.Parameter:
+        if _key(weight.name) in self.latents:
+            return self.latents[_key(weight.name)]
+        is_whole = self.is_dense or weight.role.kind == "norm"
+        return self.student_weights[weight.name] if is_whole else self.projection(weight.name)
 
     def writer_projections(self) -> dict[str, nn.Parameter]:
-        """The P that the clone terms of the dense phase still compare through, by the weight's name."""
+        """The P that the clone terms of the dense phase still compare through, by the weight's name; none where the
+        teacher is as wide as the student."""
         return {weight.name: self.projection(weight.name) for weight in self.weights
-                if weight.role.kind == "project_out"}
+                if weight.role.kind == "project_out" and not self.latents}
 
     def initialize(self, values: dict[str, torch.Tensor]) -> None:
         """Set every trainable tensor, by name; no more and no fewer. Composes the student."""
@@ -218,34 +229,53 @@ class Clone(nn.Module):
             p.requires_grad_(False)
             p.grad = None
 
-    def _projected(self) -> Iterator[tuple[Weight, torch.Tensor, nn.Parameter]]:
+    def start_quantized_phase(self) -> None:
+        """From now on the student's matrices are latent weights rounded to the Q4_0 file's grid; these are trained.
+
+        The teacher has the student's width (it is the unquantized student): nothing is compared through a projection.
+        """
+        for weight, mine in self._composed():
+            self.latents[_key(weight.name)] = nn.Parameter(mine.detach().clone())
+        for pair in self._pairs():
+            pair.projections.clear()
+        self.compose_()
+
+    def _composed(self) -> Iterator[tuple[Weight, nn.Parameter]]:
+        """The student's matrices: none of them is trained itself, but in the dense phase."""
         for weight in self.weights:
             if weight.role.kind in ("project_in", "project_out"):
-                yield weight, self.teacher_weights[weight.name], self.student_weights[weight.name]
+                yield weight, self.student_weights[weight.name]
 
     @torch.no_grad()
     def compose_(self, dtype: torch.dtype | None = None) -> None:
-        """Write every composed weight into the student. Call it whenever projections have changed."""
-        if self.is_dense:
+        """Write every composed weight into the student. Call it whenever what is trained has changed."""
+        if self.is_dense and not self.latents:
             return
         dtype = dtype or self.compute_dtype
-        for weight, theirs, mine in self._projected():
-            p = self.projection(weight.name)
-            composed = compose(weight.role, theirs.to(dtype), p.to(dtype))
-            mine.copy_(lowrank.placed_as(composed, mine))
+        for weight, mine in self._composed():
+            trained = self._trained(weight)
+            if self.latents:
+                # Blocks lie within a row, and shards hold whole rows.
+                lowrank.local(mine).copy_(on_grid(weight, lowrank.local(trained)))
+            else:
+                theirs = self.teacher_weights[weight.name]
+                composed = compose(weight.role, theirs.to(dtype), trained.to(dtype))
+                mine.copy_(lowrank.placed_as(composed, mine))
 
     @torch.no_grad()
     def pull_back_(self) -> None:
-        """Add the composed weights' gradients to the projections' and clear them. Call it before clipping."""
-        if self.is_dense:
+        """Add the composed weights' gradients to what they are made of, and clear them. Call it before clipping."""
+        if self.is_dense and not self.latents:
             return
-        for weight, theirs, mine in self._projected():
+        for weight, mine in self._composed():
             if mine.grad is None:
                 continue
-            p = self.projection(weight.name)
-            grad = lowrank.pull_back(weight.role, theirs.to(self.compute_dtype), mine.grad.to(self.compute_dtype))
-            grad = lowrank.placed_as(grad, p).float()
-            p.grad = grad if p.grad is None else p.grad.add_(grad)
+            trained, grad = self._trained(weight), mine.grad
+            if not self.latents:
+                theirs = self.teacher_weights[weight.name].to(self.compute_dtype)
+                grad = lowrank.pull_back(weight.role, theirs, grad.to(self.compute_dtype))
+                grad = lowrank.placed_as(grad, trained).float()
+            trained.grad = grad if trained.grad is None else trained.grad.add_(grad)
             mine.grad = None
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None,

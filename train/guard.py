@@ -21,6 +21,7 @@ class BadBatch:
     term: str
     value: float
     average: float
+    in_a_row: int  # bad batches up to this one without a good one between them
 
     def __str__(self) -> str:
         if not math.isfinite(self.value):
@@ -36,6 +37,7 @@ class Guard:
         self.spike_factor = spike_factor
         self.average = torch.zeros(len(TERMS), device=device)
         self._seen: list[tuple[int, torch.Tensor]] = []
+        self._bad_in_a_row = 0
 
     def judge(self, step: int, terms: torch.Tensor) -> torch.Tensor:
         """1.0 (0-d) where the step's update must be skipped, else 0.0. No synchronization."""
@@ -58,7 +60,11 @@ class Guard:
         self._seen = []
         good = [row[:len(TERMS)] for row in rows if row[-1]]
         means = [sum(column) / len(good) for column in zip(*good, strict=True)] if good else None
-        bad = [self._describe(step, row) for step, row in zip(steps, rows, strict=True) if not row[-1]]
+        bad: list[BadBatch] = []
+        for step, row in zip(steps, rows, strict=True):
+            self._bad_in_a_row = 0 if row[-1] else self._bad_in_a_row + 1
+            if self._bad_in_a_row:
+                bad.append(self._describe(step, row))
         return means, bad
 
     def _describe(self, step: int, row: list[float]) -> BadBatch:
@@ -66,4 +72,4 @@ class Guard:
         named = list(zip(TERMS, terms, averages, strict=True))
         term, value, average = next((n for n in named if not math.isfinite(n[1])),
                                     max(named[:3], key=lambda n: n[1] / max(n[2], 1e-30)))
-        return BadBatch(step, term, value, average)
+        return BadBatch(step, term, value, average, self._bad_in_a_row)

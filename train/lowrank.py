@@ -42,3 +42,8 @@ def placed_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if isinstance(tensor, DTensor) and isinstance(like, DTensor):
         return tensor.redistribute(placements=like.placements)
     return tensor
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's rows of a sharded tensor; else itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -51,7 +51,9 @@ def shard(clone: Clone, state: PartialState) -> None:
         if clone.compute_dtype == torch.bfloat16 else MixedPrecisionPolicy()
     for pair in clone.pairs:
         fully_shard(pair, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    fully_shard(clone.projections, mesh=mesh)
+    for unread in (clone.projections, clone.latents):
+        if len(unread):
+            fully_shard(unread, mesh=mesh)
     # Resharded after its forward pass, too: compose_ writes into the shards, and gathered copies would stay old.
     fully_shard(clone, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     clone.bind()

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
+from lrc_edge import recipe as recipes
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.corpus import HeldOut
 from lrc_edge.errors import UserError
@@ -71,19 +72,26 @@ def train(teacher: DenseCheckpoint, recipe: Recipe, plan: Plan, data: Path, fold
 
     Under torchrun every process calls it, with the same arguments.
     """
-    settings, schedule = recipe.train, plan.schedule
+    settings = recipe.train
     processes.join(plan.device).wait_for_everyone()
     torch.manual_seed(settings.seed)
     clone = load_clone(teacher, plan.hidden_size, dtype=plan.dtype, device=plan.device,
                        recompute=settings.gradient_checkpointing)
-    rows = PackedRows(data, schedule.seq_len, recipe.data.isolate_documents)
+    rows = PackedRows(data, plan.schedule.seq_len, recipe.data.isolate_documents)
+    if latest(folder / "checkpoints") is None:
+        _initialize(clone, settings.init, rows, settings.seed)
+    run(clone, teacher, settings, plan, rows, data, folder, progress)
+
+
+def run(clone: Clone, teacher: DenseCheckpoint, settings: recipes.Train, plan: Plan, rows: PackedRows, data: Path,
+        folder: Path, progress: Progress) -> None:
+    """Train a clone that is ready to start, from the folder's last checkpoint if there is one, and leave its files."""
+    schedule = plan.schedule
     held_out = HeldOut.load(data / HELD_OUT_FILE)
     held_out_BL = held_out.rows(min(schedule.seq_len, len(held_out.ids) // 2), EVAL_TOKENS,
                                 teacher.config.get("bos_token_id") if _adds_bos(teacher) else None)
     with clone.untapped() as whole_teacher:
         teacher_loss = held_out_loss(whole_teacher, held_out_BL, plan.dtype)
-    if latest(folder / "checkpoints") is None:
-        _initialize(clone, settings.init, rows, settings.seed)
     trainer = Trainer(clone, settings, schedule, rows, held_out_BL, folder, progress)
     try:
         trainer.run()
@@ -95,14 +103,14 @@ def train(teacher: DenseCheckpoint, recipe: Recipe, plan: Plan, data: Path, fold
     if not trainer.is_main:
         return
     curve = read_metrics(folder / METRICS_FILE)
-    last = next(row["held_out_loss"] for row in reversed(curve) if "held_out_loss" in row)
+    losses = [row["held_out_loss"] for row in curve if "held_out_loss" in row]
     (folder / SUMMARY_FILE).write_text(json.dumps({
         "steps": schedule.steps, "tokens": schedule.tokens, "dense_from_step": schedule.dense_from,
         "seconds": round(trainer.clock.seconds, 1), "device": plan.device.type,
         "processes": trainer.processes.num_processes,
         "precision": "bf16" if plan.dtype == torch.bfloat16 else "fp32", "init": settings.init,
         "skipped_batches": sum("skipped" in row for row in curve),
-        "teacher_held_out_loss": teacher_loss, "student_held_out_loss": last,
+        "teacher_held_out_loss": teacher_loss, "first_held_out_loss": losses[0], "student_held_out_loss": losses[-1],
         "bytes_per_token": held_out.bytes_per_token}, indent=1))
 
 

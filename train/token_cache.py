@@ -7,24 +7,37 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lrc_edge.build import replace_tree
+from lrc_edge.build import replace_tree, write_atomically
 from lrc_edge.errors import UserError
 
 UNFINISHED = ".unfinished"
-KEY_FILE = "key"  # in an unfinished folder: what it is the beginning of
+KEY = ".key"  # beside a folder: what it holds, or its unfinished one holds the beginning of
 
 
 def make_resumable(folder: Path, key: str, make: Callable[[Path], None]) -> None:
-    """Let `make` fill a folder beside `folder`, then rename it. After a kill it finds what it left of this key."""
-    work = folder.with_name(folder.name + UNFINISHED)
-    mark = work / KEY_FILE
+    """Let `make` fill a folder beside `folder`, then rename it. After a kill it finds what it left of this key.
+
+    The key stays until `forget_key`: a caller that is killed before it has noted the finished folder finds it made.
+    """
+    work, mark = folder.with_name(folder.name + UNFINISHED), _key_file(folder)
     if not mark.exists() or mark.read_text() != key:
+        mark.unlink(missing_ok=True)
         shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        mark.write_text(key)
+    elif folder.exists() and not work.exists():
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    write_atomically(mark, key)
     make(work)
-    mark.unlink()
     replace_tree(work, folder)
+
+
+def forget_key(folder: Path) -> None:
+    """`folder` is noted as finished; from here on the note says whether its files are still what they were."""
+    _key_file(folder).unlink(missing_ok=True)
+
+
+def _key_file(folder: Path) -> Path:
+    return folder.with_name(folder.name + KEY)
 
 
 def make_or_link(cache: Path, key: str, folder: Path, make: Callable[[Path], None]) -> None:
@@ -33,6 +46,7 @@ def make_or_link(cache: Path, key: str, folder: Path, make: Callable[[Path], Non
     with _only_one(cache, key):
         if not entry.exists():
             make_resumable(entry, key, make)
+            forget_key(entry)
     work = folder.with_name(folder.name + UNFINISHED)
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(entry, work, copy_function=_link)

@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lrc_edge import recipe as recipes
+from lrc_edge.build import write_atomically
 from lrc_edge.errors import UserError
 from lrc_edge.train import checkpoints, processes
 from lrc_edge.train.clone import Clone
@@ -104,7 +105,6 @@ class Trainer:
         self.order = RowOrder(len(rows), schedule.rows, settings.seed)
         self.guard = Guard(self.device, settings.spike_factor)
         self.clock = Clock()
-        self._bad_in_a_row = 0
         if settings.compile == "on" or (settings.compile == "auto" and self.device.type == "cuda"):
             clone.compile_()
         self.optimizer = self._new_optimizer()
@@ -132,7 +132,7 @@ class Trainer:
             self.evaluate(0)
         self.clock.resume()
         for batch in self._batches(step):
-            if step == self.schedule.dense_from:
+            if step == self.schedule.dense_from and not self.clone.is_dense:
                 self._report(step)  # no row mixes two objectives
                 self.clone.start_dense_phase()
                 self.optimizer = self._new_optimizer()
@@ -204,9 +204,8 @@ class Trainer:
                       "loss": o.lm * lm + o.kl * kl + o.alpha * clone, "lm": lm, "kl": kl, "clone": clone,
                       "grad_norm": norm, "lr": self.schedule.learning_rate(step - 1),
                       "tokens_per_second": self.clock.rate})
-        self._bad_in_a_row = self._bad_in_a_row + len(bad) if means is None else len(bad)
         for batch in bad:
-            if self.settings.on_bad_batch == "stop" or self._bad_in_a_row >= MOST_SKIPPED:
+            if self.settings.on_bad_batch == "stop" or batch.in_a_row >= MOST_SKIPPED:
                 raise UserError(self._stopped(batch))
             self.row({"step": batch.step + 1, "skipped": str(batch)})  # type: ignore[dict-item]
 
@@ -265,7 +264,7 @@ class Trainer:
     def _continue_from(self, checkpoint: Path) -> int:
         """Restore every tensor of a checkpoint; returns the steps that are done."""
         tensors, facts = checkpoints.load(checkpoint)
-        if facts["dense"]:
+        if facts["dense"] and not self.clone.is_dense:
             for name, p in self.clone.writer_projections().items():
                 if self.settings.dense_alpha:
                     p.data.copy_(tensors[f"writer.{name}"])
@@ -290,12 +289,16 @@ class Trainer:
         file = self.folder / METRICS_FILE
         if self.is_main and file.exists():
             kept = [row for row in read_metrics(file) if row["step"] <= step]
-            file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            write_atomically(file, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def save_trained(clone: Clone, path: Path) -> None:
-    """Write what was trained: projections, or, after a dense phase, weights. Every process must call it."""
-    tensors = {name: processes.whole(p) for name, p in clone.trainable().items()}
+    """Write what was trained: projections, or, after a dense phase, weights, on their grid after a quantized one.
+
+    Every process must call it.
+    """
+    made = clone.student_weights if clone.is_dense else clone.trainable()
+    tensors = {name: processes.whole(made[name]) for name in clone.trainable()}
     if processes.join(next(clone.parameters()).device).is_main_process:
         save_file(tensors, path, metadata={"kind": "weights" if clone.is_dense else "projections"})
 
