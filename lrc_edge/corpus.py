@@ -81,8 +81,8 @@ class HeldOut:
         Each row begins with BOS when there is one: a model that was trained with it misbehaves without.
         """
         if row_len < 2:
-            raise UserError(f"held-out text: {len(self.ids)} tokens in rows of {row_len}, need at least 2 in a row; give "
-                            "more text, or raise data.held_out_share or parity.row_len")
+            raise UserError(f"held-out text: {len(self.ids)} tokens in rows of {row_len}, need at least 2 in a row; "
+                            "give more text, or raise data.held_out_share or parity.row_len")
         body = row_len if bos is None else row_len - 1
         n_rows = min(-(-positions // (row_len - 1)), len(self.ids) // body)
         if n_rows < 1:

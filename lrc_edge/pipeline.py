@@ -95,6 +95,7 @@ class Pipeline(Stages):
                     work)
 
     def train(self) -> None:
+        from lrc_edge.train.checkpoints import claim
         from lrc_edge.train.stage import METRICS_FILE, SUMMARY_FILE, TRAINED_FILE, Plan, train
 
         recipe, folder = self.recipe, self.out / "train"
@@ -102,17 +103,15 @@ class Pipeline(Stages):
         settings = {k: v for k, v in asdict(recipe.train).items() if k not in RUN_SETTINGS}
         inputs = [settings, self.hidden_size, str(plan.dtype), self._teacher_hashes(), self.dir.output_hashes("data"),
                   recipe.data.isolate_documents]
+        named = {**{f"train.{name}": value for name, value in settings.items()},
+                 "student.hidden_size": self.hidden_size, "computed in": str(plan.dtype),
+                 "data.isolate_documents": recipe.data.isolate_documents,
+                 "digest of the teacher": self.dir.fingerprint("train", inputs[3])[:8],
+                 "digest of the data": self.dir.fingerprint("train", inputs[4])[:8]}
 
         def work(task: Task) -> tuple[Any, str]:
-            # Checkpoints of other inputs would be continued as if they were ours.
-            mark, fingerprint = folder / "fingerprint", self.dir.fingerprint("train", inputs)
-            if self.leads and (not mark.exists() or mark.read_text() != fingerprint):
-                if any((folder / "checkpoints").glob("step-*")):
-                    raise UserError(f"{folder}: holds checkpoints of a run with other settings or data; go back to "
-                                    "those to continue it, or remove this folder to start anew")
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir()
-                mark.write_text(fingerprint)
+            if self.leads:
+                claim(folder, self.dir.fingerprint("train", inputs), named)
             train(self._teacher, recipe, plan, self.out / "data", folder, lambda row: _show_training(task, row))
             if not self.leads:
                 return None, ""

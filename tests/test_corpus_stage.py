@@ -139,11 +139,11 @@ def test_a_build_killed_before_its_corpus_was_noted_makes_it_once(tiny_llama: Pa
 def test_a_mistake_behind_the_teachers_own_text_keeps_it(tiny_llama: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.jsonl").write_text("no json\n")
     out = tmp_path / "out"
-    with pytest.raises(UserError, match="broken.jsonl"):
+    with pytest.raises(UserError, match=r"broken\.jsonl"):
         build(str(tiny_llama), out, recipe_of("self", tmp_path / "broken.jsonl", weights=[1, 1], tokens=10**6),
               Console(quiet=True), until="train")
     assert (out / "data.unfinished" / "self.jsonl").stat().st_size > 0
-    with pytest.raises(UserError, match="broken.jsonl"):
+    with pytest.raises(UserError, match=r"broken\.jsonl"):
         build(str(tiny_llama), tmp_path / "nothing", recipe_of(tmp_path / "broken.jsonl"), Console(quiet=True))
     assert not (tmp_path / "nothing").exists()
 
