@@ -133,8 +133,8 @@ def test_checkpoints_of_an_unknown_run_are_refused_and_a_folder_without_any_is_e
 
 
 @pytest.mark.parametrize("what", ["load_clone", "_initialize", "Trainer"])
-def test_too_little_memory_is_told_wherever_it_ends(what: str, whole: Path, tiny_llama: Path, text: Path,
-                                                    tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_told_wherever_it_ends(what: str, tiny_llama: Path, text: Path, tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **options: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 

@@ -21,8 +21,7 @@ from lrc_edge.errors import UserError
 
 PARTIAL = ".partial"
 STATE_FILE, FACTS_FILE = "state.safetensors", "state.json"
-FOLDER = "checkpoints"  # of a run's folder
-FINGERPRINT_FILE, SETTINGS_FILE = "fingerprint", "settings.json"  # what they are of; beside that folder
+FINGERPRINT_FILE, SETTINGS_FILE = "fingerprint", "settings.json"  # of the run that the checkpoints are of
 
 
 def claim(run: Path, fingerprint: str, settings: dict[str, Any]) -> None:
@@ -34,7 +33,7 @@ def claim(run: Path, fingerprint: str, settings: dict[str, Any]) -> None:
     mark, known = run / FINGERPRINT_FILE, run / SETTINGS_FILE
     if mark.exists() and mark.read_text() == fingerprint:
         return
-    if latest(run / FOLDER):
+    if latest(run / "checkpoints"):
         before = json.loads(known.read_text()) if known.exists() else settings
         changes = [f"{name} was {before.get(name)}, is {settings.get(name)}" for name in {**before, **settings}
                    if before.get(name) != settings.get(name)]

@@ -8,9 +8,15 @@ from typing import Any
 
 
 @contextmanager
-def sigterms() -> Iterator[list[int]]:
-    """A list that holds the SIGTERMs so far; none of them ends the process while the block runs. Main thread only."""
+def sigterms(alone: bool) -> Iterator[list[int]]:
+    """A list of the SIGTERMs so far; none of them ends the process while the block runs. Main thread only.
+
+    Unless this process is `alone`, they do end it: several would have to agree on the step that they stop after.
+    """
     seen: list[int] = []
+    if not alone:
+        yield seen
+        return
 
     def note(number: int, frame: Any) -> None:
         seen.append(number)

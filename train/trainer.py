@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -133,8 +132,7 @@ class Trainer:
             self._forget_metrics(-1)
             self.evaluate(0)
         self.clock.resume()
-        # Several processes would have to agree on the step; torchrun passes the signal on, and they end as of a kill.
-        with sigterms() if self.processes.num_processes == 1 else nullcontext([]) as stops:
+        with sigterms(alone=self.processes.num_processes == 1) as stops:
             for batch in self._batches(step):
                 if step == self.schedule.dense_from:
                     self._report(step)  # no row mixes two objectives
