@@ -16,7 +16,7 @@ from lrc_edge.errors import UserError
 MANIFEST = "build.json"
 PARTIAL = ".partial"  # what a stage has not finished; emptied when a build starts
 # Part of each fingerprint. Raise a stage's number when it makes different files of the same inputs.
-STAGE_VERSIONS = {"weights": 1, "data": 2, "identity": 1, "train": 1, "fold": 1, "quantize": 1, "imatrix": 2,
+STAGE_VERSIONS = {"weights": 1, "data": 2, "identity": 1, "train": 2, "fold": 1, "quantize": 1, "imatrix": 2,
                   "sensitivity": 1, "allocate": 1, "gguf": 2, "onnx": 2, "check": 1}
 
 

@@ -12,6 +12,8 @@ import typer
 from lrc_edge import __version__
 from lrc_edge.errors import UserError
 
+INTERRUPTED = 130  # exit status, as shells give it to what Ctrl-C ended
+
 app = typer.Typer(
     name="lrc-edge", no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -174,9 +176,12 @@ def main() -> None:
         app()
     except UserError as error:
         sys.exit(_complain(str(error)))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as ended:
+        # Within a command typer has made the first of them the second.
+        if isinstance(ended, SystemExit) and ended.code != INTERRUPTED:
+            raise
         print("\nlrc-edge: interrupted; the same command continues", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
             raise

@@ -70,6 +70,8 @@ def _train_together(source: str, out: Path, recipe: Recipe, console: Console) ->
     from lrc_edge.train.trainer import choose_device
 
     peers = join(choose_device(recipe.train.device))
+    if peers.is_main_process and (recipe.train.tokens or recipe.train.batch_tokens):
+        _check_rows_divide(Teacher.of(source).checkpoint, recipe, peers.num_processes)
     pipeline = _before_training(source, out, recipe, console, "train") if peers.is_main_process else None
     if peers.is_main_process and pipeline is None:
         raise UserError(f"{out}: identity gate failed; not trained")
@@ -82,6 +84,15 @@ def _train_together(source: str, out: Path, recipe: Recipe, console: Console) ->
     pipeline.train()
     leave(peers)
     return True
+
+
+def _check_rows_divide(teacher: DenseCheckpoint, recipe: Recipe, world: int) -> None:
+    """Known before the data is where the recipe says how much of it a step takes. Raises UserError."""
+    from lrc_edge.train.schedule import Schedule
+
+    schedule = Schedule.of(recipe.train, teacher.shape.max_position_embeddings, 0,
+                           preflight.student_width(recipe, teacher.shape))
+    schedule.rows_of_process(world, recipe.train.micro_batch)
 
 
 def export(source: str, out: Path, recipe: Recipe, console: Console) -> bool:

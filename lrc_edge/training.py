@@ -12,7 +12,6 @@ from lrc_edge.build import replace_tree
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.console import Task
 from lrc_edge.corpus import HeldOut
-from lrc_edge.errors import UserError
 from lrc_edge.parity import gates_of_fold, gates_of_identity
 from lrc_edge.sources import SELF, local_files
 from lrc_edge.stages import Stages
@@ -77,6 +76,7 @@ class TrainingStages(Stages):
         self._stage("identity", inputs, [], work)
 
     def train(self) -> None:
+        from lrc_edge.train.checkpoints import claim
         from lrc_edge.train.stage import METRICS_FILE, SUMMARY_FILE, TRAINED_FILE, Plan, train
 
         recipe, folder = self.recipe, self.out / "train"
@@ -84,9 +84,15 @@ class TrainingStages(Stages):
         settings = {k: v for k, v in asdict(recipe.train).items() if k not in RUN_SETTINGS}
         inputs = [settings, self.hidden_size, str(plan.dtype), self._hashes(self._teacher),
                   self.dir.output_hashes("data"), recipe.data.isolate_documents]
+        named = {**{f"train.{name}": value for name, value in settings.items()},
+                 "student.hidden_size": self.hidden_size, "computed in": str(plan.dtype),
+                 "data.isolate_documents": recipe.data.isolate_documents,
+                 "digest of the teacher": self.dir.fingerprint("train", inputs[3])[:8],
+                 "digest of the data": self.dir.fingerprint("train", inputs[4])[:8]}
 
         def work(task: Task) -> tuple[Any, str]:
-            self._claim(folder, self.dir.fingerprint("train", inputs))
+            if self.leads:
+                claim(folder, self.dir.fingerprint("train", inputs), named)
             train(self._teacher, recipe, plan, self.out / "data", folder, lambda row: _show_training(task, row))
             if not self.leads:
                 return None, ""
@@ -99,17 +105,6 @@ class TrainingStages(Stages):
                     plan.schedule.tokens)
         if self.leads:  # recorded: the trained tensors are what the checkpoints led to
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-
-    def _claim(self, folder: Path, fingerprint: str) -> None:
-        """Make `folder` this run's to train in: checkpoints of other inputs would be continued as if they were ours."""
-        mark = folder / "fingerprint"
-        if self.leads and (not mark.exists() or mark.read_text() != fingerprint):
-            if any((folder / "checkpoints").glob("step-*")):
-                raise UserError(f"{folder}: holds checkpoints of a run with other settings or data; go back to "
-                                "those to continue it, or remove this folder to start anew")
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            mark.write_text(fingerprint)
 
     def fold(self) -> None:
         from lrc_edge.export.fold import fold
@@ -159,6 +154,7 @@ class TrainingStages(Stages):
             shutil.rmtree(self.out / ON_GRID, ignore_errors=True)
             return None
         from lrc_edge.export.fold import with_weights
+        from lrc_edge.train.checkpoints import claim
         from lrc_edge.train.quantize import settings_of, train_on_grid
         from lrc_edge.train.stage import SUMMARY_FILE, TRAINED_FILE
 
@@ -170,7 +166,8 @@ class TrainingStages(Stages):
                   self.recipe.data.isolate_documents]
 
         def work(task: Task) -> tuple[Any, str]:
-            self._claim(folder, self.dir.fingerprint("quantize", inputs))
+            claim(folder, self.dir.fingerprint("quantize", inputs),
+                  {f"quantize.{name}": value for name, value in asdict(self.recipe.quantize).items()})
             train_on_grid(student, teacher, self.recipe, self.out / "data", folder,
                           lambda row: _show_training(task, row))
             summary = json.loads((folder / SUMMARY_FILE).read_text())

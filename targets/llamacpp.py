@@ -173,27 +173,6 @@ class LlamaCpp:
     def _special_text(self, token: int) -> str:
         return self.piece(token, special=True).decode("utf-8") if token >= 0 else ""
 
-    def native_chat(self, messages: list[dict[str, str]]) -> str | None:
-        """What libllama's own llama_chat_apply_template renders, or None when it does not know the template.
-
-        It has no Jinja: it recognises a template by key words and formats in C++, without the BOS. Clients of the C
-        API use it (llama.cpp's own server uses Jinja).
-        """
-        if self.chat_template is None:
-            return None
-        kind = llama_cpp.llama_chat_message
-        chat = (kind * len(messages))(*(kind(m["role"].encode(), m["content"].encode()) for m in messages))
-        template = self.chat_template.encode()
-        size = 256 + 4 * sum(len(m["content"].encode()) for m in messages)
-        while True:
-            buffer = ctypes.create_string_buffer(size)
-            n = llama_cpp.llama_chat_apply_template(template, chat, len(messages), True, buffer, size)
-            if n < 0:
-                return None
-            if n <= size:
-                return buffer.raw[:n].decode("utf-8")
-            size = n
-
     @property
     def end_tokens(self) -> set[int]:
         """Tokens at which llama.cpp ends a generation."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES
+from test_losses import LargestTensor
 from tiny_models import make_tiny
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -59,8 +60,8 @@ def test_losses_are_those_of_two_plain_forward_passes(name: str, relative: bool,
         target = theirs[key]
         if key.endswith(RESIDUAL_WRITERS):
             target = target @ clone.projection(f"{key}.weight").detach()
-        scale = target.square().mean() if relative else 1.0
-        terms.append((mine[key] - target).square().mean() / scale)
+        scale = target.square().mean((1, 2)) if relative else 1.0
+        terms.append(((mine[key] - target).square().mean((1, 2)) / scale).mean())
     p, q = (F.log_softmax(side["logits"] / temperature, -1) for side in taken)
     losses = clone(ids, objective=Objective(lm=0.5, kl=0.7, alpha=0.3, temperature=temperature, relative=relative))
     assert len(terms) == 7 * clone.shape.num_hidden_layers
@@ -137,6 +138,24 @@ def test_recomputing_layers_changes_no_gradient(tmp_path: Path) -> None:
         assert grad is not None and torch.equal(grad, grads[1][name])  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("relative", [False, True])
+def test_forward_passes_of_one_row_or_of_four_give_the_same_gradients(relative: bool, tmp_path: Path) -> None:
+    clone = make_clone(tmp_path / "t", 32)
+    clone.initialize(initialize.gaussian_values(clone, seed=1))
+    ids = torch.cat([some_ids(), torch.full((1, 33), 7), some_ids(1)[:1]])  # rows that are unlike
+    objective, n_labels = Objective(alpha=0.5, relative=relative), torch.tensor(4 * 32)
+    grads = []
+    for size in (4, 1):
+        for part in ids.split(size):
+            clone(part, objective=objective, n_labels=n_labels, share=size / 4).total.backward()
+        clone.pull_back_()
+        grads.append({name: p.grad.clone() for name, p in clone.trainable().items() if p.grad is not None})
+        clone.zero_grad(set_to_none=True)
+    assert grads[0].keys() == grads[1].keys() == clone.trainable().keys()
+    for name, grad in grads[0].items():
+        assert (grad - grads[1][name]).norm() <= 1e-5 * grad.norm(), name
+
+
 @pytest.mark.parametrize("window", [None, 8])
 def test_isolated_documents_are_read_as_if_alone(window: int | None, tmp_path: Path) -> None:
     """Rows of several documents give the losses of the documents in rows of their own."""
@@ -201,6 +220,43 @@ def test_pca_starts_nearer_than_selection_on_a_stream_of_low_rank(tmp_path: Path
         clone.initialize(init(clone, some_ids()))
         kl[init.__name__] = clone(some_ids()).kl.item()
     assert kl["pca_values"] < 0.2 * kl["selection_values"], kl
+
+
+def streams_of(clone: Clone, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What each norm reads, of all rows at once, at unit RMS."""
+    found: dict[str, torch.Tensor] = {}
+    modules = dict(clone.teacher.named_modules())
+    handles = [modules[w.name.removesuffix(".weight")].register_forward_pre_hook(
+        lambda module, inputs, name=w.name: found.__setitem__(name, inputs[0].flatten(0, 1)))
+        for w in clone.weights if w.role.kind == "norm"]
+    with torch.no_grad(), clone.untapped() as teacher:
+        teacher.model(input_ids=ids)
+    for handle in handles:
+        handle.remove()
+    return {name: h / h.square().mean(-1, keepdim=True).sqrt() for name, h in found.items()}
+
+
+@pytest.mark.parametrize("name", ["llama-untied", "qwen3-tied"])
+def test_initial_values_are_those_of_all_rows_at_once_without_holding_them(name: str, tmp_path: Path) -> None:
+    clone = make_clone(tmp_path / "t", 32, **FAMILIES[name])
+    ids = torch.randint(0, 500, (16, 100), generator=torch.Generator().manual_seed(0))
+    streams = streams_of(clone, ids)
+    with LargestTensor() as seen:
+        pca, selected = initialize.pca_values(clone, ids), initialize.selection_values(clone, ids)
+    assert seen.elements < 16 * 100 * 64
+    weight = torch.stack([h.abs().mean(0) for h in streams.values()]).sum(0)
+    channels = weight.topk(32).indices.sort().values
+    covariance = torch.stack([h.T @ h / len(h) for h in streams.values()]).sum(0)
+    basis = torch.linalg.eigh(covariance).eigenvectors[:, -32:]
+    for key, h in streams.items():
+        gain = clone.teacher_weights[key].detach()
+        ratio = h[:, channels].square().mean(-1).sqrt().mean()
+        torch.testing.assert_close(selected[key], gain[channels] * ratio)
+        if key != "model.norm.weight" or not clone.shape.tied:
+            torch.testing.assert_close(pca[key], torch.ones(32) * (h @ basis).square().mean(-1).sqrt().mean())
+    u = pca["model.embed_tokens.weight"]
+    torch.testing.assert_close(u @ u.T, basis @ basis.T, rtol=1e-4, atol=1e-4)
+    assert torch.equal(selected["model.embed_tokens.weight"].argmax(0), channels)
 
 
 def test_sliding_window_is_kept(tmp_path: Path) -> None:

@@ -116,3 +116,20 @@ def test_clone_term_is_summed_in_float32(relative: bool) -> None:
 def test_relative_clone_term_does_not_see_scale() -> None:
     a, b = torch.randn(2, 5, 7)
     torch.testing.assert_close(losses.clone_term(a, b, True), losses.clone_term(9 * a, 9 * b, True))
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_clone_term_keeps_no_float32_copy_for_the_backward_pass(relative: bool) -> None:
+    kept: list[torch.Tensor] = []
+    mine, theirs = (torch.randn(4, 50, 30).bfloat16().requires_grad_(own) for own in (True, False))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        losses.clone_term(mine, theirs, relative)
+    assert sum(t.nbytes for t in kept) < 1.1 * mine.nbytes
+
+
+def test_a_row_counts_the_same_whatever_rows_are_beside_it() -> None:
+    """One row of a teacher a hundred times as loud as the other's must not drown it."""
+    mine, theirs = torch.randn(2, 2, 5, 7, generator=torch.Generator().manual_seed(0))
+    theirs[1] *= 100
+    apart = [losses.clone_term(mine[i:i + 1], theirs[i:i + 1], True) for i in (0, 1)]
+    torch.testing.assert_close(losses.clone_term(mine, theirs, True), sum(apart) / 2)

@@ -96,7 +96,7 @@ def test_checkpoints_are_pruned_and_a_partial_one_is_no_checkpoint(tmp_path: Pat
     last = checkpoints.latest(tmp_path)
     assert last is not None
     tensors, facts = checkpoints.load(last)
-    assert facts == {"step": 100, "dense": False} and tensors["trained.x"][0] == 100
+    assert facts == {"step": 100, "dense": False} and tensors.get_tensor("trained.x")[0] == 100
 
 
 def test_a_disk_that_is_full_keeps_the_last_checkpoint_and_says_so(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_disk_that_is_full_keeps_the_last_checkpoint_and_says_so(tmp_path: Pat
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
-    assert checkpoints.load(tmp_path / "step-00000001")[0]["trained.x"][0] == 1
+    assert checkpoints.load(tmp_path / "step-00000001")[0].get_tensor("trained.x")[0] == 1
 
 
 def test_a_damaged_checkpoint_is_told_in_one_line(tmp_path: Path) -> None:

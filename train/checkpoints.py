@@ -13,13 +13,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
+from lrc_edge.build import write_atomically
 from lrc_edge.errors import UserError
 
 PARTIAL = ".partial"
 STATE_FILE, FACTS_FILE = "state.safetensors", "state.json"
+FINGERPRINT_FILE, SETTINGS_FILE = "fingerprint", "settings.json"  # of the run that the checkpoints are of
+
+
+def claim(run: Path, fingerprint: str, settings: dict[str, Any]) -> None:
+    """Make `run` the folder of the run with this fingerprint, empty unless it is already. `settings`, by their names,
+    are for telling what changed.
+
+    Raises UserError where it has checkpoints of another run: they would be continued as if they were this one's.
+    """
+    mark, known = run / FINGERPRINT_FILE, run / SETTINGS_FILE
+    if mark.exists() and mark.read_text() == fingerprint:
+        return
+    if latest(run / "checkpoints"):
+        before = json.loads(known.read_text()) if known.exists() else settings
+        changes = [f"{name} was {before.get(name)}, is {settings.get(name)}" for name in {**before, **settings}
+                   if before.get(name) != settings.get(name)]
+        told = f" ({'; '.join(changes)})" if changes else ""
+        raise UserError(f"{run}: holds checkpoints of a run with other settings or data{told}; go back to those to "
+                        "continue it, or remove this folder to start anew")
+    shutil.rmtree(run, ignore_errors=True)
+    run.mkdir(parents=True)
+    write_atomically(known, json.dumps(settings, indent=1) + "\n")
+    write_atomically(mark, fingerprint)
 
 
 def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any], keep: int) -> None:
@@ -65,10 +89,13 @@ def latest(folder: Path) -> Path | None:
     return (_all(folder) or [None])[-1]  # type: ignore[list-item]
 
 
-def load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """(tensors, facts). Raises UserError when a file was damaged after it was written."""
+def load(path: Path) -> tuple[Any, dict[str, Any]]:
+    """(an open safetensors file, the facts). The file's get_tensor(name) reads one tensor: no process holds them all.
+
+    Raises UserError when a file was damaged after it was written.
+    """
     try:
-        return load_file(path / STATE_FILE), json.loads((path / FACTS_FILE).read_text())
+        return safe_open(path / STATE_FILE, framework="pt"), json.loads((path / FACTS_FILE).read_text())
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{path}: damaged checkpoint ({error}); delete this folder to continue from the one before it, "
                         "or from the start") from error

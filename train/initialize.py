@@ -5,7 +5,8 @@ that of D, so both data-aware inits scale its gain by the ratio of the two, meas
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -36,17 +37,13 @@ def selection_values(clone: Clone, rows: torch.Tensor) -> dict[str, torch.Tensor
     A channel's weight is its mean absolute value relative to the RMS of the stream, averaged over the places where a
     norm reads it (arXiv 2605.29327).
     """
-    streams = _norm_inputs(clone, rows)
-    weight = sum((h / h.square().mean(-1, keepdim=True).sqrt()).abs().mean((0, 1)) for h in streams.values())
-    channels = torch.as_tensor(weight).topk(clone.shape.hidden_size).indices.sort().values
-
-    def norm_gain(name: str) -> torch.Tensor:
-        h = streams[name]
-        ratio = h[..., channels].square().mean(-1).sqrt() / h.square().mean(-1).sqrt()
-        return _gain(clone, name)[channels] * ratio.mean()
-
+    weight = torch.zeros(clone.teacher_width, device=rows.device)
+    _visit_streams(clone, rows, lambda name, h: weight.add_(h.abs().mean(0)))
+    channels = weight.topk(clone.shape.hidden_size).indices.sort().values
+    rms = _rms_by_norm(clone, rows, lambda h: h[:, channels])
+    channels = channels.cpu()
     p = lowrank.selection(channels, clone.teacher_width)
-    return _values(clone, lambda: p, norm_gain)
+    return _values(clone, lambda: p, lambda name: _gain(clone, name)[channels] * rms[name])
 
 
 def pca_values(clone: Clone, rows: torch.Tensor, turned: bool = True) -> dict[str, torch.Tensor]:
@@ -58,33 +55,27 @@ def pca_values(clone: Clone, rows: torch.Tensor, turned: bool = True) -> dict[st
     norm takes P = diag(gain) U, and the student's own gain starts at 1. A tied head shares the embedding's U, so there
     the gain stays in the norm, as near to U^T diag(gain) U as a diagonal can be.
     """
-    streams = _norm_inputs(clone, rows)
-    covariance = sum(_covariance(h) for h in streams.values())
+    covariance = torch.zeros(clone.teacher_width, clone.teacher_width, device=rows.device)
+    _visit_streams(clone, rows, lambda name, h: covariance.addmm_(h.T, h, alpha=1 / rows.numel()))
     width = clone.shape.hidden_size
     turn_SS = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(0))).Q
-    u_DS = torch.linalg.eigh(covariance).eigenvectors[:, -width:]
+    u_DS = torch.linalg.eigh(covariance.cpu()).eigenvectors[:, -width:]
     if turned:
         u_DS = u_DS @ turn_SS
+    u_there = u_DS.to(rows.device)
+    rms = _rms_by_norm(clone, rows, lambda h: h @ u_there)
     values: dict[str, torch.Tensor] = {}
     for weight in clone.weights:
         norm = norm_before(weight, clone.shape)
         if weight.role.kind == "norm":
-            h = streams[weight.name]
-            ratio = ((h @ u_DS).square().mean(-1).sqrt() / h.square().mean(-1).sqrt()).mean()
             keeps_gain = weight.layer is None and clone.shape.tied
             gain = u_DS.square().T @ _gain(clone, weight.name) if keeps_gain else torch.ones(width)
-            values[weight.name] = gain * ratio
+            values[weight.name] = gain * rms[weight.name]
         elif norm is not None:
             values[weight.name] = _gain(clone, norm)[:, None] * u_DS
         elif weight.role.kind != "copy":
             values[weight.name] = u_DS
     return values
-
-
-def _covariance(stream: torch.Tensor) -> torch.Tensor:
-    """(D, D) second moment of the stream at unit RMS, so that no depth outweighs the others."""
-    h = (stream / stream.square().mean(-1, keepdim=True).sqrt()).flatten(0, 1)
-    return h.T @ h / len(h)
 
 
 def _gain(clone: Clone, norm: str) -> torch.Tensor:
@@ -97,23 +88,34 @@ def _values(clone: Clone, projection: Callable[[], torch.Tensor], norm: Callable
             for weight in clone.weights if weight.role.kind != "copy"}
 
 
-@torch.no_grad()
-def _norm_inputs(clone: Clone, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The residual stream where each norm of the teacher reads it: (B, L, teacher width), float32 on the CPU."""
-    streams: dict[str, torch.Tensor] = {}
+def _rms_by_norm(clone: Clone, rows: torch.Tensor, student_of: Callable[[torch.Tensor], torch.Tensor]
+                 ) -> dict[str, torch.Tensor]:
+    """What the RMS of the student's stream, (L, S) made of the teacher's (L, D) at unit RMS, is in the mean before each
+    norm."""
+    rms: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=rows.device))
+    _visit_streams(clone, rows, lambda name, h: rms[name].add_(student_of(h).square().mean(-1).sqrt().mean()))
+    return {name: total.cpu() / len(rows) for name, total in rms.items()}
 
-    def keeper(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        def keep(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            streams[name] = inputs[0].float().cpu()
-        return keep
+
+@torch.no_grad()
+def _visit_streams(clone: Clone, rows: torch.Tensor, visit: Callable[[str, torch.Tensor], object]) -> None:
+    """Show `visit` the residual stream where each norm of the teacher reads it, row by row: nothing of them is kept.
+
+    It gets the norm's name and (L, D) float32 on the device, every position at unit RMS: no depth outweighs the others.
+    """
+    def visitor(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def show(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            h = inputs[0][0].float()
+            visit(name, h / h.square().mean(-1, keepdim=True).sqrt())
+        return show
 
     modules = dict(clone.teacher.named_modules())
-    names: Iterable[str] = [w.name for w in clone.weights if w.role.kind == "norm"]
-    handles = [modules[name.removesuffix(".weight")].register_forward_pre_hook(keeper(name)) for name in names]
+    names = [w.name for w in clone.weights if w.role.kind == "norm"]
+    handles = [modules[name.removesuffix(".weight")].register_forward_pre_hook(visitor(name)) for name in names]
     try:
         with clone.untapped() as teacher:
-            teacher.model(input_ids=rows, use_cache=False)
+            for row in rows:
+                teacher.model(input_ids=row[None], use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    return streams

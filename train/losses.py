@@ -28,14 +28,19 @@ class Objective:
 
 
 def clone_term(student: torch.Tensor, teacher: torch.Tensor, relative: bool) -> torch.Tensor:
-    """Mean squared error of an activation, summed in float32; `relative`: over the teacher's mean square.
+    """Mean over rows of the mean squared error of an activation (rows, ...), summed in float32; `relative`: of each
+    row's over the teacher's mean square there, so that a row counts the same whatever rows it is computed with.
 
     What is kept for the backward pass is the difference in the type of its operands, not a float32 copy of it.
     """
-    error = torch.linalg.vector_norm(student - teacher, dtype=torch.float32).square()
+    errors = _squares_of_rows(student - teacher)
     if not relative:
-        return error / student.numel()
-    return error / torch.linalg.vector_norm(teacher.detach(), dtype=torch.float32).square()
+        return errors.sum() / student.numel()
+    return (errors / _squares_of_rows(teacher.detach())).mean()
+
+
+def _squares_of_rows(x: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.float32).square()
 
 
 def token_losses(student_NV: torch.Tensor, teacher_NV: torch.Tensor | None, labels_N: torch.Tensor,

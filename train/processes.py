@@ -4,7 +4,9 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+from collections.abc import Iterable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lrc_edge.train.clone import Clone
+
+T = TypeVar("T")
 
 # The first process tokenizes while the others wait, and that can take a day.
 TIMEOUT = timedelta(days=2)
@@ -59,10 +63,24 @@ def shard(clone: Clone, state: PartialState) -> None:
     clone.bind()
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole tensor of a shard, on every process (all must ask); float32 on the CPU."""
-    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return full.detach().float().cpu().contiguous()
+def gathered(tensors: Iterable[tuple[str, torch.Tensor]], state: PartialState) -> dict[str, torch.Tensor]:
+    """Shards as whole tensors, by name: float32 on the first process's CPU, nothing on the others. All must ask, for
+    the same in the same order."""
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors:
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if state.is_main_process:
+            found[name] = full.detach().float().cpu().contiguous()
+    return found
+
+
+def agreed(value: T, state: PartialState) -> T:
+    """The first process's `value`, on all: what each reads of a shared file system may be of different ages."""
+    if state.num_processes == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=state.device)
+    return box[0]
 
 
 def put(values: torch.Tensor, into: torch.Tensor) -> None:

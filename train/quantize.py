@@ -18,7 +18,7 @@ from lrc_edge.train import processes
 from lrc_edge.train.grids import BLOCK
 from lrc_edge.train.rows import PackedRows
 from lrc_edge.train.schedule import Schedule
-from lrc_edge.train.stage import Plan, load_clone, run
+from lrc_edge.train.stage import Plan, load_clone, out_of_memory_told, run
 from lrc_edge.train.trainer import Progress, choose_device, choose_precision
 
 
@@ -51,10 +51,11 @@ def train_on_grid(student: DenseCheckpoint, teacher: DenseCheckpoint, recipe: Re
     plan = Plan(student.shape.hidden_size, schedule, device, choose_precision(settings.precision, device))
     processes.join(device).wait_for_everyone()
     torch.manual_seed(settings.seed)
-    clone = load_clone(teacher, plan.hidden_size, dtype=plan.dtype, device=device,
-                       recompute=settings.gradient_checkpointing)
-    clone.start_dense_phase()
-    clone.initialize({name: student.tensor(name).float() for name in clone.trainable()})
-    clone.start_quantized_phase()
-    run(clone, teacher, settings, plan, PackedRows(data, schedule.seq_len, recipe.data.isolate_documents), data,
-        folder, progress)
+    with out_of_memory_told(device, settings.micro_batch):
+        clone = load_clone(teacher, plan.hidden_size, dtype=plan.dtype, device=device,
+                           recompute=settings.gradient_checkpointing)
+        clone.start_dense_phase()
+        clone.initialize({name: student.tensor(name).float() for name in clone.trainable()})
+        clone.start_quantized_phase()
+        run(clone, teacher, settings, plan, PackedRows(data, schedule.seq_len, recipe.data.isolate_documents), data,
+            folder, progress)

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,15 +72,32 @@ def load_clone(teacher: DenseCheckpoint, hidden_size: int, *, dtype: torch.dtype
 def train(teacher: DenseCheckpoint, recipe: Recipe, plan: Plan, data: Path, folder: Path, progress: Progress) -> None:
     """Train in `folder`; continues from its last checkpoint. Leaves the trained tensors, metrics and a summary there.
 
-    Under torchrun every process calls it, with the same arguments.
+    Under torchrun every process calls it, with the same arguments. Raises UserError when the GPU's memory is too small.
     """
+    with out_of_memory_told(plan.device, recipe.train.micro_batch):
+        _train(teacher, recipe, plan, data, folder, progress)
+
+
+@contextmanager
+def out_of_memory_told(device: torch.device, micro_batch: int) -> Iterator[None]:
+    """Raise UserError for a GPU that is too small."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"train: out of memory on {device} ({str(error).split('. ')[0]}); lower train.micro_batch "
+                        f"(now {micro_batch}) or set train.gradient_checkpointing=true: the same command "
+                        "continues; where the models themselves do not fit, take a larger GPU") from error
+
+
+def _train(teacher: DenseCheckpoint, recipe: Recipe, plan: Plan, data: Path, folder: Path, progress: Progress) -> None:
     settings = recipe.train
-    processes.join(plan.device).wait_for_everyone()
+    peers = processes.join(plan.device)
+    peers.wait_for_everyone()
     torch.manual_seed(settings.seed)
     clone = load_clone(teacher, plan.hidden_size, dtype=plan.dtype, device=plan.device,
                        recompute=settings.gradient_checkpointing)
     rows = PackedRows(data, plan.schedule.seq_len, recipe.data.isolate_documents)
-    if latest(folder / "checkpoints") is None:
+    if processes.agreed(latest(folder / "checkpoints"), peers) is None:
         _initialize(clone, settings.init, rows, settings.seed)
     run(clone, teacher, settings, plan, rows, data, folder, progress)
 
@@ -93,12 +112,7 @@ def run(clone: Clone, teacher: DenseCheckpoint, settings: recipes.Train, plan: P
     with clone.untapped() as whole_teacher:
         teacher_loss = held_out_loss(whole_teacher, held_out_BL, plan.dtype)
     trainer = Trainer(clone, settings, schedule, rows, held_out_BL, folder, progress)
-    try:
-        trainer.run()
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"train: out of memory on {plan.device} ({str(error).split('. ')[0]}); lower train.micro_batch "
-                        f"(now {settings.micro_batch}) or set train.gradient_checkpointing=true: the same command "
-                        "continues") from error
+    trainer.run()
     save_trained(clone, folder / TRAINED_FILE)
     if not trainer.is_main:
         return

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from lrc_edge.train.clone import Clone
 from lrc_edge.train.data import PackedRows
 from lrc_edge.train.guard import MOST_SKIPPED, BadBatch, Guard
 from lrc_edge.train.losses import NO_LABEL, Objective
+from lrc_edge.train.preemption import sigterms
 from lrc_edge.train.schedule import ProcessBatches, RowOrder, Schedule
 
 TRAINED_FILE = "trained.safetensors"  # every trained tensor by its weight's name; its metadata says which kind
@@ -123,7 +124,7 @@ class Trainer:
         return bool(self.processes.is_main_process)
 
     def run(self) -> None:
-        checkpoint = checkpoints.latest(self.folder / "checkpoints")
+        checkpoint = processes.agreed(checkpoints.latest(self.folder / "checkpoints"), self.processes)
         step = self._continue_from(checkpoint) if checkpoint else 0
         if checkpoint is None:
             processes.shard(self.clone, self.processes)
@@ -131,15 +132,18 @@ class Trainer:
             self._forget_metrics(-1)
             self.evaluate(0)
         self.clock.resume()
-        for batch in self._batches(step):
-            if step == self.schedule.dense_from and not self.clone.is_dense:
-                self._report(step)  # no row mixes two objectives
-                self.clone.start_dense_phase()
-                self.optimizer = self._new_optimizer()
-            self._step(step, batch)
-            step += 1
-            self._after(step)
-        self._report(step)
+        with sigterms(alone=self.processes.num_processes == 1) as stops:
+            for batch in self._batches(step):
+                if step == self.schedule.dense_from and not self.clone.is_dense:
+                    self._report(step)  # no row mixes two objectives
+                    self.clone.start_dense_phase()
+                    self.optimizer = self._new_optimizer()
+                self._step(step, batch)
+                step += 1
+                stopping = bool(stops)
+                self._after(step, stopping)
+                if stopping:
+                    raise KeyboardInterrupt
 
     def _batches(self, first: int) -> DataLoader[dict[str, torch.Tensor]]:
         on_gpu = self.device.type == "cuda"
@@ -182,15 +186,20 @@ class Trainer:
 
     # -- between steps -------------------------------------------------------------------------------------------------
 
-    def _after(self, step: int) -> None:
-        """What is due when `step` steps are done."""
+    def _after(self, step: int, stopping: bool) -> None:
+        """What is due when `step` steps are done; `stopping`: this process makes no more of them."""
         s, last = self.settings, step == self.schedule.steps
+        saves = stopping or (step % s.checkpoint_every == 0 and not last)
+        evaluates = last or step % s.eval_every == 0
+        reports = saves or last or step % s.log_every == 0
+        if self.device.type == "cuda" and (reports or evaluates):
+            torch.cuda.synchronize(self.device)  # the steps that were queued are part of what the clock says
         self.clock.stop(self.schedule.tokens_per_step)
-        if step % s.log_every == 0 or step % s.checkpoint_every == 0:
+        if reports:
             self._report(step)
-        if step % s.eval_every == 0 or last:
+        if evaluates:
             self.evaluate(step)
-        if step % s.checkpoint_every == 0 and not last:
+        if saves:
             self._save(step)
         self.clock.resume()
 
@@ -248,14 +257,19 @@ class Trainer:
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
-    def _save(self, step: int) -> None:
-        tensors = {f"trained.{name}": processes.whole(p) for name, p in self.clone.trainable().items()}
-        if self.clone.is_dense and self.settings.dense_alpha:
-            tensors |= {f"writer.{n}": processes.whole(p) for n, p in self.clone.writer_projections().items()}
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All that a checkpoint holds, by its name there."""
         for name, parameter in self.clone.trainable().items():
+            yield f"trained.{name}", parameter
             for key, value in self.optimizer.state[parameter].items():
-                tensors[f"{key}.{name}"] = processes.whole(value)
-        tensors["guard.average"] = self.guard.average.cpu()
+                yield f"{key}.{name}", value
+        if self.clone.is_dense and self.settings.dense_alpha:
+            for name, parameter in self.clone.writer_projections().items():
+                yield f"writer.{name}", parameter
+        yield "guard.average", self.guard.average
+
+    def _save(self, step: int) -> None:
+        tensors = processes.gathered(self._tensors(), self.processes)
         if self.is_main:
             facts = {"dense": self.clone.is_dense, "seconds": self.clock.seconds}
             checkpoints.save(self.folder / "checkpoints", step, tensors, facts, self.settings.keep_checkpoints)
@@ -263,23 +277,24 @@ class Trainer:
 
     def _continue_from(self, checkpoint: Path) -> int:
         """Restore every tensor of a checkpoint; returns the steps that are done."""
-        tensors, facts = checkpoints.load(checkpoint)
+        file, facts = checkpoints.load(checkpoint)
+        tensor = file.get_tensor
         if facts["dense"] and not self.clone.is_dense:
             for name, p in self.clone.writer_projections().items():
                 if self.settings.dense_alpha:
-                    p.data.copy_(tensors[f"writer.{name}"])
+                    p.data.copy_(tensor(f"writer.{name}"))
             self.clone.start_dense_phase()
         processes.shard(self.clone, self.processes)
         self.optimizer = self._new_optimizer()
         for name, parameter in self.clone.trainable().items():
-            processes.put(tensors[f"trained.{name}"], parameter)
+            processes.put(tensor(f"trained.{name}"), parameter)
             state = self.optimizer.state[parameter]
-            state["step"] = tensors[f"step.{name}"].to(self.device)
+            state["step"] = tensor(f"step.{name}").to(self.device, copy=True)
             for key in ("exp_avg", "exp_avg_sq"):
                 state[key] = torch.zeros_like(parameter.detach())
-                processes.put(tensors[f"{key}.{name}"], state[key])
+                processes.put(tensor(f"{key}.{name}"), state[key])
         self.clone.compose_()
-        self.guard.average = tensors["guard.average"].to(self.device)
+        self.guard.average = tensor("guard.average").to(self.device, copy=True)
         self.clock = Clock(facts["seconds"], facts["step"] * self.schedule.tokens_per_step)
         self._forget_metrics(facts["step"])
         return int(facts["step"])
@@ -298,8 +313,9 @@ def save_trained(clone: Clone, path: Path) -> None:
     Every process must call it.
     """
     made = clone.student_weights if clone.is_dense else clone.trainable()
-    tensors = {name: processes.whole(made[name]) for name in clone.trainable()}
-    if processes.join(next(clone.parameters()).device).is_main_process:
+    state = processes.join(next(clone.parameters()).device)
+    tensors = processes.gathered(((name, made[name]) for name in clone.trainable()), state)
+    if state.is_main_process:
         save_file(tensors, path, metadata={"kind": "weights" if clone.is_dense else "projections"})
 
 

@@ -1,0 +1,143 @@
+"""The training stage of a build: what ends it early, what the same command then makes of it, what is refused."""
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_models import TEXT
+
+from lrc_edge.build import BuildDir
+from lrc_edge.commands import build
+from lrc_edge.errors import UserError
+from lrc_edge.recipe import load_recipe
+from lrc_edge.train import stage
+from lrc_edge.train.checkpoints import claim, latest
+from lrc_edge.train.trainer import METRICS_FILE, TRAINED_FILE, read_metrics
+
+STEPS = 100
+SETTINGS = ["train.seq_len=64", "train.batch_tokens=128", f"train.tokens={128 * STEPS}", "train.log_every=1",
+            "train.eval_every=40", "train.checkpoint_every=30", "train.device=cpu", "train.precision=fp32",
+            "data.held_out_share=0.2", "student.hidden_size=32", "parity.positions=256"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(TEXT[:100_000])
+    return file
+
+
+def train(teacher: Path, text: Path, out: Path, *settings: str) -> None:
+    recipe = load_recipe(None, [*SETTINGS, *settings], data={"sources": [str(text)]})
+    assert build(str(teacher), out, recipe, Console(quiet=True), until="train")
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    train(tiny_llama, text, out)
+    return out
+
+
+def same_as(whole: Path, out: Path) -> None:
+    assert (out / "train" / TRAINED_FILE).read_bytes() == (whole / "train" / TRAINED_FILE).read_bytes()
+    curves = [[{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(file)]
+              for file in (out / "train" / METRICS_FILE, whole / "train" / METRICS_FILE)]
+    assert curves[0] == curves[1]
+    assert not (out / "train" / "checkpoints").exists()
+
+
+def interrupt(*args: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("where", "what"), [(stage, "save_trained"), (BuildDir, "record")])
+def test_a_kill_between_the_last_step_and_the_record(where: object, what: str, whole: Path, tiny_llama: Path,
+                                                     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                                     ) -> None:
+    def interrupt_training(self: BuildDir, stage: str, *args: object) -> None:
+        if stage == "train":
+            raise KeyboardInterrupt
+        record(self, stage, *args)  # type: ignore[arg-type]
+
+    record = BuildDir.record
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(where, what, interrupt_training if what == "record" else interrupt)
+        train(tiny_llama, text, tmp_path / "out")
+    assert read_metrics(tmp_path / "out" / "train" / METRICS_FILE)[-1]["step"] == STEPS
+    assert (tmp_path / "out" / "train" / TRAINED_FILE).exists() == (what == "record")
+    train(tiny_llama, text, tmp_path / "out")
+    same_as(whole, tmp_path / "out")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_and_the_same_command_continues(sent: signal.Signals, whole: Path, tiny_llama: Path,
+                                                              text: Path, tmp_path: Path) -> None:
+    """SIGTERM after the step that it came in, with a checkpoint of that; SIGINT at once."""
+    command = [sys.executable, "-m", "lrc_edge", "train", str(tiny_llama), "--out", str(tmp_path / "out"), "--data",
+               str(text), *(part for setting in SETTINGS for part in ("--set", setting))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    metrics = tmp_path / "out" / "train" / METRICS_FILE
+    while process.poll() is None and not (metrics.exists() and any(row["step"] >= 5 for row in read_metrics(metrics))):
+        time.sleep(0.01)
+    process.send_signal(sent)
+    _, said = process.communicate()
+    assert process.returncode == 130 and said == "\nlrc-edge: interrupted; the same command continues\n", said
+    last = int(read_metrics(metrics)[-1]["step"])
+    assert last < STEPS
+    if sent == signal.SIGTERM:
+        checkpoint = latest(tmp_path / "out" / "train" / "checkpoints")
+        assert checkpoint is not None and checkpoint.name == f"step-{last:08d}"
+    train(tiny_llama, text, tmp_path / "out")
+    same_as(whole, tmp_path / "out")
+
+
+def test_a_changed_setting_is_named_and_refused_while_there_are_checkpoints(whole: Path, tiny_llama: Path, text: Path,
+                                                                           tmp_path: Path,
+                                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stage, "save_trained", interrupt)
+        train(tiny_llama, text, out)
+    kept = sorted((out / "train" / "checkpoints").iterdir())
+    with pytest.raises(UserError, match=r"train: holds checkpoints of a run with other settings or data "
+                                        r"\(train.alpha was 0.2, is 0.3; train.seed was 0, is 1\); go back"):
+        train(tiny_llama, text, out, "train.alpha=0.3", "train.seed=1")
+    assert sorted((out / "train" / "checkpoints").iterdir()) == kept
+    train(tiny_llama, text, out, "train.micro_batch=1")  # how it runs may change
+    same_as_lengths = [len(read_metrics(path / "train" / METRICS_FILE)) for path in (whole, out)]
+    assert same_as_lengths[0] == same_as_lengths[1]
+
+
+def test_checkpoints_of_an_unknown_run_are_refused_and_a_folder_without_any_is_emptied(tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (tmp_path / "run" / "fingerprint").write_text("of an older version")
+    with pytest.raises(UserError, match="other settings or data; go back"):
+        claim(tmp_path / "run", "one", {"train.seed": 1})
+    (tmp_path / "run" / "checkpoints" / "step-00000001").rmdir()
+    (tmp_path / "run" / METRICS_FILE).write_text("")
+    claim(tmp_path / "run", "one", {"train.seed": 1})
+    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["fingerprint", "settings.json"]
+    (tmp_path / "run" / METRICS_FILE).write_text("")
+    claim(tmp_path / "run", "one", {"train.seed": 1})
+    assert (tmp_path / "run" / METRICS_FILE).exists()
+
+
+@pytest.mark.parametrize("what", ["load_clone", "_initialize", "Trainer"])
+def test_too_little_memory_is_told_wherever_it_ends(what: str, tiny_llama: Path, text: Path, tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(stage, what, refuse)
+    with pytest.raises(UserError, match=r"out of memory on cpu \(CUDA out of memory\); lower train.micro_batch \(now"):
+        train(tiny_llama, text, tmp_path / "out")
