@@ -119,8 +119,9 @@ def measure(job: Job, name: str) -> Measurement:
                                    env={**os.environ, "OMP_NUM_THREADS": str(job.threads), "HF_HUB_OFFLINE": "1"})
         _, status, usage = os.wait4(process.pid, 0)
     seconds, after = time.perf_counter() - started, os.times()
-    if status:
-        sys.exit(f"{name}: status {status}\n{log.read_text(errors='replace')[-3000:]}")
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"{name}: status {process.returncode}\n{log.read_text(errors='replace')[-3000:]}")
     os.sync()
     return Measurement(
         seconds=seconds, cpu_seconds=(after.children_user + after.children_system) - (before.children_user

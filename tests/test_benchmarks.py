@@ -1,0 +1,70 @@
+"""The benchmarks of speed run, in small; what they print is measured."""
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def run(script: str, work: Path, *arguments: str) -> str:
+    done = subprocess.run([sys.executable, str(BENCHMARKS / script), "--work", str(work), "--shape", "tiny",
+                           "--repeats", "1", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("work")
+
+
+def test_export_measures_time_memory_and_bytes(work: Path) -> None:
+    printed = run("export.py", work, "--rows", "cp,lrc-edge GGUF BF16")
+    found = json.loads((work / "export.json").read_text())
+    assert list(found) == ["cp", "lrc-edge GGUF BF16"] and (work / "export.md").read_text().strip() == printed.strip()
+    copied, written = found["cp"][0], found["lrc-edge GGUF BF16"][0]
+    assert copied["output_bytes"] == sum(file.stat().st_size for file in (work / "tiny").iterdir())
+    assert 0.9 < written["output_bytes"] / (work / "tiny/model-00001.safetensors").stat().st_size < 1.2
+    assert 0 < copied["seconds"] < written["seconds"] <= written["synced_seconds"]
+    assert copied["peak_bytes"] < 64e6 < written["peak_bytes"]  # torch alone is more
+    assert not (work / "outputs").exists()
+
+
+def test_peak_and_time_are_the_measured_process_s(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("export_benchmark", BENCHMARKS / "export.py")
+    assert spec is not None and spec.loader is not None
+    export: Any = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = export  # where dataclasses look their module up
+    spec.loader.exec_module(export)
+    (tmp_path / "student").mkdir()
+    (tmp_path / "outputs").mkdir()
+    child = "x = bytearray(600_000_000); import time; time.sleep(.2)"
+    hog = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    export.ROWS["hog"] = export.Row(lambda job, out: [sys.executable, "-c", hog])
+    found = export.measure(export.Job(tmp_path / "student", tmp_path / "outputs", tmp_path, 1), "hog")
+    assert 600e6 < found.peak_bytes < 680e6  # a child's, and not this process's
+    assert found.seconds > 0.2
+
+
+def test_a_tool_that_fails_is_no_measurement(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, str(BENCHMARKS / "export.py"), "--work", str(tmp_path), "--shape", "tiny",
+                           "--rows", "llama.cpp convert F16", "--converter", str(tmp_path / "absent.py")],
+                          capture_output=True, text=True)
+    assert done.returncode and "llama.cpp convert F16: status 2" in done.stderr and "absent.py" in done.stderr
+    assert not (tmp_path / "export.json").exists()
+
+
+def test_decode_compares_runtimes(work: Path) -> None:
+    rows = ["llama.cpp Q4_0", "lrc-edge ONNX q4 in onnxruntime", "lrc-edge ONNX q4 in genai"]
+    printed = run("decode.py", work, "--rows", ",".join(rows), "--threads", "1", "--prompt", "24", "--tokens", "4")
+    found = json.loads((work / "decode.json").read_text())
+    assert [(one["threads"], one["row"]) for one in found] == [(1, row) for row in rows]
+    assert all(speed > 0 for one in found for speed in one["tokens_per_second"][0].values())
+    assert f"| {rows[0]} | " in printed and "| 1.00 |" in printed
