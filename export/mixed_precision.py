@@ -18,8 +18,8 @@ from lrc_edge.roles import Weight
 
 QType = GGMLQuantizationType
 
-# Types with fast kernels on every back end, by the block that the row must be a multiple of, in order of size. The
-# codebook types of 3 bits and fewer (IQ3_S, IQ2_XS) decode several times slower on a processor.
+# By the block that the row must be a multiple of, in order of size. The codebook types of 3 bits and fewer (IQ3_S,
+# IQ2_XS) are left out: they gain little (docs/LOG.md), and look weights up in tables where the others compute.
 _TYPES = {
     256: (QType.Q2_K, QType.Q3_K, QType.IQ4_XS, QType.Q4_K, QType.Q5_K, QType.Q6_K, QType.Q8_0),
     32: (QType.IQ4_NL, QType.Q5_0, QType.Q5_1, QType.Q8_0),

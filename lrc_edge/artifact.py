@@ -76,7 +76,7 @@ class HashedFile:
 
     def write(self, data: bytes | np.ndarray) -> None:
         """Append a contiguous array, which may not change until the next call returns. Raises OSError, also for it."""
-        view = memoryview(data).cast("B")
+        view = memoryview(data).cast("B")  # type: ignore[arg-type]  # an array is a buffer
         self._wait()
         self._pending = [thread.submit(work, view)
                          for thread, work in zip(self._threads, (self._write, self._digest.update), strict=True)]

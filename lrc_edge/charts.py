@@ -57,7 +57,9 @@ class Scale:
         self.log, self.pixels = log, pixels
         data = [math.log10(v) if log else v for v in values]
         self.low, self.high = min(data), max(data)
-        spread = (self.high - self.low) or (0.3 if log else abs(self.high) * 0.1 or 1.0)
+        spread = self.high - self.low
+        if not spread:
+            spread, pad = 0.3 if log else abs(self.high) * 0.1 or 1.0, pad or 0.06
         self.low, self.high = self.low - pad * spread, self.high + pad * spread
 
     def at(self, value: float) -> float:

@@ -116,8 +116,9 @@ def test_labels_do_not_overlap() -> None:
 
 @pytest.mark.parametrize(("values", "log"), [([5, 5], False), ([0, 1e-9], False), ([3, 7], True), ([1e-13, 1], True),
                                              ([8.41, 8.42], True), ([-2, 1e6], False), ([4.0, 4.0], True)])
-def test_scale_has_ticks_inside(values: list[float], log: bool) -> None:
-    scale = Scale(values, (50, 450), log=log)
+@pytest.mark.parametrize("pad", [0.0, 0.06])
+def test_scale_has_ticks_inside(values: list[float], log: bool, pad: float) -> None:
+    scale = Scale(values, (50, 450), log=log, pad=pad)
     ticks = scale.ticks()
     assert 1 <= len(ticks) <= 12 and ticks == sorted(ticks)
     assert all(50 <= scale.at(tick) <= 450 for tick in ticks)
