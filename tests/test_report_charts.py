@@ -101,7 +101,7 @@ def test_size_chart_has_a_labelled_point_for_each() -> None:
     labels = {e.text for e in svg.iterfind("s:text", SVG) if e.attrib["class"] == "label"}
     assert labels == {made["encoding"] for made in report["artifacts"]} | {"student"}
     passed = chart(example_report(), "Size against perplexity")
-    assert {"teacher", "student", "q4_0", "int4"} <= {e.text for e in passed.iterfind("s:text", SVG)}
+    assert {"teacher", "student", "q4_0", "q4"} <= {e.text for e in passed.iterfind("s:text", SVG)}
 
 
 def test_labels_do_not_overlap() -> None:
