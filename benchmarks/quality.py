@@ -19,8 +19,10 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnxruntime
 
 from export import genai_builder
 from lrc_edge.artifact import Artifact
@@ -130,28 +132,33 @@ def rows_of(model: Path, data: str, work: Path, grid_tokens: int, positions: int
 
 
 class BuilderModel(OnnxRuntime):
-    """The builder's graph: its cache has a symbolic head size, and positions come from the mask."""
+    """The builder's graph: its cache has a symbolic head size, and its positions come from the mask."""
 
     def __init__(self, path: Path, checkpoint: DenseCheckpoint):
-        super().__init__(path)
-        shape = (1, checkpoint.shape.num_key_value_heads, 0, checkpoint.shape.head_dim)
-        self._empty_past = {name: np.zeros(shape, np.float32) for name in self._empty_past}
-        self._inputs = {value.name for value in self._session.get_inputs()}
-        run = self._session.run_with_ort_values
-        self._session = Given(self._session, lambda outputs, feeds: run(
-            outputs, {name: value for name, value in feeds.items() if name in self._inputs}))
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = 1, 4
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        names = [value.name for value in session.get_inputs()]
+        empty = np.zeros((1, checkpoint.shape.num_key_value_heads, 0, checkpoint.shape.head_dim), np.float32)
+        self._empty_past = {name: empty for name in names if name.startswith("past_key_values.")}
+        self._outputs = [value.name for value in session.get_outputs()]
+        self._session = Without(session, {"position_ids"} - set(names))
 
 
 @dataclass
-class Given:
-    """A session that ignores inputs which its graph does not have."""
+class Without:
+    """A session that is not given some inputs."""
 
-    session: object
-    run_with_ort_values: Callable[..., list[object]]
+    session: onnxruntime.InferenceSession
+    left_out: set[str]
+
+    def run_with_ort_values(self, outputs: list[str], feeds: dict[str, onnxruntime.OrtValue]) -> list[Any]:
+        kept = {name: value for name, value in feeds.items() if name not in self.left_out}
+        return self.session.run_with_ort_values(outputs, kept)
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown, one table a model: smallest KL last in nothing but the order of writing."""
+    """Markdown, one table a model, files in the order of writing."""
     lines = []
     for model in dict.fromkeys(row.model for row in rows):
         mine = [row for row in rows if row.model == model]

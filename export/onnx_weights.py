@@ -62,7 +62,7 @@ class Plain:
 
     def __init__(self, type: np.dtype):
         self.type = type
-        self.onnx_type = helper.np_dtype_to_tensor_dtype(type)
+        self.onnx_type: int = helper.np_dtype_to_tensor_dtype(type)
 
     def linear(self, file: OnnxFile, name: str, weight_OI: torch.Tensor, x: str, output: str) -> str:
         return file.node("MatMul", [x, self._store(file, name, weight_OI.T)], output)
@@ -97,8 +97,8 @@ class Blocks:
     `identical_blocks` is kept for weights that were trained on the grid: each block's, whether it holds exactly them.
     """
 
-    type = np.dtype(np.float32)
-    onnx_type = TensorProto.FLOAT
+    type: np.dtype = np.dtype(np.float32)
+    onnx_type: int = TensorProto.FLOAT
 
     def __init__(self, linears: Grid, ends: Grid, accuracy_level: int,
                  importance: Mapping[str, np.ndarray] | None = None, threads: int | None = None,
@@ -151,7 +151,10 @@ class Blocks:
 
         def packed(rows_RI: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
             weight_RI = array_of(rows_RI, np.dtype(np.float32), name)
-            part, scales_RN = pack(weight_RI, grid, importance_I)
+            try:
+                part, scales_RN = pack(weight_RI, grid, importance_I)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from error
             if self.trained_on_grid:  # rows are whole blocks then
                 equal = unpack(part, scales_RN, grid) == weight_RI.reshape(*scales_RN.shape, BLOCK)
                 self._identical.append(equal.all(-1).reshape(-1))

@@ -160,8 +160,7 @@ def quantize_matrix(weight_OI: np.ndarray, type: GGMLQuantizationType, importanc
     ggml.ggml_quantize_chunk(type, weight_OI.ctypes.data, blocks.ctypes.data, 0, n_rows, row,
                              None if importance_I is None else importance_I.ctypes.data)
     if not ggml.ggml_validate_row_data(type, blocks.ctypes.data, blocks.nbytes):
-        raise UserError(f"a matrix ({n_rows}, {row}) has weights that {type.name} cannot hold: NaN, infinite or too "
-                        "large; check the checkpoint")
+        raise UserError(f"weights that {type.name} cannot hold: NaN, infinite or too large; check the checkpoint")
     return blocks
 
 

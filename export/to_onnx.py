@@ -127,7 +127,7 @@ def _inventory(checkpoint: DenseCheckpoint, written: dict[str, tuple[np.dtype, i
     left = {name: entry for name, entry in written.items() if name not in ROPE_TABLES}
     n_bytes, types = 0, Counter[str]()
     for weight in checkpoint.weights():
-        forms = {grid.qtype.name: grid.names(weight.name) for grid in GRIDS}
+        forms: dict[str, tuple[str, ...]] = {grid.qtype.name: grid.names(weight.name) for grid in GRIDS}
         if weight.name in left:
             forms[PLAIN_TYPES[left[weight.name][0]]] = (weight.name,)
         found = [kind for kind, names in forms.items() if all(name in left for name in names)]

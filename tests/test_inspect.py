@@ -18,7 +18,7 @@ from tiny_models import make_tiny
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
-from lrc_edge.export.to_onnx import export_onnx
+from lrc_edge.export.to_onnx import FILES, export_onnx
 from lrc_edge.inspect_path import describe, print_description
 from lrc_edge.report import write_report
 
@@ -173,17 +173,26 @@ def test_onnx_corrupt(tmp_path: Path, content: bytes) -> None:
 @pytest.mark.parametrize(("family", "tied"), [("llama", True), ("qwen2", False)])
 def test_exported_files_are_read_back_as_their_writers_count(tmp_path: Path, family: str, tied: bool) -> None:
     """Bits a weight and parameters, through packed matrices, shared or gathered embeddings, and RoPE tables."""
-    pytest.importorskip("llama_cpp")  # quantizes; the optimum environment has none
     from lrc_edge.export.to_gguf import export_gguf
 
     checkpoint = DenseCheckpoint.open(make_tiny(tmp_path / "m", family, tied=tied))
-    made = [*export_onnx(checkpoint, tmp_path / "onnx", ["fp32", "q4"]),
+    made = [*export_onnx(checkpoint, tmp_path / "onnx", list(FILES), shard_bytes=60_000),
             *export_gguf(checkpoint, tmp_path / "gguf", ["f16", "q8_0"], lambda _: None)]
     for artifact in made:
         found = describe(tmp_path / artifact.path)
         assert found["n_params"] == checkpoint.shape.n_params, artifact.path
         assert found["bits_per_weight"] == pytest.approx(artifact.bits_per_weight), artifact.path
         assert found["bytes"] == artifact.bytes
+
+
+def test_a_missing_shard_is_named(tiny_llama: Path, tmp_path: Path) -> None:
+    [artifact] = export_onnx(DenseCheckpoint.open(tiny_llama), tmp_path / "onnx", ["q4"], shard_bytes=50_000)
+    names = describe(tmp_path / artifact.path)["data_files"]
+    assert names == ["model_q4.onnx_data", "model_q4.onnx_data_1", "model_q4.onnx_data_2"]
+    assert all(name in printed(tmp_path / artifact.path) for name in names)
+    (tmp_path / artifact.path).with_name(names[1]).unlink()
+    with pytest.raises(UserError, match=r"its data file model_q4\.onnx_data_1 is missing"):
+        describe(tmp_path / artifact.path)
 
 
 def test_hostile_names_are_printed_harmless(tmp_path: Path) -> None:

@@ -317,7 +317,8 @@ def test_quantization_is_told() -> None:
     page = Page(render_report(report))
     words = page.words("quantization")
     for told in ("16,384 tokens of training text", "3 rows left out", "80 % of the loss won back",
-                 "gguf:q4_0: 100 % of the blocks as trained", "2 × Q3_K, 1 × Q5_K", "0.0167 predicted, 0.0175 measured"):
+                 "gguf:q4_0: 100 % of the blocks as trained", "2 × Q3_K, 1 × Q5_K",
+                 "0.0167 predicted, 0.0175 measured"):
         assert told in words, told
     assert "identical blocks" in page.words("gates")
     # The chart is of the distance from the student: neither the figure nor the limit of the other comparison is in it.

@@ -382,6 +382,17 @@ def test_a_failure_leaves_the_old_folder(llama_copy: Path, tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["onnx", "tiny-llama"]
 
 
+@pytest.mark.parametrize("encoding", ["q8", "q4"])
+def test_weights_beyond_the_grid_are_refused(encoding: str, llama_copy: Path, tmp_path: Path) -> None:
+    """Blocks have float16 scales; NaN and infinity are refused before, where the checkpoint is read."""
+    tensors = load_file(llama_copy / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 3] = 1e30
+    save_file(tensors, llama_copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.down_proj\.weight: weights that Q\d_0 cannot hold"):
+        export_onnx(DenseCheckpoint.open(llama_copy), tmp_path / "onnx", [encoding])
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny-llama"]
+
+
 @pytest.mark.parametrize(("encodings", "level"), [([], 4), (["int4"], 4), (["fp32", "fp32"], 4), (["q4"], 5)])
 def test_unknown_wishes_are_refused(encodings: list[str], level: int, tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="need"):

@@ -1,4 +1,4 @@
-"""Our ONNX folder in transformers.js on node, as it lies: token ids, log-probabilities and greedy text."""
+"""Our ONNX folder in transformers.js on node, as it lies, and its files in a browser's onnxruntime."""
 from __future__ import annotations
 
 import json
@@ -29,15 +29,19 @@ pytestmark = [
 ]
 
 
+def run_node(script: str, *args: str, stdin: str = "") -> dict[str, Any]:
+    done = subprocess.run(["node", NODE / script, *args], input=stdin, capture_output=True, text=True, timeout=120,
+                          check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
 def probe(folder: Path, dtypes: list[str], ids: np.ndarray) -> dict[str, Any]:
     """What tests/node/probe.mjs says; the prompt to continue is the first 7 ids."""
     asked = {"folder": str(folder), "dtypes": dtypes, "text": TEXT, "ids": ids.tolist(), "prompt": ids[:7].tolist(),
              "n_tokens": 12}
-    done = subprocess.run(["node", NODE / "probe.mjs"], input=json.dumps(asked), capture_output=True, text=True,
-                          timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    return run_node("probe.mjs", stdin=json.dumps(asked))
 
 
 def assert_top5(found: list[list[tuple[int, float]]], logits_TV: np.ndarray, tolerance: float) -> None:
@@ -76,6 +80,19 @@ def test_what_is_shipped(tiny_llama: Path, tmp_path: Path) -> None:
     assert found["default"]["dtype"] == "q4"
     assert_top5(found["default"]["top5"], Reference(rounded_model(checkpoint, "q4")).prefill(ids), 0.1)
     assert_top5(found["fp32"]["top5"], Reference(checkpoint.model()).prefill(ids), 1e-5)
+
+
+@pytest.mark.parametrize("encoding", FILES)
+def test_a_browsers_onnxruntime(encoding: str, tiny_llama: Path, tmp_path: Path) -> None:
+    """onnxruntime-web's WebAssembly, run by node: it has every operator, and takes shards as buffers."""
+    checkpoint = DenseCheckpoint.open(tiny_llama)
+    [artifact] = export_onnx(checkpoint, tmp_path / "onnx", [encoding], accuracy_level=0, shard_bytes=60_000)
+    assert (tmp_path / f"{artifact.path}_data_1").exists()
+    ids = np.random.default_rng(1).integers(0, checkpoint.shape.vocab_size, 12)
+    found = run_node("wasm.mjs", str(tmp_path / artifact.path), ",".join(map(str, ids)))
+    logits = np.array(found["data"], dtype=np.float32).reshape(found["dims"])[0]
+    expected = Reference(rounded_model(checkpoint, encoding)).prefill(ids)
+    np.testing.assert_allclose(logits, expected, atol=2e-2 if encoding == "fp16" else 1e-4)
 
 
 def test_wrong_logits_are_noticed(tiny_llama: Path, tmp_path: Path) -> None:
