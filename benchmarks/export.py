@@ -183,6 +183,13 @@ def render(results: dict[str, Measurement]) -> str:
     return "\n".join(lines)
 
 
+def summary(args: argparse.Namespace, found: dict[str, list[Measurement]]) -> str:
+    loads = [one.load for row in found.values() for one in row]
+    repeats = min(len(row) for row in found.values())
+    return (f"{args.shape}, {args.threads} threads, medians of {repeats}; load average {min(loads):.1f} to "
+            f"{max(loads):.1f} at the starts\n\n{render({name: medians(row) for name, row in found.items()})}\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for student, outputs, results and converter")
@@ -208,13 +215,11 @@ def main() -> None:
             print(f"round {round_number + 1} {name}: {found[name][-1].seconds:.2f} s", file=sys.stderr, flush=True)
             if not any(ROWS[other].needs == name for other in names):
                 shutil.rmtree(job.outputs / name)
+        text = summary(args, found)  # after every round: an interrupted run has something to show
+        (args.work / "export.md").write_text(text)
+        (args.work / "export.json").write_text(json.dumps(
+            {name: [asdict(one) for one in row] for name, row in found.items()}, indent=1) + "\n")
     shutil.rmtree(job.outputs)
-    loads = [one.load for row in found.values() for one in row]
-    text = (f"{args.shape}, {args.threads} threads, medians of {args.repeats}; load average {min(loads):.1f} to "
-            f"{max(loads):.1f} at the starts\n\n{render({name: medians(row) for name, row in found.items()})}\n")
-    (args.work / "export.md").write_text(text)
-    (args.work / "export.json").write_text(json.dumps(
-        {name: [asdict(one) for one in row] for name, row in found.items()}, indent=1) + "\n")
     print(text)
 
 

@@ -73,7 +73,8 @@ GGUF_NAMES: dict[str, tuple[MODEL_TENSOR, str]] = {
 _TORCH_TYPES = {GGMLQuantizationType.F32: torch.float32, GGMLQuantizationType.F16: torch.float16,
                 GGMLQuantizationType.BF16: torch.bfloat16}
 ON_GRID_ENCODING = "q4_0"  # the one that quantization-aware training is for
-PIECE = 1 << 15  # elements; torch starts threads above that
+PART = 1 << 22  # elements that are written at once
+PIECE = 1 << 15  # elements that are converted at once; torch starts threads above that
 _ROPE_FACTORS = TENSOR_NAMES[MODEL_TENSOR.ROPE_FREQS] + ".weight"
 
 
@@ -138,7 +139,7 @@ def identical_blocks(file: Path, checkpoint: DenseCheckpoint) -> float:
         tensor = tensors[gguf_name(weight)]
         block = GGML_QUANT_SIZES[tensor.tensor_type][0]
         if block > 1:
-            expected = _tensor_data(checkpoint, weight, GGMLQuantizationType.F32, permuted)
+            expected = _stored(_in_order(checkpoint, weight, permuted), GGMLQuantizationType.F32, weight.name)
             equal = (quants.dequantize(tensor.data, tensor.tensor_type) == expected).reshape(-1, block).all(1)
             n_blocks, n_identical = n_blocks + equal.size, n_identical + int(equal.sum())
     return n_identical / n_blocks
@@ -248,7 +249,8 @@ def _write(checkpoint: DenseCheckpoint, vocabulary: Vocabulary, encoding: Encodi
     with HashedFile(path) as file:
         for weight in weights:
             file.align(writer.data_alignment)
-            file.write(_tensor_data(checkpoint, weight, _tensor_type(weight, encoding), permuted))
+            for part in _in_order(checkpoint, weight, permuted).reshape(-1).split(PART):
+                file.write(_stored(part, _tensor_type(weight, encoding), f"{checkpoint.path}: {weight.name}"))
         if factors is not None:
             file.align(writer.data_alignment)
             file.write(factors.numpy())
@@ -268,18 +270,21 @@ def _tensor_type(weight: Weight, encoding: Encoding) -> GGMLQuantizationType:
     return encoding.type if len(weight.shape) > 1 else GGMLQuantizationType.F32
 
 
-def _tensor_data(checkpoint: DenseCheckpoint, weight: Weight, kind: GGMLQuantizationType, permuted: bool) -> np.ndarray:
-    """One tensor as GGUF stores it; BF16 as its bits in int16, since numpy has no such type."""
-    tensor = checkpoint.tensor(weight.name)
-    shape = checkpoint.shape
+def _in_order(checkpoint: DenseCheckpoint, weight: Weight, permuted: bool) -> torch.Tensor:
+    """The weight with its rows as llama.cpp's graph wants them."""
+    tensor, shape = checkpoint.tensor(weight.name), checkpoint.shape
     if permuted and weight.role.name in ("attn_q", "attn_q_bias"):
-        tensor = interleave_rotary(tensor, shape.num_attention_heads)
+        return interleave_rotary(tensor, shape.num_attention_heads)
     if permuted and weight.role.name in ("attn_k", "attn_k_bias"):
-        tensor = interleave_rotary(tensor, shape.num_key_value_heads)
+        return interleave_rotary(tensor, shape.num_key_value_heads)
+    return tensor
+
+
+def _stored(tensor: torch.Tensor, kind: GGMLQuantizationType, where: str) -> np.ndarray:
+    """The tensor as GGUF stores it; BF16 as its bits in int16, since numpy has no such type."""
     tensor = _converted(tensor, _TORCH_TYPES[kind])
     if kind == GGMLQuantizationType.F16 and not all_finite(tensor):
-        raise UserError(f"{checkpoint.path}: {weight.name} has values beyond F16's largest, 65504; "
-                        "take bf16 or f32 instead of f16")
+        raise UserError(f"{where} has values beyond F16's largest, 65504; take bf16 or f32 instead of f16")
     return tensor.view(torch.int16).numpy() if kind == GGMLQuantizationType.BF16 else tensor.numpy()
 
 
