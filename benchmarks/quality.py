@@ -1,11 +1,11 @@
 """What each encoding costs in quality, with and without the importance matrix and training on the grid, and the peer.
 
     make demo && python benchmarks/quality.py demo-out/student examples/demo/storyteller \
-        --data examples/demo/stories.jsonl --work quality --grid-tokens 600_000
+        --data examples/demo/stories.jsonl --judge unseen.jsonl --work quality
 
 Every file is written by `lrc-edge export`, but the peer's (onnxruntime-genai's model builder, int4 in blocks of 32 at
-accuracy_level 4), and judged in its own runtime against the PyTorch model in float32, on text that calibration and
-training do not see: a tenth of --data. Perplexities have standard errors of the difference, on the same tokens.
+accuracy_level 4), and judged in its own runtime against the PyTorch model in float32, on --judge, which nothing was
+trained or calibrated on. Perplexities have standard errors of the difference, on the same tokens.
 Models that are in --work already are not made again.
 """
 from __future__ import annotations
@@ -29,6 +29,7 @@ from lrc_edge.artifact import Artifact
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.corpus import HeldOut
 from lrc_edge.parity import Metrics
+from lrc_edge.sources import Fields, documents
 from lrc_edge.targets.llamacpp import LlamaCpp
 from lrc_edge.targets.onnxrt import OnnxRuntime
 from lrc_edge.targets.reference import HeldOutRows, Reference
@@ -85,7 +86,7 @@ def run_export(model: Path, export: Export, data: str, out: Path, seq_len: int) 
     if not (out / "report.json").exists():
         if export.begins_as:
             shutil.copytree(out.with_name(export.begins_as), out, ignore=shutil.ignore_patterns("report.*"))
-        settings = (*export.settings, "data.held_out_share=0.1", f"train.seq_len={seq_len}", "parity.positions=256")
+        settings = (*export.settings, f"train.seq_len={seq_len}", "parity.positions=256")
         command = [sys.executable, "-m", "lrc_edge", "export", str(model), "--data", data, "--out", str(out),
                    "--formats", ",".join(export.formats), *(part for s in settings for part in ("--set", s))]
         status = subprocess.run(command).returncode
@@ -96,14 +97,14 @@ def run_export(model: Path, export: Export, data: str, out: Path, seq_len: int) 
     return [Artifact.from_dict(table) for table in tables]
 
 
-def rows_of(model: Path, data: str, work: Path, grid_tokens: int, positions: int) -> Iterator[Row]:
+def rows_of(model: Path, data: str, judge_on: str, work: Path, grid_tokens: int, positions: int) -> Iterator[Row]:
     checkpoint = DenseCheckpoint.open(model)
     seq_len = min(256, checkpoint.shape.max_position_embeddings)
     wanted = exports(grid_tokens)
     made = {export.name: run_export(model, export, data, work / export.name, seq_len) for export in wanted}
-    # Only an export that trains on the grid tokenizes into data/: its held-out text is in none of the others' rows.
-    held_out = HeldOut.load(work / "grid" / "data" / "held_out.npz").rows(seq_len, positions, None)
-    reference = HeldOutRows.of(Reference(checkpoint.model()), held_out)
+    texts = documents([judge_on], Fields())
+    unseen = HeldOut.from_texts(texts, checkpoint.tokenizer(), positions + 1).rows(seq_len, positions, None)
+    reference = HeldOutRows.of(Reference(checkpoint.model()), unseen)
 
     def judge(open_: Callable[[], LlamaCpp | OnnxRuntime]) -> Metrics:
         runtime = open_()
@@ -193,15 +194,16 @@ def verdict(rows: list[Row]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", type=Path, help="dense checkpoints")
-    parser.add_argument("--data", required=True, help="text to calibrate, train and judge on")
+    parser.add_argument("--data", required=True, help="text to calibrate and train on")
+    parser.add_argument("--judge", required=True, help="text that neither the models nor --data have seen")
     parser.add_argument("--work", type=Path, required=True, help="folder for what is made, and the results")
     parser.add_argument("--grid-tokens", type=int, default=600_000, help="of training on the grid")
-    parser.add_argument("--positions", type=int, default=32_768, help="judged tokens, at most what is held out")
+    parser.add_argument("--positions", type=int, default=32_768, help="judged tokens, at most what --judge holds")
     args = parser.parse_args()
     rows: list[Row] = []
     for model in args.models:
         name = DenseCheckpoint.open(model).name
-        rows += rows_of(model, args.data, args.work / name, args.grid_tokens, args.positions)
+        rows += rows_of(model, args.data, args.judge, args.work / name, args.grid_tokens, args.positions)
         (args.work / "rows.jsonl").write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
         (args.work / "table.md").write_text(table(rows))
     print(table(rows))

@@ -91,7 +91,7 @@ class Train:
 
 
 # Peak learning rate x the student's hidden_size of the quantization-aware phase: best of a grid (docs/LOG.md).
-QUANTIZED_RATE = 0.0256
+QUANTIZED_RATE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ class Quantize:
     tokens: int = 0  # of the phase; 0: none
     teacher: Literal["student", "teacher"] = "student"  # whom to copy: the student itself, unquantized, or its teacher
     alpha: float = 1.0  # weight of the clone terms between the student's layers and its own, unquantized
-    batch_tokens: int = 0  # of an optimizer step; 0: a 200th of the budget, at least 1,024 and at most 32,768
+    batch_tokens: int = 0  # of an optimizer step; 0: a 500th of the budget, at least 1,024 and at most 32,768
     learning_rate: float = 0.0  # its peak; 0: QUANTIZED_RATE / the student's hidden_size
 
 

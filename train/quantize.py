@@ -32,7 +32,7 @@ def settings_of(recipe: Recipe, width: int) -> recipes.Train:
     """The training settings of this phase: the run's own, but its budget, rate and objective."""
     q = recipe.quantize
     return replace(
-        recipe.train, tokens=q.tokens, batch_tokens=q.batch_tokens or min(32_768, max(1_024, q.tokens // 200)),
+        recipe.train, tokens=q.tokens, batch_tokens=q.batch_tokens or min(32_768, max(1_024, q.tokens // 500)),
         dense_share=1.0, dense_learning_rate=q.learning_rate or recipes.QUANTIZED_RATE / width,
         lm_weight=0.0, kl_weight=1.0, kl_temperature=1.0, warmup_share=0.05, clone_terms="relative",
         # Through a teacher of another width there is nothing to compare layer by layer.
