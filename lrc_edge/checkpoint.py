@@ -127,7 +127,7 @@ class DenseCheckpoint:
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
-    """Whether a floating-point tensor holds neither NaN nor infinity, in any type 80 times as fast as torch.isfinite.
+    """Whether a floating-point tensor holds neither NaN nor infinity; 80 times as fast as torch.isfinite (bfloat16).
 
     Read as integers, floats of one sign grow with their magnitude, and nothing finite comes after infinity: the
     largest signed integer judges the positive values, the largest unsigned one the negative values.

@@ -12,7 +12,7 @@ import transformers
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
-from lrc_edge.checkpoint import DenseCheckpoint, resolve_model
+from lrc_edge.checkpoint import DenseCheckpoint, all_finite, resolve_model
 from lrc_edge.errors import UserError
 
 
@@ -179,3 +179,16 @@ def test_sharded_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
     sharded = DenseCheckpoint.open(tmp_path / "sharded")
     assert len(sharded.weight_files()) > 1
     torch.testing.assert_close(sharded.tensor("model.norm.weight"), model.model.norm.weight.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_all_finite_judges_as_isfinite_does(dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    fine = torch.tensor([[0.0, -0.0, largest], [-largest, torch.finfo(dtype).tiny, -1.0]], dtype=dtype)
+    assert all_finite(fine) and all_finite(fine.T) and all_finite(fine[:0])
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        for place in range(fine.numel()):
+            broken = fine.clone()
+            broken.view(-1)[place] = bad
+            assert not all_finite(broken), (bad, place)
+    assert not all_finite(-torch.tensor([torch.nan, 1.0], dtype=dtype))  # its sign bit set
