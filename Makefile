@@ -10,7 +10,7 @@ OPTIMUM = .venv-optimum
 NODE = tests/node/node_modules
 DEMO_OUT ?= demo-out
 # What depends on the version of transformers: every family through every stage and format, and a whole build.
-FAMILY_TESTS = $(patsubst %,tests/test_%.py,checkpoint identity clone trainer fold tokenizer to_gguf to_onnx onnxrt \
+FAMILY_TESTS = $(patsubst %,tests/test_%.py,checkpoint identity clone trainer fold tokenizer to_gguf to_onnx one_grid onnxrt \
 	optimum end_to_end)
 
 .PHONY: demo test test-optimum check clean
