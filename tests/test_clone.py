@@ -84,13 +84,13 @@ def test_pulled_back_gradients_equal_autograd_through_the_composition(name: str,
         clone(ids).total.backward()
     clone.pull_back_()
     got = {name: p.grad.clone() for name, p in clone.trainable().items() if p.grad is not None}
-    assert all(weight.grad is None for _, _, weight in clone._projected())
+    assert all(weight.grad is None for _, weight in clone._composed())
     clone.zero_grad(set_to_none=True)
 
     trained = clone.trainable()
     registered = {id(p): key for key, p in clone.named_parameters()}
-    composed = {registered[id(mine)]: compose(w.role, theirs, trained[w.name])
-                for w, theirs, mine in clone._projected()}
+    composed = {registered[id(mine)]: compose(w.role, clone.teacher_weights[w.name], trained[w.name])
+                for w, mine in clone._composed()}
     for ids in batches:
         functional_call(clone, composed, (ids,)).total.backward(retain_graph=True)
     assert got.keys() == trained.keys()
@@ -210,7 +210,8 @@ def test_pca_starts_nearer_than_selection_on_a_stream_of_low_rank(tmp_path: Path
     clone = make_clone(tmp_path / "t", 32)
     with torch.no_grad():  # everything that writes into the stream writes into the same 24 directions of 64
         basis = torch.linalg.qr(torch.randn(64, 24, generator=torch.Generator().manual_seed(0))).Q
-        for weight, theirs, _ in clone._projected():
+        for weight, _ in clone._composed():
+            theirs = clone.teacher_weights[weight.name]
             if weight.role.kind == "project_out":
                 theirs.copy_(basis @ basis.T @ theirs)
             elif weight.name == "model.embed_tokens.weight":

@@ -38,7 +38,8 @@ def recipe_of(*sources: Path | str, **data: Any) -> Recipe:
 def build_data(out: Path, teacher: Path, recipe: Recipe) -> str:
     """Run the stage; what it printed."""
     console = Console(file=io.StringIO(), width=200)
-    Pipeline(out, recipe, console, Teacher.of(str(teacher))).data()
+    source = Teacher.of(str(teacher))
+    Pipeline(out, recipe, console, source).data(source.checkpoint)
     return str(console.file.getvalue())  # type: ignore[attr-defined]
 
 
