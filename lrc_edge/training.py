@@ -183,7 +183,9 @@ class TrainingStages(Stages):
 
         teacher_word = "teacher" if teacher is not student else "unquantized self"
         self._stage("quantize", inputs, [result], work, self.recipe.quantize.tokens)
+        # Recorded: what they led to lies in `result`.
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        (folder / TRAINED_FILE).unlink(missing_ok=True)
         return DenseCheckpoint.open(result)
 
 
