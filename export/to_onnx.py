@@ -87,16 +87,6 @@ def export_onnx(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[s
     return artifacts
 
 
-def onnx_bytes(checkpoint: DenseCheckpoint, encodings: Sequence[str]) -> int:
-    """About how large the files become, for a check of the free space: weights as Plain and Blocks store them, RoPE."""
-    shape = checkpoint.shape
-    tables = 4 * shape.max_position_embeddings * shape.head_dim
-    n_ends = shape.vocab_size * shape.hidden_size * (1 if shape.tied else 2)  # embedding and head
-    n_bytes = {"fp32": 4 * shape.n_params, "fp16": 2 * shape.n_params, "q8": Q8_0.bytes_per_weight * shape.n_params,
-               "q4": Q4_0.bytes_per_weight * (shape.n_params - n_ends) + Q8_0.bytes_per_weight * n_ends}
-    return sum(int(n_bytes[encoding] * 1.02) + tables + 2**20 for encoding in encodings)
-
-
 def _check_encodings(encodings: Sequence[str], accuracy_level: int) -> None:
     if not encodings or len(set(encodings)) != len(encodings) or set(encodings) - FILES.keys():
         raise UserError(f"onnx: encodings {list(encodings)}: need each of {', '.join(FILES)} at most once")

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from lrc_edge import parity
-from lrc_edge.parity import Gate, compare, gates_of_artifact, next_ids
+from lrc_edge.parity import Gate, compare, gates_of_artifact, gates_of_grid, next_ids
 from lrc_edge.recipe import Gates
 
 RNG = np.random.default_rng(0)
@@ -92,6 +92,13 @@ def test_gate_relations(relation: str, value: float | None, passed: bool) -> Non
 def test_each_artifact_has_its_gates(kind: str, limits: list[tuple[str, float]]) -> None:
     gates = gates_of_artifact("a", kind, "decode", compare(REFERENCE, REFERENCE, IDS), Gates())
     assert [(g.metric, g.limit) for g in gates] == limits and all(g.passed for g in gates)
+
+
+def test_a_file_that_is_not_as_trained_fails() -> None:
+    near, far = (compare(REFERENCE, REFERENCE + RNG.normal(size=REFERENCE.shape) * sd, IDS) for sd in (0.01, 0.3))
+    assert near.kl_mean < 0.01 < far.kl_mean
+    assert [g.passed for g in gates_of_grid("a", 1.0, near, Gates())] == [True, True]
+    assert [g.passed for g in gates_of_grid("a", 0.98, far, Gates())] == [False, False]
 
 
 def test_labels() -> None:

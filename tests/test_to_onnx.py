@@ -22,7 +22,7 @@ from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
 from lrc_edge.export.onnx_graph import ROPE_TABLES
 from lrc_edge.export.onnx_weights import GRIDS, Q4_0, Q8_0, Grid, pack
-from lrc_edge.export.to_onnx import FILES, export_onnx, onnx_bytes
+from lrc_edge.export.to_onnx import FILES, export_onnx
 from lrc_edge.parity import compare
 from lrc_edge.roles import Weight
 from lrc_edge.targets.onnxrt import OnnxRuntime
@@ -278,7 +278,6 @@ def test_artifacts(tiny_llama: Path, tmp_path: Path) -> None:
         files = [tmp_path / artifact.path, tmp_path / f"{artifact.path}_data"]
         assert artifact.bytes == sum(file.stat().st_size for file in files)
         assert artifact.sha256 == sha256_of(*files)
-        assert artifact.bytes < onnx_bytes(checkpoint, [artifact.encoding]) < artifact.bytes + 3 * 2**20
     assert export_onnx(checkpoint, tmp_path / "again", ["fp32"])[0].sha256 == artifacts[0].sha256
 
 

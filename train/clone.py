@@ -232,7 +232,8 @@ class Clone(nn.Module):
     def start_quantized_phase(self) -> None:
         """From now on the student's matrices are latent weights rounded to the Q4_0 file's grid; these are trained.
 
-        The teacher has the student's width (it is the unquantized student): nothing is compared through a projection.
+        Their teacher is the unquantized student, of the same width, or there are no clone terms: nothing is compared
+        through a projection.
         """
         for weight, mine in self._composed():
             self.latents[_key(weight.name)] = nn.Parameter(mine.detach().clone())
