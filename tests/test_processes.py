@@ -130,13 +130,17 @@ def test_train_under_torchrun_from_the_command_line(tiny_llama: Path, tmp_path: 
 def test_the_first_process_keeps_the_tensors_and_says_what_is_there(tmp_path: Path) -> None:
     script = tmp_path / "ask.py"
     script.write_text(ASK)
-    done = subprocess.run([*TORCHRUN, str(script)], capture_output=True, text=True,
+    done = subprocess.run([*TORCHRUN, str(script), str(tmp_path)], capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.splitlines()) == ["0 seen by 0 {'x': [0.0, 1.0, 2.0, 3.0]}", "1 seen by 0 {}"]
+    # a file each: lines of two processes may run together in one pipe
+    assert (tmp_path / "said-0").read_text() == "seen by 0 {'x': [0.0, 1.0, 2.0, 3.0]}"
+    assert (tmp_path / "said-1").read_text() == "seen by 0 {}"
 
 
 ASK = """
+import sys
+from pathlib import Path
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -147,7 +151,7 @@ shard = distribute_tensor(torch.arange(4.0), init_device_mesh("cpu", (2,)), [Sha
 assert len(shard.to_local()) == 2
 found = gathered([("x", shard)], peers)
 rank = peers.process_index
-said = f"{rank} {agreed(f'seen by {rank}', peers)} { {name: t.tolist() for name, t in found.items()} }"
-print(said, flush=True)
+said = f"{agreed(f'seen by {rank}', peers)} { {name: t.tolist() for name, t in found.items()} }"
+Path(sys.argv[1], f"said-{rank}").write_text(said)
 leave(peers)
 """
