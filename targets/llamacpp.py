@@ -21,11 +21,12 @@ class LlamaCpp:
     """A GGUF file loaded on the CPU; implements lrc_edge.targets.runtime.TextRuntime.
 
     The KV cache is F32 and flash attention is off: llama.cpp's default cache is F16, and its rounding would hide what
-    the weights do. n_ctx: tokens of the longest row, 0 for the file's own context length. threads: at most the
-    machine's processors, which is also the default. Raises UserError when the file does not load.
+    the weights do. `as_shipped`: llama.cpp's own defaults instead, as programs on devices have them. n_ctx: tokens of
+    the longest row, 0 for the file's own context length. threads: at most the machine's processors, which is also the
+    default. Raises UserError when the file does not load.
     """
 
-    def __init__(self, path: Path | str, n_ctx: int = 2048, threads: int | None = None):
+    def __init__(self, path: Path | str, n_ctx: int = 2048, threads: int | None = None, as_shipped: bool = False):
         self.path = Path(path)
         self.label = f"llama.cpp (llama-cpp-python {llama_cpp.__version__})"
         self._context: llama_cpp.llama_context_p | None = None
@@ -39,18 +40,19 @@ class LlamaCpp:
         self._model = model
         self._vocab = llama_cpp.llama_model_get_vocab(model)
         self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
-        self._context = self._new_context(n_ctx, threads)
+        self._context = self._new_context(n_ctx, threads, as_shipped)
         self._batch = llama_cpp.llama_batch_init(CHUNK, 0, 1)
         self.n_ctx = int(llama_cpp.llama_n_ctx(self._context))
 
-    def _new_context(self, n_ctx: int, threads: int | None) -> llama_cpp.llama_context_p:
+    def _new_context(self, n_ctx: int, threads: int | None, as_shipped: bool) -> llama_cpp.llama_context_p:
         processors = os.cpu_count() or 1
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = n_ctx
         params.n_batch = params.n_ubatch = CHUNK
         params.n_threads = params.n_threads_batch = min(threads or processors, processors)
-        params.type_k = params.type_v = GGML_TYPE_F32
-        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        if not as_shipped:
+            params.type_k = params.type_v = GGML_TYPE_F32
+            params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         context = llama_cpp.llama_init_from_model(self._model, params)
         if context is None:
             llama_cpp.llama_model_free(self._model)

@@ -1,0 +1,129 @@
+"""Kits: what the runtimes of devices need beside Python, and how `lrc-edge targets setup` gets it.
+
+A kit lies in a folder of the cache whose name has the digest of its pins: other versions, another folder. It is complete
+or not there at all. What only root can install is not tried without: the exact command is said instead.
+"""
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lrc_edge.errors import UserError
+
+Say = Callable[[str], None]
+
+
+def cache_folder() -> Path:
+    """$LRC_EDGE_CACHE, or lrc-edge in the user's cache folder."""
+    given = os.environ.get("LRC_EDGE_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lrc-edge"
+
+
+@dataclass(frozen=True)
+class Npm:
+    """Packages from the npm registry, with what they depend on, in `<folder>/node_modules`. No install scripts run."""
+
+    name: str
+    packages: tuple[str, ...]  # name@version
+    size: str  # on disk, for people
+
+    @property
+    def folder(self) -> Path:
+        return cache_folder() / f"{self.name}-{digest(*self.packages)}"
+
+    def missing(self) -> str | None:
+        """Why it cannot be used; None when it can."""
+        if shutil.which("node") is None:
+            return "node is not installed (nodejs.org, 20 or newer)"
+        return None if self.folder.exists() else f"{self.name} is not installed"
+
+    def plan(self) -> list[str]:
+        """What `install` will do, a line each."""
+        return [f"npm install {' '.join(self.packages)}  ({self.size}, into {self.folder})"]
+
+    def install(self, say: Say) -> None:
+        """Raises UserError where npm is missing or fails; leaves nothing behind then."""
+        if shutil.which("npm") is None:
+            raise UserError(f"{self.name}: npm is not installed; install Node.js 20 or newer, which brings it")
+        with unfinished(self.folder) as folder:
+            run(["npm", "install", "--prefix", str(folder), "--ignore-scripts", "--no-package-lock", "--no-audit",
+                 "--no-fund", "--loglevel=error", *self.packages], say)
+
+
+@dataclass(frozen=True)
+class Apt:
+    """A program from Debian's or Ubuntu's packages; one that is already on the machine will do."""
+
+    name: str
+    packages: tuple[str, ...]
+    programs: tuple[str, ...]  # any of these
+    size: str
+
+    @property
+    def program(self) -> Path | None:
+        return next((Path(found) for name in self.programs if (found := shutil.which(name))), None)
+
+    def missing(self) -> str | None:
+        return None if self.program else f"{self.name} is not installed (none of {', '.join(self.programs)})"
+
+    def plan(self) -> list[str]:
+        return [f"{self._command()}  ({self.size})"]
+
+    def _command(self) -> str:
+        return f"apt-get install --yes --no-install-recommends {' '.join(self.packages)}"
+
+    def install(self, say: Say) -> None:
+        if shutil.which("apt-get") is None:
+            raise UserError(f"{self.name}: this machine has no apt-get; install one of {', '.join(self.programs)}")
+        if os.geteuid():
+            raise UserError(f"{self.name}: only root may install it; run: sudo apt-get update && sudo {self._command()}")
+        run(["apt-get", "update", "-qq"], say)
+        run(self._command().split(), say)
+
+
+Kit = Npm | Apt
+
+
+def digest(*pins: str) -> str:
+    return hashlib.sha256("\n".join(pins).encode()).hexdigest()[:12]
+
+
+class unfinished:
+    """A new folder that becomes `folder` when the block ends well, and goes away when it does not."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def __enter__(self) -> Path:
+        self._folder.parent.mkdir(parents=True, exist_ok=True)
+        self._partial = Path(tempfile.mkdtemp(prefix=f".{self._folder.name}-", dir=self._folder.parent))
+        return self._partial
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None and not self._folder.exists():
+            self._partial.rename(self._folder)
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+
+def run(argv: list[str], say: Say, cwd: Path | None = None) -> str:
+    """Standard output of a command that must succeed. Raises UserError with its last words."""
+    say(" ".join(argv))
+    try:
+        done = subprocess.run(argv, cwd=cwd, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise UserError(f"{argv[0]}: cannot run it ({error.strerror}); install it") from error
+    if done.returncode:
+        last = [line for line in (done.stderr or done.stdout).split("\n") if line.strip()][-3:]
+        raise UserError(f"`{' '.join(argv)}` failed: {' '.join(last)}")
+    return done.stdout
+
+
+def missing(kits: tuple[Kit, ...]) -> str | None:
+    """The first reason why a runtime with these kits cannot run; None when it can."""
+    return next((why for kit in kits if (why := kit.missing())), None)

@@ -1,0 +1,106 @@
+"""The worker of the runtimes that have Python bindings: llama.cpp, onnxruntime, onnxruntime-genai. See worker.py.
+
+Run as `python -m lrc_edge.targets.python_worker llama.cpp`: it needs numpy and that runtime, nothing else of lrc-edge's
+dependencies, so that it also runs in a bare Python on an emulated processor.
+"""
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from lrc_edge.errors import UserError
+
+
+def open_runtime(runtime: str, path: Path, n_ctx: int, threads: int) -> Any:
+    if runtime == "llama.cpp":
+        from lrc_edge.targets.llamacpp import LlamaCpp
+
+        return LlamaCpp(path, n_ctx, threads, as_shipped=True)
+    if runtime == "onnxruntime":
+        from lrc_edge.targets.onnxrt import OnnxRuntime
+
+        return OnnxRuntime(path, threads)
+    from lrc_edge.targets.ort_genai import OrtGenai
+
+    return OrtGenai(path.parent.parent, f"{path.parent.name}/{path.name}", threads)
+
+
+class PythonWorker:
+    def __init__(self, runtime: str):
+        self._name = runtime
+        self._runtime: Any = None
+
+    def open(self, path: str, n_ctx: int, threads: int) -> dict[str, Any]:
+        self._runtime = open_runtime(self._name, Path(path), n_ctx, threads)
+        self._n_ctx = min(n_ctx, getattr(self._runtime, "n_ctx", n_ctx))
+        return {"label": self._runtime.label, "n_ctx": self._n_ctx}
+
+    def score(self, ids: list[int], wanted: list[list[int]]) -> dict[str, Any]:
+        logits_TV = self._runtime.prefill(np.array(ids))
+        top = logits_TV.argmax(-1)
+        # Row by row: a whole row's float64 log-softmax at 128k tokens of vocabulary would be the peak of memory.
+        logprobs = [[float(x) for x in row[columns] - _log_sum_exp(row)]
+                    for row, columns in zip(logits_TV, wanted, strict=True)]
+        return {"logprobs": logprobs, "argmax": top.tolist()}
+
+    def generate(self, ids: list[int], n_tokens: int, stop: list[int]) -> dict[str, Any]:
+        return {"ids": self._runtime.generate(ids, min(n_tokens, self._n_ctx - len(ids)), set(stop))}
+
+    def tokenize(self, texts: list[str]) -> dict[str, Any]:
+        return {"ids": [self._runtime.tokenize(text) for text in texts]}
+
+    def speed(self, ids: list[int], n_prompt: int, n_decode: int) -> dict[str, Any]:
+        """Differences of generations from prompts of two lengths, and of two lengths from one prompt."""
+        def timed(n_read: int, n_written: int) -> tuple[float, int]:
+            started = time.perf_counter()
+            made = self._runtime.generate(ids[:n_read], n_written, set())
+            return time.perf_counter() - started, len(made)
+
+        timed(len(ids), 2)  # pages in, threads started
+        depth = len(ids) - n_prompt
+        before = timed(depth, 1)[0] if depth else 0.0
+        prompt_seconds, one = timed(len(ids), 1)
+        all_seconds, made = timed(len(ids), 1 + n_decode)
+        return {"prefill": n_prompt / (prompt_seconds - before), "decode": (made - one) / (all_seconds - prompt_seconds)}
+
+    def memory(self) -> dict[str, Any]:
+        return {"peak_bytes": peak_bytes(), "how": "VmHWM"}
+
+
+def peak_bytes() -> int | None:
+    """The largest resident set that this process has had; None where the kernel does not tell."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    return next((1024 * int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")),
+                None)
+
+
+def _log_sum_exp(row_V: np.ndarray) -> float:
+    row = row_V.astype(np.float64)
+    largest = float(row.max())
+    return largest + float(np.log(np.exp(row - largest).sum()))
+
+
+def serve(worker: PythonWorker, requests: TextIO, answers: TextIO) -> None:
+    for line in requests:
+        request = json.loads(line)
+        try:
+            answer = getattr(worker, request.pop("op"))(**request)
+        except (UserError, RuntimeError, ValueError, MemoryError) as error:
+            answer = {"error": str(error) or type(error).__name__}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    # Runtimes print on stdout as they please: keep it for answers, and send what they print to stderr.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    serve(PythonWorker(sys.argv[1]), sys.stdin, answers)

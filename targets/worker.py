@@ -1,0 +1,101 @@
+"""A runtime in a process of its own: requests and answers are lines of JSON on its stdin and stdout.
+
+So a runtime may be in another language, on an emulated processor or in a browser, and its crash is an answer too.
+The requests, in the order they may come (`op` and its fields -> fields of the answer, or {"error": one line}):
+
+    open      path, n_ctx, threads       -> label (runtime and version), n_ctx (what it really has), vocab_size
+    score     ids (T), wanted (T, K)     -> logprobs (T, K) of the wanted ids at each position, argmax (T)
+    generate  ids, n_tokens, stop        -> ids, greedy; ends early at a stop id and where the context is full
+    tokenize  texts                      -> ids (one list a text), special tokens added and parsed
+    speed     ids, n_prompt, n_decode    -> prefill (of the last n_prompt ids) and decode after them, in tokens/s
+    memory                               -> peak_bytes, how (by what it was measured)
+    requests                             -> foreign (URLs that a page asked of anyone but us)
+"""
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from lrc_edge.errors import UserError
+
+START_SECONDS = 120.0
+ANSWER_SECONDS = 600.0
+
+
+class WorkerFailed(UserError):
+    """The runtime did not answer: it died (and of what), took too long, or said what is wrong."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """What starts a worker. `env` is added to this process's environment."""
+
+    argv: tuple[str, ...]
+    env: dict[str, str] = field(default_factory=dict)
+
+
+class Worker:
+    """One running worker. Use it as a context manager: it never outlives the block."""
+
+    def __init__(self, command: Command):
+        self._log = tempfile.TemporaryFile()
+        self._process = subprocess.Popen(command.argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                         stderr=self._log, env={**os.environ, **command.env}, start_new_session=True)
+        self._pending = b""
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)  # also what it started: a browser
+        except ProcessLookupError:
+            pass
+        self._process.communicate()
+        self._log.close()
+
+    def ask(self, op: str, seconds: float = ANSWER_SECONDS, **fields: Any) -> dict[str, Any]:
+        """The answer to one request. Raises WorkerFailed."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps({"op": op, **fields}).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._dead(op) from None
+        answer: dict[str, Any] = json.loads(self._line(op, seconds))
+        if "error" in answer:
+            raise WorkerFailed(" ".join(str(answer["error"]).split()))
+        return answer
+
+    def _line(self, op: str, seconds: float) -> bytes:
+        assert self._process.stdout is not None
+        fd, deadline = self._process.stdout.fileno(), time.monotonic() + seconds
+        while b"\n" not in self._pending:
+            if not select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise WorkerFailed(f"no answer to {op} within {seconds:.0f} s")
+            if not (data := os.read(fd, 1 << 20)):
+                raise self._dead(op)
+            self._pending += data
+        line, _, self._pending = self._pending.partition(b"\n")
+        return line
+
+    def _dead(self, op: str) -> WorkerFailed:
+        status = self._process.wait()
+        if status < 0:
+            name = {signal.SIGILL: "illegal instruction", signal.SIGSEGV: "segmentation fault",
+                    signal.SIGABRT: "aborted", signal.SIGKILL: "killed (out of memory?)"}.get(-status, "killed")
+            return WorkerFailed(f"{name} during {op} (signal {signal.Signals(-status).name}){self._last_words()}")
+        return WorkerFailed(f"ended during {op} with status {status}{self._last_words()}")
+
+    def _last_words(self) -> str:
+        self._log.seek(0)
+        lines = self._log.read().decode(errors="replace").split("\n")
+        said = [line.strip() for line in lines if line.strip()][-1:]
+        return f": {said[0][:300]}" if said else ""
