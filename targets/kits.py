@@ -1,7 +1,7 @@
 """Kits: what the runtimes of devices need beside Python, and how `lrc-edge targets setup` gets it.
 
-A kit lies in a folder of the cache whose name has the digest of its pins: other versions, another folder. It is complete
-or not there at all. What only root can install is not tried without: the exact command is said instead.
+A kit lies in a folder of the cache whose name has the digest of its pins: other versions, another folder. It is
+complete or not there at all. What only root can install is not tried without: the exact command is said instead.
 """
 from __future__ import annotations
 
@@ -82,7 +82,8 @@ class Apt:
         if shutil.which("apt-get") is None:
             raise UserError(f"{self.name}: this machine has no apt-get; install one of {', '.join(self.programs)}")
         if os.geteuid():
-            raise UserError(f"{self.name}: only root may install it; run: sudo apt-get update && sudo {self._command()}")
+            raise UserError(f"{self.name}: only root may install it; run: sudo apt-get update && "
+                            f"sudo {self._command()}")
         run(["apt-get", "update", "-qq"], say)
         run(self._command().split(), say)
 

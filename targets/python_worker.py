@@ -67,7 +67,8 @@ class PythonWorker:
         before = timed(depth, 1)[0] if depth else 0.0
         prompt_seconds, one = timed(len(ids), 1)
         all_seconds, made = timed(len(ids), 1 + n_decode)
-        return {"prefill": n_prompt / (prompt_seconds - before), "decode": (made - one) / (all_seconds - prompt_seconds)}
+        return {"prefill": n_prompt / (prompt_seconds - before),
+                "decode": (made - one) / (all_seconds - prompt_seconds)}
 
     def memory(self) -> dict[str, Any]:
         return {"peak_bytes": peak_bytes(), "how": "VmHWM"}
