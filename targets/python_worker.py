@@ -9,12 +9,15 @@ import json
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
 from lrc_edge.errors import UserError
+
+OPS = ("open", "score", "generate", "tokenize", "speed", "memory")
 
 
 def open_runtime(runtime: str, path: Path, n_ctx: int, threads: int) -> Any:
@@ -33,11 +36,11 @@ def open_runtime(runtime: str, path: Path, n_ctx: int, threads: int) -> Any:
 
 class PythonWorker:
     def __init__(self, runtime: str):
-        self._name = runtime
+        self._runtime_name = runtime
         self._runtime: Any = None
 
     def open(self, path: str, n_ctx: int, threads: int) -> dict[str, Any]:
-        self._runtime = open_runtime(self._name, Path(path), n_ctx, threads)
+        self._runtime = open_runtime(self._runtime_name, Path(path), n_ctx, threads)
         self._n_ctx = min(n_ctx, getattr(self._runtime, "n_ctx", n_ctx))
         return {"label": self._runtime.label, "n_ctx": self._n_ctx}
 
@@ -89,19 +92,29 @@ def _log_sum_exp(row_V: np.ndarray) -> float:
     return largest + float(np.log(np.exp(row - largest).sum()))
 
 
-def serve(worker: PythonWorker, requests: TextIO, answers: TextIO) -> None:
-    for line in requests:
-        request = json.loads(line)
-        try:
-            answer = getattr(worker, request.pop("op"))(**request)
-        except (UserError, RuntimeError, ValueError, MemoryError) as error:
-            answer = {"error": str(error) or type(error).__name__}
-        answers.write(json.dumps(answer) + "\n")
+def answer_requests(worker: PythonWorker) -> None:
+    """Runtimes print on stdout as they please: it is kept for answers, and what they print goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        answers.write(json.dumps(answer(worker, line)) + "\n")
         answers.flush()
 
 
+def answer(worker: PythonWorker, line: str) -> dict[str, Any]:
+    try:
+        request = json.loads(line)
+        op = request.pop("op")
+        if op not in OPS:
+            raise ValueError(f"unknown request {op!r}; known: {', '.join(OPS)}")
+        found: dict[str, Any] = getattr(worker, op)(**request)
+    except UserError as error:
+        return {"error": str(error)}
+    except Exception as error:  # whatever a runtime raises is its answer; the traceback goes to stderr
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}"}
+    return found
+
+
 if __name__ == "__main__":
-    # Runtimes print on stdout as they please: keep it for answers, and send what they print to stderr.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    serve(PythonWorker(sys.argv[1]), sys.stdin, answers)
+    answer_requests(PythonWorker(sys.argv[1]))
