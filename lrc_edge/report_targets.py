@@ -21,9 +21,16 @@ def _row(row: dict[str, Any], names: Names) -> dict[str, Any]:
             "note": f"{positions:,} positions; p99 {figure(row['kl_p99'])}" if positions else "",
             "token_ids": f"{n_texts - row['token_mismatches']:,} of {n_texts:,}" if n_texts else NONE,
             "context": f"{row['n_ctx']:,}" if "context" in row else NONE,
-            "memory": human_bytes(row.get("memory", {}).get("peak_bytes")),
-            "memory_note": visible(row.get("memory", {}).get("how", "")),
+            "memory": memory_text(row), "memory_note": visible(row.get("memory", {}).get("how", "reckoned")),
             "speed": [_speed(rates) for rates in row.get("speed", [])]}
+
+
+def memory_text(row: dict[str, Any]) -> str:
+    """What was measured; else, marked as such, what was reckoned from the shape."""
+    memory = row.get("memory", {})
+    if memory.get("peak_bytes"):
+        return human_bytes(memory["peak_bytes"])
+    return f"~{human_bytes(memory['predicted_bytes'])}" if memory else NONE
 
 
 def _speed(rates: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from lrc_edge.parity import Gate, gates_of_device
 from lrc_edge.recipe import Recipe
 from lrc_edge.stored_reference import DeviceComparison, StoredReference
 from lrc_edge.targets import kits
+from lrc_edge.targets.memory import memory_of
 from lrc_edge.targets.profile import Profile
 from lrc_edge.targets.runtimes import DeviceRuntime
 from lrc_edge.targets.worker import Worker, WorkerFailed
@@ -38,7 +39,8 @@ def check_artifact(artifact: Artifact, runtime: DeviceRuntime, profile: Profile,
                    ) -> dict[str, Any]:
     """One row of the target's table: figures, gates, and `state`: passed, failed or not checked (then `why`)."""
     row: dict[str, Any] = {"target": profile.name, "artifact": artifact.path, "format": artifact.format,
-                           "encoding": artifact.encoding, "runtime": runtime.name, "label": runtime.name, "gates": []}
+                           "encoding": artifact.encoding, "runtime": runtime.name, "emulated": runtime.emulated,
+                           "label": runtime.name, "gates": []}
     if why := kits.missing(runtime.kits):
         return {**row, "state": "not checked", "why": f"{why}; lrc-edge targets setup {profile.name}"}
     check = _Check(artifact, runtime, profile, given, progress, row)
@@ -61,7 +63,7 @@ class _Check:
         self._artifact, self._runtime, self._profile, self._given, self._row = artifact, runtime, profile, given, row
         self._progress = lambda text: progress(f"{artifact.path} in {runtime.name}: {text}")
         self._n_ctx = min(given.reference.shape.max_position_embeddings, profile.context,
-                          SLOW_CONTEXT if runtime.slow else profile.context)
+                          SLOW_CONTEXT if runtime.emulated else profile.context)
         self.gates: list[Gate] = []
 
     def judge(self, name: str, metric: str, value: float | None, limit: float, relation: Any) -> None:
@@ -115,9 +117,16 @@ class _Check:
         self.judge("end of context", "tokens", len(made), LEFT + 1, "<=")
 
     def _memory(self, worker: Worker) -> None:
-        self._row["memory"] = worker.ask("memory")
-        if self._runtime.here and (peak := self._row["memory"]["peak_bytes"]):
-            self.judge("peak memory", "bytes", peak, self._profile.usable_gb * 1e9, "<=")
+        """Measured where it means something: an emulator's memory is not the device's. Reckoned for every device."""
+        profile, shape = self._profile, self._given.reference.shape
+        memory = memory_of(shape, f"{self._artifact.format}:{self._artifact.encoding}", self._runtime.name,
+                           min(shape.max_position_embeddings, profile.context), profile.features)
+        self._row["memory"] = {"predicted_bytes": memory.needed}
+        self.judge("predicted memory", "bytes", memory.needed, profile.usable_bytes, "<=")
+        if not self._runtime.emulated:
+            self._row["memory"] |= (measured := worker.ask("memory"))
+            if measured["peak_bytes"]:
+                self.judge("peak memory", "bytes", measured["peak_bytes"], profile.usable_bytes, "<=")
 
 
 def is_as_built(artifact: Artifact, out: Path) -> bool:
