@@ -26,10 +26,10 @@ DEBIAN = ("python3-minimal", "libpython3-stdlib", "libstdc++6")
 # at import where it does not know it: qemu's "max" has none of its own, so here it is a Neoverse V1 (SVE and i8mm too).
 CPUS = {"cortex-a53": "0xd03", "cortex-a76": "0xd0b", "max": "0xd40"}
 CPUINFO = "processor : 0\nCPU implementer : 0x41\nCPU architecture: 8\nCPU variant : 0x0\nCPU part : {}\n\n"
-# lrc-edge is not installed in the emulated Python: these are the folders of its modules.
-ENTER = ("import sys, types; sys.path.insert(0, sys.argv[1]); sys.modules['lrc_edge'] = types.ModuleType('lrc_edge'); "
-         "sys.modules['lrc_edge'].__path__ = sys.argv[2:4]; "
-         "from lrc_edge.targets import emulated_worker; emulated_worker.main(*sys.argv[4:])")
+# lrc-edge is not installed in the emulated Python: its modules are found in the folders that are given.
+PATHS = ("import sys, types; sys.path.insert(0, sys.argv[1]); lrc_edge = types.ModuleType('lrc_edge'); "
+         "lrc_edge.__path__ = sys.argv[2:4]; sys.modules['lrc_edge'] = lrc_edge; "
+         "from lrc_edge.targets import emulated_worker; ")
 
 
 class Aarch64:
@@ -62,8 +62,8 @@ class Aarch64:
                 _write_root(folder, cpu)
             _install_packages(folder, downloads, say)
             shutil.rmtree(downloads)
-            # It works, and its modules are compiled.
-            run([*_python(folder, "max"), ENTER.partition("from")[0] + "import llama_cpp, onnxruntime"], say)
+            # It works; and what Python compiles at the first import is part of the kit.
+            run([*_python(folder, "max", "emulated_worker.llama_libraries(); import onnxruntime")], say)
 
 
 KIT = Aarch64()
@@ -78,10 +78,8 @@ def command(runtime: str, cpu: str) -> Command:
         raise UserError(f"{cpu}: not a processor that is emulated here; choose among {', '.join(CPUS)}")
     build = f"llama.cpp (node-llama-cpp {NODE_LLAMA_CPP}'s build)" if runtime == "llama.cpp" else \
         WHEELS[0].replace("==", " ")
-    folder = KIT.folder
-    version = run([str(emulator(folder)), "--version"], lambda _: None).split()[2]
-    return Command((*_python(folder, cpu), ENTER, str(folder / "site"), str(Path(lrc_edge.__file__).parent),
-                    str(Path(__file__).parent.parent), runtime,
+    version = run([str(emulator(KIT.folder)), "--version"], lambda _: None).split()[2]
+    return Command((*_python(KIT.folder, cpu, "emulated_worker.main(*sys.argv[4:])"), runtime,
                     f"{build} on emulated {cpu} (aarch64 Linux, qemu-user {version})"))
 
 
@@ -92,10 +90,11 @@ def emulator(folder: Path) -> Path | None:
     return Path(found) if found else None
 
 
-def _python(folder: Path, cpu: str) -> tuple[str, ...]:
-    """The emulated Python, to run the program that is the next argument. It sees no user's packages or settings."""
+def _python(folder: Path, cpu: str, program: str) -> tuple[str, ...]:
+    """`program` in the emulated Python, which sees no user's packages or settings; more arguments may follow."""
     return (str(emulator(folder)), "-cpu", cpu, "-L", str(folder / cpu),
-            str(folder / "root" / "usr" / "bin" / "python3"), "-I", "-S", "-c")
+            str(folder / "root" / "usr" / "bin" / "python3"), "-I", "-S", "-c", PATHS + program,
+            str(folder / "site"), str(Path(lrc_edge.__file__).parent), str(Path(__file__).parent.parent))
 
 
 def _write_root(folder: Path, cpu: str) -> None:
