@@ -138,6 +138,43 @@ def show_recipe(recipe: RecipeFile = None, settings: Settings = None) -> None:
     print(to_toml(_recipe(recipe, settings)), end="")
 
 
+targets_app = typer.Typer(invoke_without_command=True, rich_markup_mode="rich",
+                          help="Devices: what they are, and whether a model fits them.")
+app.add_typer(targets_app, name="targets")
+
+
+@targets_app.callback()
+def targets(context: typer.Context) -> None:
+    """List the devices that are known, with what they have and which artifact to take."""
+    if context.invoked_subcommand is None:
+        from lrc_edge.target_commands import list_targets
+
+        list_targets(_plain_console())
+
+
+@targets_app.command("show")
+def show_target(target: Annotated[str, typer.Argument(metavar="NAME", help="A target, or a file like ./device.toml.")]
+                ) -> None:
+    """Explain one: every figure with its source, and why its formats run well there."""
+    from lrc_edge import target_commands
+
+    target_commands.show_target(target, _plain_console())
+
+
+@targets_app.command("fit")
+def fit_target(model: Annotated[str, typer.Argument(help="A teacher (directory or hub id), or a build's directory.")],
+               target: Annotated[str, typer.Option("--target", "-t", metavar="NAME", help="A target, or a file.")],
+               context: Annotated[int | None, typer.Option(help="Tokens; default: what the target plans for.")] = None,
+               recipe: RecipeFile = None, settings: Settings = None) -> None:
+    """Does it fit? Memory by layer group for each format, the longest context, and a bound of the speed.
+
+    [dim]lrc-edge targets fit HuggingFaceTB/SmolLM2-360M --target android-low --set student.hidden_size=512[/]
+    """
+    from lrc_edge import target_commands
+
+    _exit(target_commands.fit(model, target, context, _recipe(recipe, settings), _plain_console()))
+
+
 def _recipe(file: Path | None, settings: list[str] | None, data: list[str] | None = None, formats: str | None = None,
             bits_per_weight: float | None = None) -> Any:
     from lrc_edge.recipe import load_recipe
@@ -164,6 +201,13 @@ def _console() -> Any:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     return Console(stderr=False, soft_wrap=False)
+
+
+def _plain_console() -> Any:
+    """For commands that work without transformers."""
+    from rich.console import Console
+
+    return Console()
 
 
 def _exit(passed: bool) -> None:

@@ -10,7 +10,7 @@ from lrc_edge.errors import UserError
 from lrc_edge.figures import human_bytes
 from lrc_edge.recipe import Recipe
 from lrc_edge.roles import weights_of
-from lrc_edge.shape import ModelShape
+from lrc_edge.shape import ModelShape, student_width
 from lrc_edge.sources import SELF, WANTED, looks_local
 
 # Name -> elements of a block, which a row must be a multiple of.
@@ -73,14 +73,6 @@ def _check_quantize(recipe: Recipe, shape: ModelShape, formats: list[tuple[str, 
         raise UserError("quantize.teacher = 'teacher': an export has none; leave it at 'student'")
     if not recipe.data.sources:
         raise UserError(f"quantize.tokens = {q.tokens}: no text to train on; {WANTED} with --data")
-
-
-def student_width(recipe: Recipe, teacher: ModelShape) -> int:
-    """The recipe's hidden_size, or half the teacher's in the roundest number that quantizes well."""
-    if recipe.student.hidden_size:
-        return recipe.student.hidden_size
-    half = teacher.hidden_size // 2
-    return next((half // unit * unit for unit in (256, 64, 32) if half >= unit), max(1, half))
 
 
 def student_name(recipe: Recipe, teacher: DenseCheckpoint) -> str:
