@@ -53,6 +53,8 @@ def _before_training(source: str, out: Path, recipe: Recipe, console: Console, u
     # A machine that only trains need not have the runtimes; what they cannot run is then found where they are.
     trains_only = until == "train" and find_spec("llama_cpp") is None
     preflight.check_build(teacher.checkpoint, recipe, out, runtimes=not trains_only)
+    for warning in preflight.fit_warnings(teacher.checkpoint, recipe):
+        console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     with _leaving_nothing_of_a_mistake(out):
         pipeline = Pipeline(out, recipe, console, teacher)
         pipeline.describe_job(teacher=str(Path(source).resolve()) if teacher.revision == "local" else source)

@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 
 from lrc_edge.machine import architecture
-from lrc_edge.targets import browser, emulation, node
+from lrc_edge.targets import browser, emulation, node_llama
 from lrc_edge.targets.kits import Kit, Pip, Unavailable
-from lrc_edge.targets.profile import Profile
+from lrc_edge.targets.profile import Profile, load_profile
 from lrc_edge.targets.worker import Command
 
 Start = Callable[[Path], AbstractContextManager[Command]]  # given the folder that the artifact lies in
@@ -48,12 +48,23 @@ def runtimes_of(profile: Profile) -> list[DeviceRuntime]:
     return [_runtime(name, profile) for name in profile.runtimes]
 
 
+def kits_named(name: str) -> tuple[Kit, ...]:
+    """What `lrc-edge targets setup NAME` installs: of a target, or of one runtime by its name.
+
+    Raises UserError for what is neither.
+    """
+    single = {**{runtime: (kit,) for runtime, (_, _, kit) in PYTHON.items()}, **browser.KITS,
+              "node-llama-cpp": node_llama.KITS, "aarch64": (emulation.KIT,)}
+    return single[name] if name in single else tuple(kit for runtime in runtimes_of(load_profile(name))
+                                                     for kit in runtime.kits)
+
+
 def _runtime(name: str, profile: Profile) -> DeviceRuntime:
     if name in PYTHON:
         return _python_runtime(name, profile)
     if name == "node-llama-cpp":
-        return DeviceRuntime(name=name, format="gguf", reads_text=True, here=True, start=node.command,
-                             kits=node.KITS if is_here(profile) else (_elsewhere(profile),))
+        return DeviceRuntime(name=name, format="gguf", reads_text=True, here=True, start=lambda _: nullcontext(node_llama.command()),
+                             kits=node_llama.KITS if is_here(profile) else (_elsewhere(profile),))
     return DeviceRuntime(name=name, format="gguf" if name == "wllama" else "onnx", reads_text=True, page=True,
                          kits=browser.KITS[name], start=partial(browser.command, name))
 
