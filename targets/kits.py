@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Protocol
 
 from lrc_edge.errors import UserError
 
@@ -127,7 +128,10 @@ class Unavailable:
         raise UserError(self.why)
 
 
-Kit = Npm | Apt | Pip | Unavailable
+class Kit(Protocol):
+    def missing(self) -> str | None: ...
+    def plan(self) -> list[str]: ...
+    def install(self, say: Say) -> None: ...
 
 
 def digest(*pins: str) -> str:
@@ -167,4 +171,3 @@ def run(argv: list[str], say: Say, cwd: Path | None = None) -> str:
 def missing(kits: tuple[Kit, ...]) -> str | None:
     """The first reason why a runtime with these kits cannot run; None when it can."""
     return next((why for kit in kits if (why := kit.missing())), None)
-

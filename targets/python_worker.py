@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 import time
 import traceback
@@ -42,7 +43,7 @@ class PythonWorker:
     def open(self, path: str, n_ctx: int, threads: int) -> dict[str, Any]:
         self._runtime = open_runtime(self._runtime_name, Path(path), n_ctx, threads)
         self._n_ctx = min(n_ctx, getattr(self._runtime, "n_ctx", n_ctx))
-        return {"label": self._runtime.label, "n_ctx": self._n_ctx}
+        return {"label": self._runtime.label, "n_ctx": self._n_ctx, "vocab_size": self._runtime.vocab_size}
 
     def score(self, ids: list[int], wanted: list[list[int]]) -> dict[str, Any]:
         logits_TV = self._runtime.prefill(np.array(ids))
@@ -96,6 +97,8 @@ def answer_requests(worker: PythonWorker) -> None:
     """Runtimes print on stdout as they please: it is kept for answers, and what they print goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash is an answer: no core file,
+    os.environ["GGML_NO_BACKTRACE"] = "1"  # and llama.cpp's last words are why it aborts
     for line in sys.stdin:
         answers.write(json.dumps(answer(worker, line)) + "\n")
         answers.flush()
