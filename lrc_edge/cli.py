@@ -138,6 +138,19 @@ def chat(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A build,
 
 
 @app.command()
+def serve(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A build, or a .gguf file.")],
+          port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8080,
+          host: Annotated[str, typer.Option(help="0.0.0.0 lets other devices in; they get one thread.")] = "127.0.0.1",
+          encoding: Annotated[str, typer.Option(help="Which GGUF of a build; default: the smallest.")] = "") -> None:
+    """A page in which the GGUF answers in the browser. It works with the network off. Ctrl-C ends."""
+    from lrc_edge.targets.serve import page_server
+
+    with page_server(directory, encoding, host, port) as server:
+        print(f"{server.origin}/  (Ctrl-C ends)", flush=True)
+        server.wait()
+
+
+@app.command()
 def inspect(path: Annotated[Path, typer.Argument(help="Hugging Face directory, .gguf, .onnx, or a build directory.")],
             tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False) -> None:
     """What is in a model: shapes, types, real bits per weight, metadata."""

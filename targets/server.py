@@ -22,9 +22,9 @@ from lrc_edge.errors import UserError
 Mounts = Mapping[str, Path | bytes]  # URL path -> a file, its content, or a folder ("/page" shows what is below it)
 
 # By our own table: the system's may call WebAssembly application/octet-stream, which browsers refuse to stream.
-TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8",
-         ".mjs": "text/javascript; charset=utf-8", ".json": "application/json", ".wasm": "application/wasm",
-         ".svg": "image/svg+xml"}
+TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8",
+         ".js": "text/javascript; charset=utf-8", ".mjs": "text/javascript; charset=utf-8",
+         ".json": "application/json", ".wasm": "application/wasm"}
 ISOLATION = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp",
              "Cross-Origin-Resource-Policy": "same-origin"}
 
@@ -59,7 +59,10 @@ class StaticServer:
 
     def wait(self) -> None:
         """Until Ctrl-C."""
-        self._thread.join()
+        try:
+            self._thread.join()
+        except KeyboardInterrupt:
+            pass
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -24,7 +24,8 @@ class NpmFiles(Npm):
         return cache_folder() / f"{self.name}-{digest(*self.packages, *self.files)}"
 
     def plan(self) -> list[str]:
-        return [f"npm pack {' '.join(self.packages)}, of which {len(self.files)} files  ({self.size}, into {self.folder})"]
+        return [f"npm pack {' '.join(self.packages)}, and of these {len(self.files)} files  "
+                f"({self.size}, into {self.folder})"]
 
     def install(self, say: Say) -> None:
         if shutil.which("npm") is None:

@@ -1,6 +1,6 @@
 // llama.cpp in the page, by wllama: answers the requests of ../worker.py.
 import { Wllama } from "/wllama/esm/index.js";
-import { named, silent } from "./gguf_tokens.mjs";
+import { named, silent } from "./gguf.mjs";
 
 const VIEWS = { shipped: (file) => file, named, silent };
 const BIAS = 2 ** 14; // exact in float32 beside any logit, and past all of them

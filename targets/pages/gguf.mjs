@@ -1,5 +1,6 @@
-// wllama takes and gives text only, and trips over tokens that are no valid UTF-8. Two views of a GGUF file (a Blob)
-// that get ids through it. Hyperparameters and weights are the file's own, byte for byte; layout: ggml/docs/gguf.md.
+// The header of a GGUF file (a Blob); layout: ggml/docs/gguf.md.
+// wllama takes and gives text only, and trips over tokens that are no valid UTF-8. `named` and `silent` are views of the
+// file that get ids through it; hyperparameters and weights are the file's own, byte for byte.
 
 const [INT32, STRING, ARRAY] = [5, 8, 9];
 const BYTES = [1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8]; // of one value of each type
@@ -27,6 +28,13 @@ export async function silent(file) {
   const [NORMAL, UNUSED, BYTE] = [1, 5, 6];
   const values = new Int32Array(await types.arrayBuffer()).map((type) => [NORMAL, BYTE].includes(type) ? UNUSED : type);
   return new Blob([file.slice(0, types.start), values, file.slice(types.start + types.size)]);
+}
+
+// Tokens that the model was trained to see at once.
+export async function contextLength(file) {
+  const { pairs } = await read(file);
+  const { bytes } = pairs.find(({ key }) => key.endsWith(".context_length"));
+  return new Uint32Array(await bytes.slice(-4).arrayBuffer())[0];
 }
 
 async function read(file) {
