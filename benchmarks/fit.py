@@ -5,7 +5,7 @@
 
 Students with random weights (random_student.py), each of which takes its memory for something else. Every measurement
 is a process of its own, the one that `lrc-edge check --target` starts too: it loads the file, reads a prompt that fills
-the context but for the last tokens, writes those, and tells its VmHWM. --work keeps the students and their files.
+the context but for the last tokens, writes those, and tells its VmHWM. --work keeps the students.
 """
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from random_student import SHAPES, make_student
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.export.to_gguf import export_gguf
-from lrc_edge.export.to_onnx import FILES, export_onnx
+from lrc_edge.export.to_onnx import export_onnx
 from lrc_edge.shape import ModelShape
 from lrc_edge.targets.memory import memory_of
 from lrc_edge.targets.worker import Command, Worker
 
 N_WRITTEN = 8
-CONTEXTS = {"cache": (4096, 8192), "small-cache": (2048,), "small-vocabulary": (512,)}
+CONTEXTS = {"cache": 4096, "small-weights": 1024, "small-vocabulary": 256}  # 2048 for the others
 ROWS = tuple(f"{format_} in {runtime}" for format_, runtimes in (
     ("gguf:f16", ("llama.cpp",)), ("gguf:q8_0", ("llama.cpp",)), ("gguf:q4_0", ("llama.cpp",)),
     ("onnx:q4", ("onnxruntime", "onnxruntime-genai")), ("onnx:q8", ("onnxruntime-genai",))) for runtime in runtimes)
@@ -41,15 +41,13 @@ def machine_features() -> set[str]:
 
 
 def files_of(student: Path, work: Path, formats: set[str]) -> dict[str, Path]:
-    """Format -> its file, written unless it is there."""
-    checkpoint, out = DenseCheckpoint.open(student), work / "files" / student.name
-    found: dict[str, Path] = {}
-    for format_ in sorted(formats):
-        kind, encoding = format_.split(":")
-        folder = out / encoding / kind
-        if not folder.exists():
-            (export_gguf if kind == "gguf" else export_onnx)(checkpoint, folder, [encoding])
-        found[format_] = folder / FILES[encoding] if kind == "onnx" else next(folder.glob("*.gguf"))
+    """Format -> its file, written anew."""
+    checkpoint, found = DenseCheckpoint.open(student), {}
+    for kind, export in (("gguf", export_gguf), ("onnx", export_onnx)):
+        encodings = sorted(format_.split(":")[1] for format_ in formats if format_.startswith(kind))
+        if encodings:
+            for artifact in export(checkpoint, work / "files" / student.name / kind, encodings):
+                found[f"{kind}:{artifact.encoding}"] = work / "files" / student.name / artifact.path
     return found
 
 
@@ -67,15 +65,15 @@ def compare(work: Path, name: str, rows: list[str], threads: int) -> list[dict[s
     shape = ModelShape.from_config(json.loads((student / "config.json").read_text()), name)
     found: list[dict[str, object]] = []
     files = files_of(student, work, {row.split()[0] for row in rows})
-    for context in CONTEXTS.get(name, (2048,)):
-        for row in rows:
-            format_, runtime = row.split(" in ")
-            predicted = memory_of(shape, format_, runtime, context, machine_features()).peak
-            measured = measured_peak(runtime, files[format_], context, threads)
-            found.append({"shape": name, "format": format_, "runtime": runtime, "context": context,
-                          "predicted": predicted, "measured": measured})
-            print(f"| {name} | {context:,} | {format_} | {runtime} | {predicted / 1e6:,.0f} MB | "
-                  f"{measured / 1e6:,.0f} MB | {predicted / measured - 1:+.1%} |", flush=True)
+    context = CONTEXTS.get(name, 2048)
+    for row in rows:
+        format_, runtime = row.split(" in ")
+        predicted = memory_of(shape, format_, runtime, context, machine_features()).peak
+        measured = measured_peak(runtime, files[format_], context, threads)
+        found.append({"shape": name, "format": format_, "runtime": runtime, "context": context,
+                      "predicted": predicted, "measured": measured})
+        print(f"| {name} | {context:,} | {format_} | {runtime} | {predicted / 1e6:,.0f} MB | "
+              f"{measured / 1e6:,.0f} MB | {predicted / measured - 1:+.1%} |", flush=True)
     return found
 
 

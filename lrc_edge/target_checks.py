@@ -19,7 +19,7 @@ from lrc_edge.figures import NONE, figure, percent, visible
 from lrc_edge.machine import architecture, threads_for
 from lrc_edge.recipe import load_recipe
 from lrc_edge.report import REPORT, write_report
-from lrc_edge.report_targets import memory_text
+from lrc_edge.report_targets import memory_text, speed_text
 from lrc_edge.stored_reference import REFERENCE_FILE, StoredReference
 from lrc_edge.targets import speed
 from lrc_edge.targets.device_check import Checked, check_artifact
@@ -101,7 +101,8 @@ def _add_speed(facts: BuildFacts, profile: Profile, rows: list[dict[str, Any]], 
     for name, row in timed.items():
         row["speed"] = found[name]
         for mine, theirs in zip(found[name], found.get("teacher", []), strict=False):
-            mine |= {f"{key}_of_teacher": mine[key] / theirs[key] for key in ("prefill", "decode")}
+            mine |= {f"{key}_of_teacher": mine[key] / theirs[key] for key in ("prefill", "decode")
+                     if mine[key] and theirs[key]}
 
 
 def kept_results(out: Path, artifacts: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -179,7 +180,4 @@ def complaints(row: dict[str, Any]) -> list[str]:
 
 
 def _speed_line(row: dict[str, Any], rates: dict[str, Any]) -> str:
-    ratio = (f": {rates['prefill_of_teacher']:.2f} and {rates['decode_of_teacher']:.2f} times the teacher's"
-             if "decode_of_teacher" in rates else "")
-    return (f"{_who(row)}, {rates['depth']:,} tokens before: prefill "
-            f"{rates['prefill']:,.0f} tok/s, decode {rates['decode']:,.0f} tok/s{ratio}")
+    return f"{_who(row)}, {speed_text(rates)}"

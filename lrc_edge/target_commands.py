@@ -22,6 +22,9 @@ from lrc_edge.targets.profile import all_profiles, load_profile
 from lrc_edge.targets.runtimes import kits_named
 
 PROVENANCE_FILE = "lrc_edge.json"  # in the folder of a student that was made here
+NOTES = ("total: the predicted peak of the resident set; llama.cpp and onnxruntime on x86-64 were within a tenth of "
+         "it (benchmarks/fit.py), other processors and browsers are reckoned. decode bound: memory bandwidth over the "
+         "bytes that one token reads, an upper bound and no measurement.")
 VERDICT_STYLES = {"fits": "green", "tight": "yellow", "does not fit": "red"}
 
 
@@ -32,8 +35,9 @@ def list_targets(console: Console) -> None:
                       f"{profile.usable_gb.value:g} of {profile.ram_gb.value:g} GB",
                       f"{profile.bandwidth_gb_s.value:g} GB/s", f"{profile.context:,} tokens", profile.recommended)
     console.print(table)
-    console.print("lrc-edge targets show NAME explains one; lrc-edge targets fit MODEL --target NAME tells what fits it. "
-                  "Your own device is a file of the same keys: --target ./my-device.toml", style="dim", highlight=False)
+    console.print("lrc-edge targets show NAME explains one; lrc-edge targets fit MODEL --target NAME tells what fits "
+                  "it. Your own device is a file of the same keys: --target ./my-device.toml", style="dim",
+                  highlight=False)
 
 
 def show_target(name_or_path: str, console: Console) -> None:
@@ -87,16 +91,14 @@ def fit(source: str, target: str, context: int | None, recipe: Recipe, console: 
     if model.is_teacher:
         width = student_width(recipe, model.shape)
         if width >= model.shape.hidden_size:
-            raise UserError(f"student.hidden_size = {width}: the teacher {model.name} is {model.shape.hidden_size} wide; "
-                            "need a smaller student")
+            raise UserError(f"student.hidden_size = {width}: the teacher {model.name} is {model.shape.hidden_size} "
+                            "wide; need a smaller student")
         plans.insert(0, (recipe.student.name or f"{model.name}-LRC-{width}",
                          check_fit(model.shape.with_hidden_size(width), profile, context)))
     for i, (name, plan) in enumerate(plans):
         kind = ("student as planned", "its teacher, unchanged")[i] if model.is_teacher else "model"
         _print_fit(f"{name} ({kind})", plan, console)
-    console.print("[dim]total: the predicted peak of the resident set, within a tenth of what was measured in llama.cpp and "
-                  "onnxruntime on x86-64 (benchmarks/fit.py). decode bound: memory bandwidth over the bytes that one "
-                  "token reads, an upper bound and no measurement.[/]", highlight=False)
+    console.print(NOTES, style="dim", highlight=False)
     return plans[0][1].take is not None
 
 
@@ -128,8 +130,8 @@ def _download_config(hub_id: str) -> Path:
         return Path(hf_hub_download(hub_id, "config.json")).parent
     except Exception as error:  # offline, gated, misspelt: the hub client raises many types
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{hub_id}: no such directory, and the hub did not give its config.json ({reason}); give a local "
-                        "model directory or a hub id that you can download") from error
+        raise UserError(f"{hub_id}: no such directory, and the hub did not give its config.json ({reason}); give a "
+                        "local model directory or a hub id that you can download") from error
 
 
 def _print_fit(title: str, plan: Fit, console: Console) -> None:
