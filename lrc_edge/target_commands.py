@@ -29,15 +29,18 @@ VERDICT_STYLES = {"fits": "green", "tight": "yellow", "does not fit": "red"}
 
 
 def list_targets(console: Console) -> None:
-    table = _table("target", "device", "cores", "RAM for the app", "bandwidth", "plan for", "take")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for header in ("target", "device", "RAM for the app", "plan for", "take"):
+        table.add_column(header, no_wrap=header == "target")
     for profile in all_profiles():
-        table.add_row(profile.name, profile.description, f"{profile.cores.value:g}",
-                      f"{profile.usable_gb.value:g} of {profile.ram_gb.value:g} GB",
-                      f"{profile.bandwidth_gb_s.value:g} GB/s", f"{profile.context:,} tokens", profile.recommended)
-    console.print(table)
-    console.print("lrc-edge targets show NAME explains one; lrc-edge targets fit MODEL --target NAME tells what fits "
-                  "it. Your own device is a file of the same keys: --target ./my-device.toml", style="dim",
-                  highlight=False)
+        table.add_row(profile.name, profile.description, f"{profile.usable_gb.value:g} of {profile.ram_gb.value:g} GB",
+                      f"{profile.context:,} tokens", profile.recommended)
+    console.print(table, highlight=False)
+    console.print("\nlrc-edge targets show NAME    its figures with their sources, and why these formats\n"
+                  "lrc-edge targets fit MODEL --target NAME    does a model fit it?\n"
+                  "lrc-edge targets setup NAME    install what its check runs; then lrc-edge check OUT --target NAME\n"
+                  "Your own device is a file of the same keys: --target ./my-device.toml",
+                  style="dim", highlight=False, soft_wrap=True)
 
 
 def show_target(name_or_path: str, console: Console) -> None:
