@@ -1,0 +1,196 @@
+"""llama.cpp and onnxruntime on emulated aarch64 processors say what they say here; what a processor lacks is told."""
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import pytest
+from tiny_models import make_tiny
+
+from lrc_edge.checkpoint import DenseCheckpoint
+from lrc_edge.errors import UserError
+from lrc_edge.export.to_gguf import export_gguf
+from lrc_edge.export.to_onnx import export_onnx
+from lrc_edge.targets import emulation
+from lrc_edge.targets.emulation import CPUS, KIT, command
+from lrc_edge.targets.worker import Command, Worker, WorkerFailed
+
+CONTEXT = 512
+ENCODINGS = {"q4_0": 1e-4, "q8_0": 1e-4, "q4_k_m": 1e-4, "fp32": 1e-9, "q4": 1e-3}  # and the limit of the mean KL
+BACKENDS = {"cortex-a53": "libggml-cpu-armv8.0_1.so", "cortex-a76": "libggml-cpu-armv8.2_2.so"}
+IDS = np.random.default_rng(0).integers(0, 512, CONTEXT).tolist()
+WANTED = np.random.default_rng(1).integers(0, 512, (CONTEXT, 8)).tolist()
+TEXTS = ["Once upon a time", "  two  spaces\n", "naïve café 日本語 👩‍👩‍👧", "<|eot_id|> in text", ""]
+targets = pytest.mark.targets
+
+
+def runtime_of(file: Path) -> str:
+    return "llama.cpp" if file.suffix == ".gguf" else "onnxruntime"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Encoding -> file, of a model that is wide enough for the encodings' blocks."""
+    assert KIT.missing() is None, "lrc-edge targets setup"
+    out = tmp_path_factory.mktemp("emulated")
+    checkpoint = DenseCheckpoint.open(make_tiny(out / "model", hidden_size=256, intermediate_size=512, head_dim=64,
+                                                max_position_embeddings=CONTEXT))
+    artifacts = [*export_gguf(checkpoint, out / "gguf", ["q4_0", "q8_0", "q4_k_m"]),
+                 *export_onnx(checkpoint, out / "onnx", ["fp32", "q4"])]
+    return {artifact.encoding: out / artifact.path for artifact in artifacts}
+
+
+def answers(start: Command, file: Path) -> dict[str, Any]:
+    with Worker(start) as worker:
+        found = worker.ask("open", path=str(file), n_ctx=CONTEXT, threads=1)
+        found |= worker.ask("score", ids=IDS, wanted=[list(range(512))] * CONTEXT)
+        found["end"] = len(worker.ask("generate", ids=IDS[:-4], n_tokens=50, stop=[])["ids"])
+        found["made"] = worker.ask("generate", ids=IDS[:20], n_tokens=8, stop=[])["ids"]
+        if runtime_of(file) == "llama.cpp":
+            found["ids"] = worker.ask("tokenize", texts=TEXTS)["ids"]
+        return found | worker.ask("memory")
+
+
+@pytest.fixture(scope="module")
+def native(files: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    return {encoding: answers(Command((sys.executable, "-m", "lrc_edge.targets.python_worker", runtime_of(file))), file)
+            for encoding, file in files.items()}
+
+
+@targets
+@pytest.mark.parametrize("cpu", CPUS)
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_an_emulated_processor_says_what_this_one_says(encoding: str, cpu: str, files: dict[str, Path],
+                                                       native: dict[str, dict[str, Any]]) -> None:
+    """A whole context at once: matrix kernels that single tokens do not reach are at work."""
+    file, here = files[encoding], native[encoding]
+    there = answers(command(runtime_of(file), cpu), file)
+    p, q = np.array(here["logprobs"]), np.array(there["logprobs"])
+    divergence = float((np.exp(p) * (p - q)).sum(-1).mean())
+    print(f"{file.name} {there['label']}: KL {divergence:.2e}")
+    assert abs(divergence) < ENCODINGS[encoding]
+    assert np.mean(np.array(here["argmax"]) == np.array(there["argmax"])) > 0.97
+    assert there["end"] == here["end"] == 4 and len(there["made"]) == 8
+    assert there.get("ids") == here.get("ids")
+    assert (there["n_ctx"], there["vocab_size"]) == (CONTEXT, 512)
+    assert f" on emulated {cpu} (aarch64 Linux, qemu-user " in there["label"] and "emulator" in there["how"]
+    if runtime_of(file) == "llama.cpp":
+        assert there["label"].endswith(BACKENDS.get(cpu, ".so"))
+
+
+def with_program(start: Command, program: str) -> Command:
+    """A worker's command with another program for its Python."""
+    at = start.argv.index("-c") + 1
+    return Command((*start.argv[:at], emulation.PATHS + program, *start.argv[at + 1:]), start.env)
+
+
+FORCED = """
+import ctypes
+def load(libraries):
+    cpu = ctypes.CDLL(str(libraries / "libggml-cpu-{}.so"))
+    cpu.ggml_backend_init.restype = ctypes.c_void_p
+    ctypes.CDLL(str(libraries / "libggml.so")).ggml_backend_register(ctypes.c_void_p(cpu.ggml_backend_init()))
+emulated_worker.load_backends = load
+emulated_worker.main(*sys.argv[4:])
+"""
+
+
+@targets
+@pytest.mark.parametrize(("cpu", "build", "when"), [
+    ("cortex-a53", "armv8.2_1", "score"),  # dotprod
+    ("cortex-a76", "armv8.6_1", "open"),   # i8mm and SVE
+])
+def test_a_build_for_another_processor_is_an_illegal_instruction(cpu: str, build: str, when: str, tmp_path: Path,
+                                                                 files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+                                                                 ) -> None:
+    """llama.cpp's own choice among its builds is passed over. It is told at once, and leaves no core file."""
+    monkeypatch.chdir(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (limits[1], limits[1]))
+    try:
+        with Worker(with_program(command("llama.cpp", cpu), FORCED.format(build))) as worker, \
+                pytest.raises(WorkerFailed, match=rf"illegal instruction during {when} \(signal SIGILL\)"):
+            worker.ask("open", seconds=60, path=str(files["q4_0"]), n_ctx=CONTEXT, threads=2)
+            worker.ask("score", seconds=60, ids=IDS, wanted=WANTED)
+    finally:
+        resource.setrlimit(resource.RLIMIT_CORE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+@targets
+def test_the_same_build_runs_where_it_belongs(files: dict[str, Path]) -> None:
+    with Worker(with_program(command("llama.cpp", "max"), FORCED.format("armv8.6_1"))) as worker:
+        assert worker.ask("open", path=str(files["q4_0"]), n_ctx=CONTEXT, threads=2)["label"].endswith("armv8.6_1.so")
+        assert len(worker.ask("score", ids=IDS, wanted=WANTED)["argmax"]) == CONTEXT
+
+
+@targets
+def test_a_processor_that_claims_to_be_another_is_an_illegal_instruction(files: dict[str, Path]) -> None:
+    """onnxruntime believes /proc/cpuinfo."""
+    start = command("onnxruntime", "cortex-a53")
+    with Worker(Command(tuple(word.replace("/cortex-a53", "/cortex-a76") for word in start.argv))) as worker, \
+            pytest.raises(WorkerFailed, match=r"illegal instruction during \w+ \(signal SIGILL\)"):
+        worker.ask("open", seconds=60, path=str(files["q4"]), n_ctx=CONTEXT, threads=1)
+        worker.ask("score", seconds=60, ids=IDS, wanted=WANTED)
+
+
+@targets
+@pytest.mark.parametrize("encoding", ["q4_0", "fp32"])
+def test_a_file_that_is_cut_is_a_line(encoding: str, files: dict[str, Path], tmp_path: Path) -> None:
+    cut = tmp_path / files[encoding].name
+    cut.write_bytes(files[encoding].read_bytes()[:2000])
+    with Worker(command(runtime_of(cut), "cortex-a76")) as worker, pytest.raises(WorkerFailed, match="load") as failed:
+        worker.ask("open", path=str(cut), n_ctx=CONTEXT, threads=1)
+    assert str(cut) in str(failed.value) and "\n" not in str(failed.value)
+
+
+DEFAULTS = """
+import ctypes, json
+def defaults(llama_cpp, what):
+    function = llama_cpp.llama_cpp._lib["llama_" + what + "_default_params"]
+    params = getattr(llama_cpp, "llama_" + what + "_params")
+    class Guarded(ctypes.Structure):
+        _fields_ = [("params", params), ("guard", ctypes.c_char * 64)]
+    function.restype, guarded = Guarded, Guarded()
+    guarded = function()
+    return {name: getattr(guarded.params, name) for name, _ in params._fields_
+            if isinstance(getattr(guarded.params, name), (int, float, bool))}
+"""
+
+
+@targets
+def test_the_bindings_are_the_librarys(files: dict[str, Path]) -> None:
+    """Structures have the same fields at the same places: the defaults, which the library fills in, are the same."""
+    program = DEFAULTS + "emulated_worker.llama_libraries(); import llama_cpp\n" \
+        "print(json.dumps([defaults(llama_cpp, what) for what in ('model', 'context')]))"
+    done = subprocess.run(with_program(command("llama.cpp", "max"), program).argv, capture_output=True, text=True)
+    namespace: dict[str, Any] = {}
+    exec(DEFAULTS, namespace)
+    here = [namespace["defaults"](llama_cpp, what) for what in ("model", "context")]
+    assert json.loads(done.stdout) == here and len(here[1]) > 20, done.stderr
+
+
+# Without the kit
+
+
+def test_the_kit_has_the_versions_of_everything_else() -> None:
+    constraints = (Path(__file__).parent.parent / "constraints.txt").read_text().split("\n")
+    for pin in (*emulation.WHEELS, f"llama_cpp_python=={emulation.LLAMA_CPP_PYTHON}"):
+        assert pin in constraints
+
+
+def test_a_kit_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LRC_EDGE_CACHE", str(tmp_path))
+    assert KIT.missing() == "aarch64 emulation is not installed"
+    assert str(KIT.folder) in KIT.plan()[-1] and list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_processor() -> None:
+    with pytest.raises(UserError, match="cortex-m0: .* choose among cortex-a53, cortex-a76, max"):
+        command("llama.cpp", "cortex-m0")
