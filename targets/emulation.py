@@ -22,8 +22,8 @@ WHEELS = ("onnxruntime==1.31.1", "numpy==2.4.6", "Jinja2==3.1.6", "MarkupSafe==3
           "typing_extensions==4.16.0")
 PROGRAMS = ("apt-get", "dpkg", "dpkg-deb", "tar", "npm")
 DEBIAN = ("python3-minimal", "libpython3-stdlib", "libstdc++6")
-# The processors, and Arm's number of the part. onnxruntime reads it from /proc/cpuinfo to choose its kernels, and dies
-# at import where it does not know it: qemu's "max" has none of its own, so here it is a Neoverse V1 (SVE and i8mm too).
+# The processors, with Arm's number of the part. onnxruntime reads it from /proc/cpuinfo, where it chooses kernels by it
+# and dies at import when it does not know it. qemu's "max" has a number of its own: here it is a Neoverse V1's.
 CPUS = {"cortex-a53": "0xd03", "cortex-a76": "0xd0b", "max": "0xd40"}
 CPUINFO = "processor : 0\nCPU implementer : 0x41\nCPU architecture: 8\nCPU variant : 0x0\nCPU part : {}\n\n"
 # The system's sources, and nothing else of the system's; indexes of the emulator's packages too.
