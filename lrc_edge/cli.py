@@ -109,12 +109,10 @@ def check(directory: BuildDirectory, target: Annotated[list[str] | None, typer.O
     With --target it needs neither PyTorch nor transformers: DIR/check holds what the PyTorch student says.
     """
     if target:
-        from rich.console import Console
-
         from lrc_edge.target_checks import check_targets
         from lrc_edge.targets.profile import load_profile
 
-        raise typer.Exit(check_targets(directory, [load_profile(name) for name in target], Console()))
+        _exit(check_targets(directory, [load_profile(name) for name in target], _plain_console()))
     from lrc_edge import commands
 
     _exit(commands.check(directory, _console()))
@@ -140,6 +138,19 @@ def chat(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A build,
 
 
 @app.command()
+def serve(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A build, or a .gguf file.")],
+          port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8080,
+          host: Annotated[str, typer.Option(help="0.0.0.0 lets other devices in; they get one thread.")] = "127.0.0.1",
+          encoding: Annotated[str, typer.Option(help="Which GGUF of a build; default: the smallest.")] = "") -> None:
+    """A page in which the GGUF answers in the browser. It works with the network off. Ctrl-C ends."""
+    from lrc_edge.targets.serve import page_server
+
+    with page_server(directory, encoding, host, port) as server:
+        print(f"{server.origin}/  (Ctrl-C ends)", flush=True)
+        server.wait()
+
+
+@app.command()
 def inspect(path: Annotated[Path, typer.Argument(help="Hugging Face directory, .gguf, .onnx, or a build directory.")],
             tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False) -> None:
     """What is in a model: shapes, types, real bits per weight, metadata."""
@@ -154,6 +165,53 @@ def show_recipe(recipe: RecipeFile = None, settings: Settings = None) -> None:
     from lrc_edge.recipe import to_toml
 
     print(to_toml(_recipe(recipe, settings)), end="")
+
+
+targets_app = typer.Typer(invoke_without_command=True, rich_markup_mode="rich",
+                          help="Devices: what they are, and whether a model fits them.")
+app.add_typer(targets_app, name="targets")
+
+
+@targets_app.callback()
+def targets(context: typer.Context) -> None:
+    """List the devices that are known, with what they have and which artifact to take."""
+    if context.invoked_subcommand is None:
+        from lrc_edge.target_commands import list_targets
+
+        list_targets(_plain_console())
+
+
+@targets_app.command("show")
+def show_target(target: Annotated[str, typer.Argument(metavar="NAME", help="A target, or a file like ./device.toml.")]
+                ) -> None:
+    """Explain one: every figure with its source, and why its formats run well there."""
+    from lrc_edge import target_commands
+
+    target_commands.show_target(target, _plain_console())
+
+
+@targets_app.command("fit")
+def fit_target(model: Annotated[str, typer.Argument(help="A teacher (directory or hub id), or a build's directory.")],
+               target: Annotated[str, typer.Option("--target", "-t", metavar="NAME", help="A target, or a file.")],
+               context: Annotated[int | None, typer.Option(help="Tokens; default: what the target plans for.")] = None,
+               recipe: RecipeFile = None, settings: Settings = None) -> None:
+    """Does it fit? Memory by layer group for each format, the longest context, and a bound of the speed.
+
+    [dim]lrc-edge targets fit HuggingFaceTB/SmolLM2-360M --target android-low --set student.hidden_size=512[/]
+    """
+    from lrc_edge import target_commands
+
+    _exit(target_commands.fit(model, target, context, _recipe(recipe, settings), _plain_console()))
+
+
+@targets_app.command("setup")
+def setup_targets(names: Annotated[list[str], typer.Argument(
+        metavar="NAME...", help="Targets, or single runtimes (wllama, llama.cpp).")],
+                  yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False) -> None:
+    """Install what the check of a target runs: emulator, browser, runtimes. It says what before it does it."""
+    from lrc_edge import target_commands
+
+    target_commands.setup(names, yes, _plain_console())
 
 
 def _recipe(file: Path | None, settings: list[str] | None, data: list[str] | None = None, formats: str | None = None,
@@ -187,6 +245,12 @@ def _console() -> Any:
 def _exit(status: bool | int) -> None:
     """Whether everything passed, or the status itself."""
     raise typer.Exit(int(not status) if isinstance(status, bool) else status)
+def _plain_console() -> Any:
+    """For commands that work without transformers."""
+    from rich.console import Console
+
+    return Console()
+
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from lrc_edge import preflight
-from lrc_edge.artifact import Artifact
+from lrc_edge.artifact import Artifact, smallest_gguf
 from lrc_edge.build import MANIFEST, BuildDir
 from lrc_edge.checkpoint import DenseCheckpoint, resolve_model
 from lrc_edge.errors import UserError
@@ -53,6 +53,8 @@ def _before_training(source: str, out: Path, recipe: Recipe, console: Console, u
     # A machine that only trains need not have the runtimes; what they cannot run is then found where they are.
     trains_only = until == "train" and find_spec("llama_cpp") is None
     preflight.check_build(teacher.checkpoint, recipe, out, runtimes=not trains_only)
+    for warning in preflight.fit_warnings(teacher.checkpoint, recipe):
+        console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     with _leaving_nothing_of_a_mistake(out):
         pipeline = Pipeline(out, recipe, console, teacher)
         pipeline.describe_job(teacher=str(Path(source).resolve()) if teacher.revision == "local" else source)
@@ -206,7 +208,7 @@ def chat(path: Path, encoding: str, temperature: float, max_tokens: int, console
     """A conversation on the terminal with one GGUF, until end of input."""
     from lrc_edge.targets.chat import Chat
 
-    file = _gguf_of(path, encoding)
+    file = smallest_gguf(path, encoding)
     conversation = Chat(file, n_ctx=0, threads=processors())
     console.print(f"{file.name} on llama.cpp; Ctrl-D ends", style="dim", highlight=False)
     while True:
@@ -218,15 +220,3 @@ def chat(path: Path, encoding: str, temperature: float, max_tokens: int, console
             for piece in conversation.reply(text, temperature, max_tokens):
                 console.print(piece, end="", highlight=False, markup=False, soft_wrap=True)
             console.print()
-
-
-def _gguf_of(path: Path, encoding: str) -> Path:
-    if path.is_file():
-        return path
-    wanted = encoding.lower()
-    models = (f for f in path.rglob("*.gguf") if not f.stem.endswith(".imatrix") and f.stem.lower().endswith(wanted))
-    files = sorted(models, key=lambda f: f.stat().st_size)
-    if not files:
-        raise UserError(f"{path}: no GGUF {f'in {encoding} ' if encoding else ''}here; "
-                        "build or export one with --formats gguf:q8_0")
-    return files[0]

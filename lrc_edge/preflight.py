@@ -10,8 +10,9 @@ from lrc_edge.errors import UserError
 from lrc_edge.figures import human_bytes
 from lrc_edge.recipe import Recipe
 from lrc_edge.roles import weights_of
-from lrc_edge.shape import ModelShape
+from lrc_edge.shape import ModelShape, student_width
 from lrc_edge.sources import SELF, WANTED, looks_local
+from lrc_edge.targets.fit import check_fit
 from lrc_edge.targets.profile import load_profile
 
 # Name -> elements of a block, which a row must be a multiple of.
@@ -78,14 +79,6 @@ def _check_quantize(recipe: Recipe, shape: ModelShape, formats: list[tuple[str, 
         raise UserError(f"quantize.tokens = {q.tokens}: no text to train on; {WANTED} with --data")
 
 
-def student_width(recipe: Recipe, teacher: ModelShape) -> int:
-    """The recipe's hidden_size, or half the teacher's in the roundest number that quantizes well."""
-    if recipe.student.hidden_size:
-        return recipe.student.hidden_size
-    half = teacher.hidden_size // 2
-    return next((half // unit * unit for unit in (256, 64, 32) if half >= unit), max(1, half))
-
-
 def student_name(recipe: Recipe, teacher: DenseCheckpoint) -> str:
     return recipe.student.name or f"{teacher.name}-LRC-{student_width(recipe, teacher.shape)}"
 
@@ -108,6 +101,13 @@ def check_build(teacher: DenseCheckpoint, recipe: Recipe, out: Path, runtimes: b
     if runtimes:
         _check_mixed_precision(recipe, teacher.shape.with_hidden_size(student_width(recipe, teacher.shape)))
     _check_disk(out, _build_bytes(teacher.shape, recipe, formats))
+
+
+def fit_warnings(teacher: DenseCheckpoint, recipe: Recipe) -> list[str]:
+    """A line for each of the recipe's targets that the student will not fit."""
+    student = teacher.shape.with_hidden_size(student_width(recipe, teacher.shape))
+    plans = (check_fit(student, load_profile(name)) for name in recipe.export.targets)
+    return [plan.warning for plan in plans if plan.warning]
 
 
 def check_export(student: DenseCheckpoint, recipe: Recipe, out: Path) -> None:

@@ -21,13 +21,22 @@ def _row(row: dict[str, Any], names: Names) -> dict[str, Any]:
             "note": f"{positions:,} positions; p99 {figure(row['kl_p99'])}" if positions else "",
             "token_ids": f"{n_texts - row['token_mismatches']:,} of {n_texts:,}" if n_texts else NONE,
             "context": f"{row['n_ctx']:,}" if "context" in row else NONE,
-            "memory": human_bytes(row.get("memory", {}).get("peak_bytes")),
-            "memory_note": visible(row.get("memory", {}).get("how", "")),
-            "speed": [_speed(rates) for rates in row.get("speed", [])]}
+            "memory": memory_text(row), "memory_note": visible(row.get("memory", {}).get("how", "reckoned")),
+            "speed": [speed_text(rates) for rates in row.get("speed", [])]}
 
 
-def _speed(rates: dict[str, Any]) -> str:
-    ratio = (f" ({rates['prefill_of_teacher']:.2f} and {rates['decode_of_teacher']:.2f} × the teacher's)"
-             if "decode_of_teacher" in rates else "")
-    return (f"after {rates['depth']:,} tokens: prefill {rates['prefill']:,.0f}, decode {rates['decode']:,.0f} "
-            f"tokens/s{ratio}")
+def memory_text(row: dict[str, Any]) -> str:
+    """What was measured; else, marked as such, what was reckoned from the shape."""
+    memory = row.get("memory", {})
+    if memory.get("peak_bytes"):
+        return human_bytes(memory["peak_bytes"])
+    return f"~{human_bytes(memory['predicted_bytes'])}" if memory else NONE
+
+
+def speed_text(rates: dict[str, Any]) -> str:
+    """ "after 1,024 tokens: prefill 155 tok/s (3.1 x the teacher), decode 42 tok/s (4.0 x the teacher)"."""
+    told = []
+    for key in ("prefill", "decode"):
+        ratio = rates.get(f"{key}_of_teacher")
+        told.append(f"{key} {figure(rates[key])} tok/s" + (f" ({figure(ratio)} × the teacher)" if ratio else ""))
+    return f"after {rates['depth']:,} tokens: {', '.join(told)}"

@@ -15,10 +15,11 @@ from lrc_edge.artifact import Artifact
 from lrc_edge.build import BuildDir, write_atomically
 from lrc_edge.console import Task, running
 from lrc_edge.errors import UserError
-from lrc_edge.figures import NONE, figure, human_bytes, percent, visible
+from lrc_edge.figures import NONE, figure, percent, visible
 from lrc_edge.machine import architecture, threads_for
 from lrc_edge.recipe import load_recipe
 from lrc_edge.report import REPORT, write_report
+from lrc_edge.report_targets import memory_text, speed_text
 from lrc_edge.stored_reference import REFERENCE_FILE, StoredReference
 from lrc_edge.targets import speed
 from lrc_edge.targets.device_check import Checked, check_artifact
@@ -100,7 +101,8 @@ def _add_speed(facts: BuildFacts, profile: Profile, rows: list[dict[str, Any]], 
     for name, row in timed.items():
         row["speed"] = found[name]
         for mine, theirs in zip(found[name], found.get("teacher", []), strict=False):
-            mine |= {f"{key}_of_teacher": mine[key] / theirs[key] for key in ("prefill", "decode")}
+            mine |= {f"{key}_of_teacher": mine[key] / theirs[key] for key in ("prefill", "decode")
+                     if mine[key] and theirs[key]}
 
 
 def kept_results(out: Path, artifacts: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -129,19 +131,23 @@ def add_results(report: dict[str, Any], results: list[dict[str, Any]]) -> None:
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    """The table of one target; below it why a row failed or was not checked."""
+    """The table of one target; below it why a row failed or was not checked, and what was timed."""
     console.print(f"\n{result['target']}: {result['description']}", style="bold", highlight=False, soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("", "artifact", "in", "KL mean", "top-1", "token ids", "context", "peak memory"):
-        table.add_column(name, justify="left" if name in ("", "artifact", "in", "token ids") else "right",
-                         overflow="fold")
+    table.add_column("", no_wrap=True)
+    table.add_column("artifact")
+    for name in ("KL mean", "top-1", "token ids", "memory"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in result["rows"]:
         table.add_row(*_cells(row))
     console.print(table)
+    # What keeps one row from being checked mostly keeps others, too.
+    unchecked = dict.fromkeys(row["why"] for row in result["rows"] if row["state"] == "not checked")
+    for why in unchecked:
+        console.print(f"not checked: {visible(why)}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     for row in result["rows"]:
         for line in complaints(row):
-            console.print(line, style="red" if row["state"] == "failed" else "yellow", highlight=False, markup=False,
-                          soft_wrap=True)
+            console.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
         for rates in row.get("speed", []):
             console.print(_speed_line(row, rates), highlight=False, markup=False, soft_wrap=True)
 
@@ -151,16 +157,20 @@ def _cells(row: dict[str, Any]) -> list[Text]:
                                                                                      Text("not checked", "yellow"))
     wrong = row.get("token_mismatches")
     tokens = NONE if wrong is None else f"{wrong:,} wrong" if wrong else f"all {row['n_texts']:,}"
-    context = f"{row['n_ctx']:,}" if "context" in row else NONE
-    cells = [f"{row['format']}:{row['encoding']}", row["runtime"], figure(row.get("kl_mean")), percent(row.get("top1")),
-             tokens, context, human_bytes(row.get("memory", {}).get("peak_bytes"))]
+    cells = [_who(row), figure(row.get("kl_mean")), percent(row.get("top1")), tokens,
+             memory_text(row)]
     return [mark, *(Text(visible(cell)) for cell in cells)]
 
 
+def _who(row: dict[str, Any]) -> str:
+    emulated = f", emulated {row['emulated']}" if row["emulated"] else ""
+    return f"{row['format']}:{row['encoding']} in {row['runtime']}{emulated}"
+
+
 def complaints(row: dict[str, Any]) -> list[str]:
-    """Why a row is not a pass: what the runtime said, and the gates that it missed."""
-    who = f"{row['state']}: {row['format']}:{row['encoding']} in {row['runtime']}"
-    told = [f"{who}: {visible(row['why'])}"] if "why" in row else []
+    """Why a row failed: what the runtime said, and the gates that it missed."""
+    who = f"failed: {_who(row)}"
+    told = [f"{who}: {visible(row['why'])}"] if row["state"] == "failed" and "why" in row else []
     for gate in row["gates"]:
         if gate["metric"] == "changes" and not gate["passed"]:
             told.append(f"{who}: the file is not what the build wrote (its SHA-256 differs)")
@@ -170,7 +180,4 @@ def complaints(row: dict[str, Any]) -> list[str]:
 
 
 def _speed_line(row: dict[str, Any], rates: dict[str, Any]) -> str:
-    ratio = (f": {rates['prefill_of_teacher']:.2f} and {rates['decode_of_teacher']:.2f} times the teacher's"
-             if "decode_of_teacher" in rates else "")
-    return (f"{row['format']}:{row['encoding']} in {row['runtime']}, {rates['depth']:,} tokens before: prefill "
-            f"{rates['prefill']:,.0f} tok/s, decode {rates['decode']:,.0f} tok/s{ratio}")
+    return f"{_who(row)}, {speed_text(rates)}"

@@ -18,8 +18,11 @@ from lrc_edge.targets.worker import Command
 
 NODE_LLAMA_CPP = "3.22.1"  # its aarch64 llama.cpp has a CPU backend for each of eight generations of processors
 LLAMA_CPP_PYTHON = "0.3.36"  # only its bindings, in Python
-WHEELS = ("onnxruntime==1.31.1", "numpy==2.4.6", "Jinja2==3.1.6", "MarkupSafe==3.0.4", "diskcache==5.6.3",
-          "typing_extensions==4.16.0")
+ONNXRUNTIME, GENAI = "1.31.1", "0.18.0"
+WHEELS = (f"onnxruntime=={ONNXRUNTIME}", f"onnxruntime-genai=={GENAI}", "numpy==2.4.6", "Jinja2==3.1.6",
+          "MarkupSafe==3.0.4", "diskcache==5.6.3", "typing_extensions==4.16.0")
+BUILDS = {"llama.cpp": f"llama.cpp (node-llama-cpp {NODE_LLAMA_CPP}'s build)",
+          "onnxruntime": f"onnxruntime {ONNXRUNTIME}", "onnxruntime-genai": f"onnxruntime-genai {GENAI}"}
 PROGRAMS = ("apt-get", "dpkg", "dpkg-deb", "tar", "npm")
 DEBIAN = ("python3-minimal", "libpython3-stdlib", "libstdc++6")
 # The processors, with Arm's number of the part. onnxruntime reads it from /proc/cpuinfo, where it chooses kernels by it
@@ -42,7 +45,7 @@ def _silently(line: str) -> None:
 
 
 class Aarch64:
-    """The kit: the emulator, an aarch64 Python with its C library, llama.cpp and onnxruntime."""
+    """The kit: the emulator, an aarch64 Python with its C library, llama.cpp and the onnxruntimes."""
 
     name = "aarch64"
 
@@ -58,16 +61,16 @@ class Aarch64:
         programs = "an aarch64 Python (16 MB)" if emulator(self.folder) else "qemu and an aarch64 Python (79 MB)"
         bindings = [] if _installed_bindings() else [f"pip download {_bindings()}  (77 MB, minutes)"]
         return [f"apt-get download of {programs} and the lists of packages (18 MB)",
-                f"pip install for aarch64: {' '.join(WHEELS)}  (38 MB)",
+                f"pip install for aarch64: {' '.join(WHEELS)}  (49 MB)",
                 *bindings,
                 f"npm pack {_node_package()}  (7 MB)",
-                f"all unpacked into {self.folder}  (220 MB; nothing is installed on the system)"]
+                f"all unpacked into {self.folder}  (260 MB; nothing is installed on the system)"]
 
     def install(self, say: Say) -> None:
         """Raises UserError where apt-get, pip or npm is missing or fails; leaves nothing behind then."""
         for program in PROGRAMS:
             if shutil.which(program) is None:
-                raise UserError(f"aarch64: this machine has no {program}; emulation is set up with {', '.join(PROGRAMS)}")
+                raise UserError(f"{self.name}: this machine has no {program}; the setup needs {', '.join(PROGRAMS)}")
         with unfinished(self.folder) as folder:
             (downloads := folder / "downloads").mkdir()
             _unpack_debian(folder, downloads, say)
@@ -76,24 +79,23 @@ class Aarch64:
             _install_packages(folder, downloads, say)
             shutil.rmtree(downloads)
             # It works; and what Python compiles at the first import is part of the kit.
-            run([*_python(folder, "max", "emulated_worker.llama_libraries(); import onnxruntime")], say)
+            imports = "emulated_worker.llama_libraries(); import onnxruntime, onnxruntime_genai"
+            run([*_python(folder, "max", imports)], say)
 
 
 KIT = Aarch64()
 
 
 def command(runtime: str, cpu: str) -> Command:
-    """A worker with `runtime` ("llama.cpp" or "onnxruntime") on one of CPUS. The kit is installed.
+    """A worker with `runtime`, one of BUILDS, on one of CPUS. The kit is installed.
 
     Raises UserError for another processor.
     """
     if cpu not in CPUS:
         raise UserError(f"{cpu}: not a processor that is emulated here; choose among {', '.join(CPUS)}")
-    build = f"llama.cpp (node-llama-cpp {NODE_LLAMA_CPP}'s build)" if runtime == "llama.cpp" else \
-        WHEELS[0].replace("==", " ")
     version = run([str(emulator(KIT.folder)), "--version"], _silently).split()[2]
     return Command((*_python(KIT.folder, cpu, "emulated_worker.main(*sys.argv[4:])"), runtime,
-                    f"{build} on emulated {cpu} (aarch64 Linux, qemu-user {version})"))
+                    f"{BUILDS[runtime]} on emulated {cpu} (aarch64 Linux, qemu-user {version})"))
 
 
 def emulator(folder: Path) -> Path | None:

@@ -1,4 +1,4 @@
-"""Whether a model fits a device, before anything is built: memory against the profile, context, a bound of the speed."""
+"""Whether a model fits a device, before anything is built: memory against the profile, context, a bound of speed."""
 from __future__ import annotations
 
 from dataclasses import dataclass

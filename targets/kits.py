@@ -40,6 +40,9 @@ class Npm:
     def folder(self) -> Path:
         return cache_folder() / f"{self.name}-{digest(*self.packages)}"
 
+    def module(self, package: str) -> Path:
+        return self.folder / "node_modules" / package
+
     def missing(self) -> str | None:
         """Why it cannot be used; None when it can."""
         if shutil.which("node") is None:
@@ -55,8 +58,8 @@ class Npm:
         if shutil.which("npm") is None:
             raise UserError(f"{self.name}: npm is not installed; install Node.js 20 or newer, which brings it")
         with unfinished(self.folder) as folder:
-            run(["npm", "install", "--prefix", str(folder), "--ignore-scripts", "--no-package-lock", "--no-audit",
-                 "--no-fund", "--loglevel=error", *self.packages], say)
+            run(["npm", "install", "--prefix", str(folder), "--ignore-scripts", "--omit=optional", "--no-package-lock",
+                 "--no-audit", "--no-fund", "--loglevel=error", *self.packages], say)
 
 
 @dataclass(frozen=True)

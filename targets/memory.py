@@ -24,14 +24,16 @@ GROUPS = ("embedding", "attention", "ffn", "norms", "head")
 # program in C++ takes less, a browser's tab has its heap alone.
 _RUNTIME_BYTES = {"llama.cpp": 47_000_000, "node-llama-cpp": 47_000_000, "wllama": 8_000_000,
                   "onnxruntime": 60_000_000, "onnxruntime-genai": 66_000_000, "transformers.js": 20_000_000}
-# Of llama.cpp's vocabulary: strings, ids, merges. Measured with real ones: 318 (Qwen2) to 424 (Llama 3) for BPE; 152 for
-# SentencePiece, which are small.
+# Of llama.cpp's vocabulary: strings, ids, merges. Measured with real ones: 318 (Qwen2) to 424 (Llama 3) for BPE; 152
+# for SentencePiece, which are small.
 _VOCABULARY_BYTES = 340
+_GENAI_VOCABULARY_BYTES = 500  # of the tokenizer in onnxruntime-genai: BPE of 65,536 tokens
 _BATCH = 512  # llama.cpp's n_ubatch, and wllama's
 _CONTEXT_STEP = 256  # llama.cpp rounds the context up to this (llama_context's constructor)
-# While onnxruntime's client decodes, a step's whole new cache stands beside the last one, and the arena has holes of
-# older ones: 1.47 to 1.48 times the cache more than after the prompt (measured at 512 and 2,048 tokens).
-_GROWING_CACHE = 1.5
+# While a plain onnxruntime decodes, a step's whole new cache stands beside the last one, and the arena has holes of
+# older ones: 1.47 to 1.48 times the cache where it is nearly all there is. Part of it goes where the prompt's
+# activations were; how much depends on how the arena was split. Both are fitted: 20 points were within 10 %.
+_GROWING_CACHE, _USED_AGAIN = 1.5, 0.8
 
 
 @dataclass(frozen=True)
@@ -154,22 +156,26 @@ def _llama_cpp_activations(shape: ModelShape, format_: str, context: int, padded
 
 def _onnxruntime(shape: ModelShape, format_: str, runtime: str, context: int) -> Memory:
     cache = context * kv_bytes_per_token(shape, format_)
-    # The whole prompt in one pass: gate, its sigmoid, their product, up; or queries, keys and values before and after
-    # their rotation and in the order of heads. Logits for every position.
-    widths = max(4 * shape.intermediate_size + 3 * shape.hidden_size,
-                 4 * shape.q_size + 6 * shape.kv_size + shape.hidden_size)
-    working = 4 * context * (widths + shape.vocab_size)
+    # The whole prompt in one pass, logits for every position. The planner lets values of one shape share a buffer for
+    # the run: residual, norm and two outputs; queries, rotated, attended; keys and values, rotated and in the order of
+    # heads; gate, silu, up; and the widest product's input as int8 with its scales.
+    widths = (4 * shape.hidden_size + 3 * shape.q_size + 5 * shape.kv_size + 3 * shape.intermediate_size
+              + 0.3 * max(shape.hidden_size, shape.q_size, shape.intermediate_size))
+    working = int(4 * context * (widths + shape.vocab_size))
+    own = _RUNTIME_BYTES[runtime]
     if runtime == "onnxruntime":
-        working = max(working, int(_GROWING_CACHE * cache))
+        working += max(0, int(_GROWING_CACHE * cache - _USED_AGAIN * working))
+    else:
+        own += _GENAI_VOCABULARY_BYTES * shape.vocab_size
     rope_tables = 4 * shape.max_position_embeddings * shape.head_dim
     return Memory(
         weights=sum(bytes_by_group(shape, format_).values()) + rope_tables, copies=_prepacked(shape),
-        kv_cache=cache, working=working, runtime=_RUNTIME_BYTES[runtime], droppable=0)
+        kv_cache=cache, working=working, runtime=own, droppable=0)
 
 
 def _prepacked(shape: ModelShape) -> int:
-    """MatMulNBits packs a matrix anew with scales and sums of its blocks, 8 bytes each, and lets go of the file's levels;
-    those of a tied head stay, for they are the embedding's, too.
+    """MatMulNBits packs a matrix anew with scales and sums of its blocks, 8 bytes each, and lets go of the file's
+    levels; those of a tied head stay, for they are the embedding's, too.
     """
     copies = 0
     for weight in weights_of(shape):

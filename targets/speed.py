@@ -23,8 +23,8 @@ def depths(n_ctx: int) -> list[int]:
 
 def measure(files: dict[str, tuple[Start, Path]], prompt: list[int], n_ctx: int, threads: int,
             progress: Callable[[str], None]) -> dict[str, list[dict[str, Any]]]:
-    """name -> for each depth {depth, prefill, decode}, in tokens/s. `prompt`: at least the depth + N_PROMPT ids."""
-    best: dict[str, dict[int, dict[str, float]]] = {name: {} for name in files}
+    """name -> for each depth {depth, prefill, decode}, in tokens/s, None where it could not be told. `prompt`: at least the depth + N_PROMPT ids."""
+    best: dict[str, dict[int, dict[str, float | None]]] = {name: {} for name in files}
     for i in range(ROUNDS):
         for name, (start, path) in files.items():
             progress(f"speed of {name}, round {i + 1} of {ROUNDS}")
@@ -33,5 +33,6 @@ def measure(files: dict[str, tuple[Start, Path]], prompt: list[int], n_ctx: int,
                 for depth in depths(n_ctx):
                     found = worker.ask("speed", ids=prompt[:depth + N_PROMPT], n_prompt=N_PROMPT, n_decode=N_DECODE)
                     known = best[name].setdefault(depth, found)
-                    best[name][depth] = {key: max(known[key], found[key]) for key in found}
+                    best[name][depth] = {key: max((x for x in (known[key], found[key]) if x), default=None)
+                                         for key in found}
     return {name: [{"depth": depth, **rates} for depth, rates in table.items()] for name, table in best.items()}
