@@ -23,10 +23,10 @@ from lrc_edge.targets.worker import Command, Worker, WorkerFailed
 
 CONTEXT = 512
 # Runtime, encoding, and the limit of the mean KL. Where activations are quantized too, one step more or less makes this
-# machine's own prefill and decode differ by 1e-4; and onnxruntime quantizes them more coarsely for dotprod than for x86.
-CASES = [("llama.cpp", "f32", 1e-5), ("llama.cpp", "q4_0", 1e-3), ("llama.cpp", "q8_0", 1e-3),
-         ("llama.cpp", "q4_k_m", 1e-3), ("onnxruntime", "fp32", 1e-9), ("onnxruntime", "q4", 2e-2),
-         ("onnxruntime-genai", "q4", 2e-2)]
+# machine's own prefill and decode differ by 1e-4; onnxruntime quantizes them more coarsely for dotprod than for x86.
+CASES = [("llama.cpp", "f32", 1e-8), ("llama.cpp", "q4_0", 2e-4), ("llama.cpp", "q8_0", 2e-4),
+         ("llama.cpp", "q4_k_m", 2e-4), ("onnxruntime", "fp32", 1e-10), ("onnxruntime", "q4", 1e-2),
+         ("onnxruntime-genai", "q4", 1e-2)]
 BACKENDS = {"cortex-a53": "libggml-cpu-armv8.0_1.so", "cortex-a76": "libggml-cpu-armv8.2_2.so"}
 IDS = np.random.default_rng(0).integers(0, 512, CONTEXT).tolist()
 SEEN = range(7, CONTEXT, 8)  # positions that are compared
@@ -40,8 +40,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Encoding -> file, of a model that is wide enough for the encodings' blocks."""
     assert KIT.missing() is None, "lrc-edge targets setup"
     out = tmp_path_factory.mktemp("emulated")
-    checkpoint = DenseCheckpoint.open(make_tiny(out / "model", hidden_size=256, intermediate_size=512, head_dim=64,
-                                                max_position_embeddings=CONTEXT))
+    checkpoint = DenseCheckpoint.open(make_tiny(out / "model", hidden_size=256, intermediate_size=256, head_dim=64,
+                                                layers=1, max_position_embeddings=CONTEXT))
     artifacts = [*export_gguf(checkpoint, out / "gguf", ["f32", "q4_0", "q8_0", "q4_k_m"]),
                  *export_onnx(checkpoint, out / "onnx", ["fp32", "q4"])]
     return {artifact.encoding: out / artifact.path for artifact in artifacts}
@@ -51,8 +51,7 @@ def answers(start: Command, file: Path, reads_text: bool) -> dict[str, Any]:
     with Worker(start) as worker:
         found = worker.ask("open", path=str(file), n_ctx=CONTEXT, threads=1)
         found |= worker.ask("score", ids=IDS, wanted=WANTED)
-        found["end"] = len(worker.ask("generate", ids=IDS[:-4], n_tokens=50, stop=[])["ids"])
-        found["made"] = worker.ask("generate", ids=IDS[:20], n_tokens=8, stop=[])["ids"]
+        found["made"] = worker.ask("generate", ids=IDS[:-4], n_tokens=50, stop=[])["ids"]
         if reads_text:
             found["ids"] = worker.ask("tokenize", texts=TEXTS)["ids"]
         return found | worker.ask("memory")
@@ -72,8 +71,8 @@ def test_emulated_processors_say_what_this_one_says(runtime: str, encoding: str,
         divergence = float((np.exp(p) * (p - q)).sum(-1).mean())
         print(f"{encoding} in {there['label']}: KL {divergence:.2e}")
         assert divergence < limit
-        assert np.mean(np.array(here["argmax"]) == np.array(there["argmax"])) > 0.95
-        assert there["end"] == here["end"] == 4 and len(there["made"]) == 8
+        assert np.mean(np.array(here["argmax"]) == np.array(there["argmax"])) > 0.9
+        assert len(there["made"]) == len(here["made"]) == 4
         assert there.get("ids") == here.get("ids")
         assert (there["n_ctx"], there["vocab_size"]) == (CONTEXT, 512)
         assert f" on emulated {cpu} (aarch64 Linux, qemu-user " in there["label"] and "emulator" in there["how"]
@@ -138,30 +137,24 @@ def test_a_file_that_is_cut_is_a_line(runtime: str, encoding: str, files: dict[s
 
 
 DEFAULTS = """
-import ctypes, json
-def defaults(llama_cpp, what):
-    function = llama_cpp.llama_cpp._lib["llama_" + what + "_default_params"]
-    params = getattr(llama_cpp, "llama_" + what + "_params")
-    class Guarded(ctypes.Structure):
-        _fields_ = [("params", params), ("guard", ctypes.c_byte * 64)]
-    function.restype = Guarded
-    guarded = function()
-    found = {name: getattr(guarded.params, name) for name, _ in params._fields_}
-    return {name: value for name, value in found.items() if isinstance(value, (int, float))}, any(guarded.guard)
+def defaults(llama_cpp):
+    made = [llama_cpp.llama_model_default_params(), llama_cpp.llama_context_default_params()]
+    values = [(name, getattr(params, name)) for params in made for name, _ in params._fields_]
+    return [[name, value] for name, value in values if isinstance(value, (int, float))]
 """
 
 
 @targets
 def test_the_bindings_are_the_librarys(files: dict[str, Path]) -> None:
     """Structures have the same fields at the same places, so the library's defaults read the same."""
-    program = DEFAULTS + "emulated_worker.llama_libraries(); import llama_cpp\n" \
-        "print(json.dumps([defaults(llama_cpp, what) for what in ('model', 'context')]))"
+    program = DEFAULTS + ("emulated_worker.llama_libraries(); import json, llama_cpp\n"
+                          "print(json.dumps(defaults(llama_cpp)))")
     done = subprocess.run(with_program(command("llama.cpp", "max"), program).argv, capture_output=True, text=True)
     namespace: dict[str, Any] = {}
     exec(DEFAULTS, namespace)
-    here = [list(namespace["defaults"](llama_cpp, what)) for what in ("model", "context")]
-    assert json.loads(done.stdout) == here, done.stderr
-    assert len(here[1][0]) > 20 and not here[1][1]  # nothing is written behind their ends
+    here = namespace["defaults"](llama_cpp)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == here and len(here) > 30
 
 
 # Without the kit
@@ -180,5 +173,5 @@ def test_a_kit_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 
 def test_an_unknown_processor() -> None:
-    with pytest.raises(UserError, match="cortex-m0: .* choose among cortex-a53, cortex-a76, max"):
+    with pytest.raises(UserError, match=r"cortex-m0: .* choose among cortex-a53, cortex-a76, max"):
         command("llama.cpp", "cortex-m0")
