@@ -69,7 +69,7 @@ class Worker:
         """The answer to one request. Raises WorkerFailed; a worker that took too long is killed."""
         deadline = time.monotonic() + seconds
         try:
-            self._send(json.dumps({"op": op, **fields}).encode() + b"\n", deadline)
+            self._send(memoryview(json.dumps({"op": op, **fields}).encode() + b"\n"), deadline)
             line = self._receive_line(deadline)
         except TimeoutError:
             self._kill()  # a late answer would be taken for the next one's
@@ -84,7 +84,7 @@ class Worker:
             raise WorkerFailed(" ".join(str(answer["error"]).split()))
         return answer
 
-    def _send(self, data: bytes, deadline: float) -> None:
+    def _send(self, data: memoryview, deadline: float) -> None:
         while data:
             _, ready, _ = select.select([], [self._stdin], [], max(0.0, deadline - time.monotonic()))
             if not ready:
