@@ -20,8 +20,8 @@ from lrc_edge.targets.profile import all_profiles, load_profile
 
 PROVENANCE_FILE = "lrc_edge.json"  # in the folder of a student that was made here
 NOTES = ("total: the predicted peak of the resident set; llama.cpp and onnxruntime on x86-64 were within a tenth of "
-         "it (benchmarks/fit.py), other processors and browsers are reckoned. decode bound: memory bandwidth over the "
-         "bytes that one token reads, an upper bound and no measurement.")
+         "it (benchmarks/fit.py); other processors are reckoned, browsers fitted to a few measurements in Chromium. "
+         "decode bound: memory bandwidth over the bytes that one token reads, an upper bound and no measurement.")
 VERDICT_STYLES = {"fits": "green", "tight": "yellow", "does not fit": "red"}
 
 
