@@ -130,6 +130,7 @@ def _repacked(shape: ModelShape, format_: str, features: Collection[str]) -> tup
     not read any more: a tied head's is, as the embedding. Source: ggml_repack_get_optimal_repack_type in ggml-cpu.
     """
     dotprod = "dotprod" in features or "i8mm" in features
+    # Bytes of a block (Q4_0, Q8_0) -> rows that are interleaved.
     rows_of = {18: 8 if "avx2" in features else 4 if dotprod else 0, 34: 4 if dotprod else 0}
     copied = originals = 0
     for weight in weights_of(shape):
