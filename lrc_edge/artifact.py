@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from lrc_edge.errors import UserError
+
 WRITE_BYTES = 4 << 20  # of one call
 
 
@@ -42,6 +44,22 @@ class Artifact:
     @classmethod
     def from_dict(cls, table: dict[str, Any]) -> Artifact:
         return cls(**{**table, "fallbacks": tuple(Fallback(**row) for row in table["fallbacks"])})
+
+
+def smallest_gguf(path: Path, encoding: str = "") -> Path:
+    """`path` itself where it is a file; of a directory the smallest GGUF, or the smallest in `encoding`.
+
+    Raises UserError when there is none.
+    """
+    if path.is_file():
+        return path
+    wanted = encoding.lower()
+    models = (f for f in path.rglob("*.gguf") if not f.stem.endswith(".imatrix") and f.stem.lower().endswith(wanted))
+    files = sorted(models, key=lambda f: f.stat().st_size)
+    if not files:
+        raise UserError(f"{path}: no GGUF {f'in {encoding} ' if encoding else ''}here; "
+                        "build or export one with --formats gguf:q8_0")
+    return files[0]
 
 
 def sha256_of(*paths: Path) -> str:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
+from rich.prompt import Confirm
 from rich.table import Table
 
 from lrc_edge.build import MANIFEST, BuildDir
 from lrc_edge.config_file import PROVENANCE_FILE, read_config, shape_of
+from lrc_edge.console import running
 from lrc_edge.errors import UserError
 from lrc_edge.figures import human_bytes, human_count
 from lrc_edge.recipe import Recipe
@@ -19,6 +21,7 @@ from lrc_edge.shape import ModelShape, student_width
 from lrc_edge.targets.fit import Fit, FormatFit, check_fit
 from lrc_edge.targets.memory import GROUPS, bytes_by_group, kv_bytes_per_token
 from lrc_edge.targets.profile import all_profiles, load_profile
+from lrc_edge.targets.runtimes import kits_named
 
 NOTES = ("total: the predicted peak of the resident set; llama.cpp and onnxruntime on x86-64 were within a tenth of "
          "it (benchmarks/fit.py); other processors are reckoned, browsers fitted to a few measurements in Chromium. "
@@ -55,6 +58,22 @@ def show_target(name_or_path: str, console: Console) -> None:
     for table in (figures, formats):
         console.print()
         console.print(table, highlight=False)
+
+
+def setup(names: list[str], yes: bool, console: Console) -> None:
+    """Say what the kits of these targets or runtimes will do, ask where someone is there to answer, and do it."""
+    kits = [kit for kit in dict.fromkeys(kit for name in names for kit in kits_named(name)) if kit.missing()]
+    if not kits:
+        console.print("everything is there")
+        return
+    for line in (line for kit in kits for line in kit.plan()):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if console.is_interactive and not yes and not Confirm.ask("do that?", console=console, default=True):
+        return
+    for kit in kits:
+        with running(console, "setup") as task:
+            kit.install(task.update)
+    console.print("done")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,45 @@
+"""Runtimes in a browser's page: wllama (llama.cpp) and transformers.js (onnxruntime-web) in headless Chromium.
+
+Worker (worker.py) -> node/browser.mjs, which drives Chromium -> pages/*.mjs, which run the model. Everything comes
+from one server on 127.0.0.1; a request to anyone else is refused and remembered, and when the model is loaded the page
+is taken offline.
+"""
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lrc_edge.errors import UserError
+from lrc_edge.targets.kits import Kit, missing
+from lrc_edge.targets.server import Mounts, StaticServer
+from lrc_edge.targets.web_kits import CHROMIUM, PLAYWRIGHT, TRANSFORMERS_JS, WLLAMA
+from lrc_edge.targets.worker import Command
+
+PAGES = Path(__file__).parent / "pages"
+NODE = Path(__file__).parent / "node"
+
+KITS: dict[str, tuple[Kit, ...]] = {"wllama": (WLLAMA, PLAYWRIGHT, CHROMIUM),
+                                    "transformers.js": (TRANSFORMERS_JS, PLAYWRIGHT, CHROMIUM)}
+MODULES = {"wllama": "wllama.mjs", "transformers.js": "transformers_js.mjs"}
+
+
+@contextmanager
+def command(runtime: str, folder: Path) -> Iterator[Command]:
+    """What starts the worker of `runtime` ("wllama", "transformers.js"), while a server shows it the files in `folder`.
+
+    The path that `open` gets is one of a file below it: a .gguf, or an onnx/*.onnx of a transformers.js folder.
+    Raises UserError when a kit is missing.
+    """
+    if why := missing(KITS[runtime]):
+        raise UserError(f"{runtime}: {why}; run lrc-edge targets setup")
+    folder = folder.resolve()
+    mounts: Mounts = {"/page": PAGES, "/files/model": folder, "/wllama": WLLAMA.module("@wllama/wllama"),
+                      "/transformers": TRANSFORMERS_JS.module("@huggingface/transformers"),
+                      "/onnxruntime": TRANSFORMERS_JS.module("onnxruntime-web")}
+    with StaticServer(mounts) as server:
+        settings = {"playwright": str(PLAYWRIGHT.module("playwright-core")), "chromium": str(CHROMIUM.program),
+                    "origin": server.origin, "page": f"/page/{MODULES[runtime]}", "folder": str(folder)}
+        yield Command((str(shutil.which("node")), str(NODE / "browser.mjs"), json.dumps(settings)))

@@ -1,0 +1,120 @@
+// llama.cpp in the page, by wllama: answers the requests of ../worker.py.
+import { Wllama } from "/wllama/esm/index.js";
+import { named, silent } from "./gguf.mjs";
+
+const VIEWS = { shipped: (file) => file, named, silent };
+const BIAS = 2 ** 14; // exact in float32 beside any logit, and past all of them
+
+let file, options, wasm, model, view;
+const errors = []; // what llama.cpp said last
+
+const quiet = () => {};
+const logger = { debug: quiet, log: quiet, warn: quiet, error: (text) => errors.push(String(text)) };
+
+// The model with the file's tokens as `wanted` (a key of VIEWS) shows them; one at a time is in memory.
+async function load(wanted) {
+  if (view === wanted) return;
+  await model?.exit();
+  view = undefined;
+  errors.length = 0;
+  model = new Wllama({ default: wasm }, { logger });
+  try {
+    await model.loadModel([await VIEWS[wanted](file)], options);
+  } catch (error) {
+    const said = errors.filter((line) => !line.startsWith("Stack trace")).map((line) => line.trim());
+    throw new Error(`wllama cannot load this file (${said.slice(-2).join(" ") || error.message}); export it again`);
+  }
+  view = wanted;
+}
+
+// One token more after `prompt`; what was computed for the last prompt's beginning is kept unless `cold`.
+async function complete(prompt, more, cold = false) {
+  try {
+    return await model.createCompletion({ prompt, temperature: 0, max_tokens: 1, cache_prompt: !cold, ...more });
+  } catch (error) {
+    view = undefined; // it may be dead
+    throw new Error(`wllama: ${error.message}`);
+  }
+}
+
+const name = (id) => `<${id}>`;
+const names = (ids) => ids.map(name).join("");
+
+function check(ids) {
+  const { n_vocab } = model.getLoadedContextInfo();
+  const wrong = ids.find((id) => !(Number.isInteger(id) && id >= 0 && id < n_vocab));
+  if (wrong !== undefined) throw new Error(`id ${wrong} is outside the vocabulary of ${n_vocab}`);
+}
+
+const requests = {
+  async open({ url, n_ctx, threads }) {
+    const [weights, program, about] = await Promise.all(
+      [url, "/wllama/esm/wasm/wllama.wasm", "/wllama/package.json"].map((address) => fetch(address)));
+    if (!weights.ok) throw new Error(`${url}: ${weights.status}`);
+    file = await weights.blob();
+    wasm = URL.createObjectURL(await program.blob()); // it is asked for again with the network off
+    options = { n_ctx, n_threads: threads, n_parallel: 1, n_gpu_layers: 0, warmup: false };
+    await load("shipped");
+    const info = model.getLoadedContextInfo();
+    const { version } = await about.json();
+    return { runtime: `wllama ${version} (llama.cpp ${Wllama.getLibllamaVersion()})`, n_ctx: info.n_ctx,
+      vocab_size: info.n_vocab, threads: model.getNumThreads() };
+  },
+
+  // wllama tells log-probabilities of the likeliest tokens only, and a token at a time: as many as it takes.
+  async score({ ids, wanted }) {
+    await load("named");
+    check([...ids, ...wanted.flat()]);
+    const logprobs = [], argmax = [];
+    await complete(names(ids), {}, true); // the prompt at once, as a chat has it; then its positions one by one
+    for (let t = 0; t < ids.length; t++) {
+      const known = await likeliest(names(ids.slice(0, t + 1)), wanted[t]);
+      logprobs.push(wanted[t].map((id) => known.get(id)));
+      argmax.push(known.keys().next().value);
+    }
+    return { logprobs, argmax };
+  },
+
+  async generate({ ids, n_tokens, stop }) {
+    await load("named");
+    check(ids);
+    const made = await complete(names(ids), { max_tokens: n_tokens, n_probs: 1, stop: stop.map(name) }, true);
+    const found = made.choices[0].logprobs.content.map(({ id }) => id);
+    const end = found.findIndex((id) => stop.includes(id));
+    return { ids: end < 0 ? found : found.slice(0, end) };
+  },
+
+  async tokenize({ texts }) {
+    await load("silent");
+    const ids = [];
+    for (const text of texts) ids.push(await idsOf(text));
+    return { ids };
+  },
+};
+
+// id -> log-probability after the prompt, likeliest first, until all of `wanted` are there.
+async function likeliest(prompt, wanted) {
+  const { n_vocab } = model.getLoadedContextInfo();
+  for (let n_probs = Math.min(256, n_vocab); ; n_probs = Math.min(16 * n_probs, n_vocab)) {
+    const { choices } = await complete(prompt, { n_probs });
+    const known = new Map(choices[0].logprobs.content[0].top_logprobs.map(({ id, logprob }) => [id, logprob]));
+    if (wanted.every((id) => known.has(id))) return known;
+    if (n_probs === n_vocab) throw new Error(`wllama tells ${known.size} of ${n_vocab} log-probabilities`);
+  }
+}
+
+// wllama has no call for it. But a bonus for each time a token stands in the prompt's last k places, less the same for
+// the k - 1 that are known, makes the token in the k-th place from the end the next one.
+async function idsOf(text) {
+  const ids = [], counts = new Map();
+  for (let k = 1; ; k++) {
+    const logit_bias = Array.from(counts, ([id, count]) => [id, -BIAS * count]);
+    const { choices, usage } = await complete(text, { n_probs: 1, repeat_last_n: k, frequency_penalty: -BIAS, logit_bias });
+    const { id } = choices[0].logprobs.content[0];
+    ids.unshift(id);
+    counts.set(id, (counts.get(id) ?? 0) + 1);
+    if (k === usage.prompt_tokens) return ids;
+  }
+}
+
+export const answer = ({ op, ...fields }) => requests[op](fields);
