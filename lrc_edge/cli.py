@@ -110,9 +110,8 @@ def check(directory: BuildDirectory, target: Annotated[list[str] | None, typer.O
     """
     if target:
         from lrc_edge.target_checks import check_targets
-        from lrc_edge.targets.profile import load_profile
 
-        _exit(check_targets(directory, [load_profile(name) for name in target], _plain_console()))
+        _exit(check_targets(directory, target, _plain_console()))
     from lrc_edge import commands
 
     _exit(commands.check(directory, _console()))

@@ -34,8 +34,9 @@ def list_targets(console: Console) -> None:
     for header in ("target", "device", "RAM for the app", "plan for", "take"):
         table.add_column(header, no_wrap=header == "target")
     for profile in all_profiles():
-        table.add_row(profile.name, escape(profile.description), f"{profile.usable_gb.value:g} of {profile.ram_gb.value:g} GB",
-                      f"{profile.context:,} tokens", profile.recommended)
+        table.add_row(profile.name, escape(profile.description),
+                      f"{profile.usable_gb.value:g} of {profile.ram_gb.value:g} GB", f"{profile.context:,} tokens",
+                      profile.recommended)
     console.print(table, highlight=False)
     console.print("\nlrc-edge targets show NAME    its figures with their sources, and why these formats\n"
                   "lrc-edge targets fit MODEL --target NAME    does a model fit it?\n"
