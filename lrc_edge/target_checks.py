@@ -179,7 +179,8 @@ def complaints(row: dict[str, Any]) -> list[str]:
         if gate["metric"] == "changes" and not gate["passed"]:
             told.append(f"{who}: the file is not what the build wrote (its SHA-256 differs)")
         elif gate["metric"] != "failures" and not gate["passed"]:
-            told.append(f"{who}: {gate['metric']} {figure(gate['value'])}, need {gate['relation']} {gate['limit']:g}")
+            told.append(f"{who}: {gate['name']}: {gate['metric']} {figure(gate['value'], 4)}, need {gate['relation']} "
+                        f"{figure(gate['limit'], 4)}")
     return told
 
 

@@ -22,6 +22,7 @@ from lrc_edge.targets.fit import Fit, FormatFit, check_fit
 from lrc_edge.targets.memory import GROUPS, bytes_by_group, kv_bytes_per_token
 from lrc_edge.targets.profile import all_profiles, load_profile
 from lrc_edge.targets.runtimes import kits_named
+from lrc_edge.targets.serve import page_server
 
 NOTES = ("total: the predicted peak of the resident set; llama.cpp and onnxruntime on x86-64 were within a tenth of "
          "it (benchmarks/fit.py); other processors are reckoned, browsers fitted to a few measurements in Chromium. "
@@ -78,6 +79,13 @@ def setup(names: list[str], yes: bool, console: Console) -> None:
         with running(console, "setup") as task:
             kit.install(task.update)
     console.print("done")
+
+
+def serve(path: Path, encoding: str, host: str, port: int) -> None:
+    """A page in which the GGUF answers, until Ctrl-C."""
+    with page_server(path, encoding, host, port) as server:
+        print(f"{server.origin}/  (Ctrl-C ends)", flush=True)
+        server.wait()
 
 
 @dataclass(frozen=True)

@@ -188,7 +188,7 @@ def teacher(tmp_path: Path) -> Path:
 def test_targets_lists_and_explains() -> None:
     listed = lrc_edge("targets")
     assert listed.returncode == 0, listed.stderr
-    assert all(name in listed.stdout for name in ("android-low", "browser-phone", "17 GB/s", "gguf:q4_0"))
+    assert all(name in listed.stdout for name in ("android-low", "browser-phone", "6 of 8 GB", "gguf:q4_0"))
     shown = lrc_edge("targets", "show", "android-low")
     assert shown.returncode == 0, shown.stderr
     assert all(text in shown.stdout for text in ("cortex-a53", "our judgement", "https://", "2026-11-21", "onnx:q4"))
