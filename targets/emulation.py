@@ -68,9 +68,10 @@ class Aarch64:
 
     def install(self, say: Say) -> None:
         """Raises UserError where apt-get, pip or npm is missing or fails; leaves nothing behind then."""
-        for program in PROGRAMS:
-            if shutil.which(program) is None:
-                raise UserError(f"{self.name}: this machine has no {program}; the setup needs {', '.join(PROGRAMS)}")
+        absent = [program for program in PROGRAMS if shutil.which(program) is None]
+        absent += [] if importlib.util.find_spec("pip") else ["pip"]
+        if absent:
+            raise UserError(f"{self.name}: this machine has no {', '.join(absent)}; install that first")
         with unfinished(self.folder) as folder:
             (downloads := folder / "downloads").mkdir()
             _unpack_debian(folder, downloads, say)

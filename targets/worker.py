@@ -26,6 +26,9 @@ from typing import Any
 from lrc_edge.errors import UserError
 
 ANSWER_SECONDS = 600.0
+DEATHS: dict[int, str] = {signal.SIGILL: "illegal instruction", signal.SIGSEGV: "segmentation fault",
+                          signal.SIGBUS: "bus error", signal.SIGABRT: "aborted",
+                          signal.SIGKILL: "killed (out of memory?)"}
 
 
 class WorkerFailed(UserError):
@@ -113,9 +116,7 @@ class Worker:
         except subprocess.TimeoutExpired:
             return WorkerFailed(f"stopped answering at {op}{self._last_words()}")
         if status < 0:
-            name = {signal.SIGILL: "illegal instruction", signal.SIGSEGV: "segmentation fault",
-                    signal.SIGBUS: "bus error", signal.SIGABRT: "aborted",
-                    signal.SIGKILL: "killed (out of memory?)"}.get(-status, "killed")
+            name = DEATHS.get(-status, "killed")
             return WorkerFailed(f"{name} during {op} (signal {signal.Signals(-status).name}){self._last_words()}")
         return WorkerFailed(f"ended during {op} with status {status}{self._last_words()}")
 
