@@ -30,6 +30,6 @@ def page_server(path: Path, encoding: str, host: str, port: int) -> StaticServer
     about = {"file": file.name, "name": file.stem, "bytes": file.stat().st_size}
     wllama = WLLAMA.module("@wllama/wllama")
     mounts: Mounts = {"/": PAGES / "chat.html", "/about.json": json.dumps(about).encode(), "/model.gguf": file,
-                      **{f"/{name}": PAGES / name for name in ("chat.css", "chat.mjs", "gguf.mjs")},
+                      **{f"/{name}": PAGES / name for name in ("chat.css", "chat.mjs", "gguf.mjs", "llama.mjs")},
                       "/wllama": wllama, "/wllama-compat": WLLAMA.module("@wllama/wllama-compat")}
     return StaticServer(mounts, host, port, {**ISOLATION, **POLICY})

@@ -47,7 +47,7 @@ for (const prompt of asked.asks ?? []) {
     (name) => page.locator(`.turn:last-child .${name}`).textContent()));
   found.turns.push({ asked: asked_, answer, note });
 }
-for (const id of ["name", "facts", "threads", "message", "decode", "prefill", "memory", "used", "context"])
+for (const id of ["name", "facts", "message", "decode", "prefill", "memory", "used", "context"])
   found[id] = await page.locator(`#${id}`).textContent();
 found.failed = await page.locator("#status.failed").count() > 0;
 found.scroll = await page.evaluate(() => [document.documentElement.scrollWidth, innerWidth,
