@@ -64,7 +64,7 @@ async function begin() {
   try {
     ({ model, said } = await load(file, wasm, { n_ctx, n_threads, jinja: true }));
   } catch (error) {
-    throw new Error(`${about.file} cannot be loaded: ${error.message}. Export it again, then reload this page.`);
+    throw new Error(`${about.file} cannot be loaded: ${error.message}. Reload this page, or export the file again.`);
   }
   const mebibytes = said.map((line) => Number(line.match(/buffer size = +([\d.]+) MiB/)?.[1] ?? 0));
   const bytes = 2 ** 20 * mebibytes.reduce((sum, value) => sum + value);

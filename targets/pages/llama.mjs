@@ -10,9 +10,10 @@ export async function program() {
 
 // {model, said}: the Wllama and llama.cpp's words while it loaded. Throws an Error that says why it cannot be loaded.
 export async function load(file, wasm, options) {
-  const said = [], errors = [], quiet = () => {};
-  const logger = { debug: (text) => said.push(String(text)), log: quiet, warn: quiet, error: (text) => errors.push(String(text)) };
-  const model = new Wllama({ default: wasm }, { logger });
+  const said = [], errors = [], quiet = () => {}, into = (lines) => (text) => lines.push(String(text));
+  const logger = { debug: into(said), log: quiet, warn: quiet, error: into(errors) };
+  const unused = {}; // wllama's own, which keep models, cannot be made on a page that is not isolated
+  const model = new Wllama({ default: wasm }, { logger, cacheManager: unused, modelManager: unused });
   // For browsers without 64-bit memory or JSPI, as Safari; by default wllama would ask a foreign server for it.
   model.setCompat({ worker: "/wllama-compat/wasm/wllama.js", wasm: "/wllama-compat/wasm/wllama.wasm" });
   let why;
