@@ -1,5 +1,6 @@
-# make demo   build a student of the embedded teacher, end to end        make check   ruff and mypy
-# make test   the tests                                                  make clean   remove what these made
+# make demo           build a student of the embedded teacher, end to end      make check   ruff and mypy
+# make test           the tests                                                make clean   remove what these made
+# make test-targets   the demo's files on emulated processors, in Chromium and in node; installs these first
 # Two test workers with one computing thread each: threads that wait for each other's core are ten times slower.
 # Everything is installed into .venv first; PYTHON=python3.12 chooses another interpreter.
 
@@ -13,17 +14,25 @@ DEMO_OUT ?= demo-out
 FAMILY_TESTS = $(patsubst %,tests/test_%.py,checkpoint identity clone trainer fold tokenizer to_gguf to_onnx one_grid onnxrt \
 	optimum end_to_end)
 
-.PHONY: demo test test-optimum check clean
+# Every processor that is emulated, both browsers' runtimes, and this machine's own.
+TARGETS = android-low raspberry-pi-5 android-high browser-desktop laptop-$(if $(filter x86_64,$(shell uname -m)),x86,arm64)
+
+.PHONY: demo test test-optimum test-targets check clean
 
 demo: $(VENV)/installed
 	$(BIN)/lrc-edge build examples/demo/storyteller --data examples/demo/stories.jsonl --recipe examples/demo/recipe.toml --out $(DEMO_OUT)
 
 test: $(VENV)/installed $(NODE)/installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not targets" -n 2
 
 # transformers 4.57 and optimum's ONNX classes, which do not run on transformers 5.
 test-optimum: $(OPTIMUM)/installed
-	OMP_NUM_THREADS=1 $(OPTIMUM)/bin/pytest -m "not slow" -n 2 $(FAMILY_TESTS)
+	OMP_NUM_THREADS=1 $(OPTIMUM)/bin/pytest -m "not slow and not targets" -n 2 $(FAMILY_TESTS)
+
+test-targets: demo
+	$(BIN)/lrc-edge targets setup --yes $(TARGETS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m targets -n 2
+	$(BIN)/lrc-edge check $(DEMO_OUT) $(TARGETS:%=--target %)
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -1,11 +1,14 @@
 """A dense student with random weights, for the benchmarks of speed: numbers do not matter to them, shapes do.
 
-Its vocabulary is as small as a tokenizer of bytes allows, so that the layers are what is measured.
+Its vocabulary is as small as a tokenizer of bytes allows, so that the layers are what is measured; only the shapes for
+the vocabulary's memory (fit.py) have a large one.
 """
 from __future__ import annotations
 
 import json
 import pydoc_data.topics
+import random
+import string
 from pathlib import Path
 
 import torch
@@ -22,6 +25,19 @@ SHAPES = {
                      head_dim=128, intermediate_size=8192),
     "tiny": dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2, head_dim=32,
                  intermediate_size=256),
+    # For fit.py: what takes the memory, in a size to measure, and below it in one for the tests.
+    "weights": dict(hidden_size=1024, num_hidden_layers=16, num_attention_heads=16, num_key_value_heads=4,
+                    head_dim=64, intermediate_size=4096),
+    "cache": dict(hidden_size=512, num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=16, head_dim=64,
+                  intermediate_size=1536),
+    "vocabulary": dict(hidden_size=640, num_hidden_layers=6, num_attention_heads=10, num_key_value_heads=2,
+                       head_dim=64, intermediate_size=1792, vocab_size=131_072),
+    "small-weights": dict(hidden_size=768, num_hidden_layers=8, num_attention_heads=12, num_key_value_heads=4,
+                          head_dim=64, intermediate_size=2048),
+    "small-cache": dict(hidden_size=256, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=8,
+                        head_dim=32, intermediate_size=768),
+    "small-vocabulary": dict(hidden_size=320, num_hidden_layers=2, num_attention_heads=5, num_key_value_heads=1,
+                             head_dim=64, intermediate_size=640, vocab_size=65_536),
 }
 SHARD_BYTES = 1 << 30
 
@@ -32,10 +48,11 @@ def make_student(folder: Path, shape_name: str) -> Path:
     if (path / "config.json").exists():
         return path
     path.mkdir(parents=True, exist_ok=True)
-    tokenizer().save_pretrained(path)
+    fields = {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 4096} | SHAPES[shape_name]
+    large = fields["vocab_size"] > VOCAB_SIZE
+    (large_tokenizer(fields["vocab_size"]) if large else tokenizer()).save_pretrained(path)
     config = LlamaConfig(
-        **SHAPES[shape_name], vocab_size=VOCAB_SIZE, tie_word_embeddings=True, max_position_embeddings=4096,
-        rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        **fields, tie_word_embeddings=True, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2, pad_token_id=0,
         rope_parameters={"rope_type": "default", "rope_theta": 500_000.0}, dtype="bfloat16",
         architectures=["LlamaForCausalLM"])
     generator = torch.Generator().manual_seed(0)
@@ -65,6 +82,25 @@ def tokenizer() -> PreTrainedTokenizerFast:
     table["added_tokens"] = [token for token in table["added_tokens"] if token["content"] in special]
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(table)), bos_token="<s>",
                                    eos_token="</s>", unk_token="<unk>", clean_up_tokenization_spaces=False)
+
+
+def large_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """GPT-2's kind, with as many tokens and about as many merges: random words, each grown letter by letter."""
+    rng = random.Random(0)
+    tokens = dict.fromkeys(["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    merges: list[tuple[str, str]] = []
+    while len(tokens) < vocab_size:
+        word = rng.choice(string.ascii_letters)
+        for letter in rng.choices(string.ascii_lowercase, k=8):
+            if word + letter not in tokens and len(tokens) < vocab_size:
+                tokens[word + letter] = None
+                merges.append((word, letter))
+            word += letter
+    words = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    words.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+                                   clean_up_tokenization_spaces=False)
 
 
 def _shards(shape: ModelShape) -> list[list[Weight]]:

@@ -18,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from lrc_edge.config_file import read_config, shape_of
 from lrc_edge.errors import UserError
-from lrc_edge.roles import FAMILIES, HEAD, UNSUPPORTED_SWITCHES, Weight, weights_of
+from lrc_edge.roles import HEAD, Weight, weights_of
 from lrc_edge.shape import ModelShape
 
 if TYPE_CHECKING:  # a second's import, which writing a file does not need
@@ -58,8 +59,9 @@ class DenseCheckpoint:
         Reads headers only, no weights. Raises UserError.
         """
         path = Path(path)
-        config = _read_config(path)
-        shape = _read_shape(config, path / "config.json")
+        config = read_config(path)
+        shape = shape_of(config, path / "config.json")
+        _check_rope_form(config, path / "config.json")
         files = _tensor_files(path)
         _check_tensors(shape, files, path)
         if not any((path / file).exists() for file in TOKENIZER_FILES):
@@ -182,37 +184,11 @@ def _recorded_name(path: Path) -> str | None:
     return json.loads(file.read_text()).get("name") if file.exists() else None
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_dir():
-        raise UserError(f"{path}: not a directory; give a Hugging Face model directory")
-    file = path / "config.json"
-    if not file.exists():
-        raise UserError(f"{path}: no config.json; give a Hugging Face model directory")
-    try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error}); get an intact copy") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{file}: holds a {type(config).__name__}, need a table; get an intact copy")
-    return config
-
-
-def _read_shape(config: dict[str, Any], where: Path) -> ModelShape:
-    family = config.get("model_type")
-    if family not in FAMILIES:
-        raise UserError(f"{where}: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
-    for switch in UNSUPPORTED_SWITCHES[family]:
-        if config.get(switch):
-            raise UserError(f"{where}: {switch} = true is not supported for {family}; only plain {family} models are")
-    if config.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{where}: hidden_act {config['hidden_act']!r} is not supported; need 'silu'")
-    if config.get("quantization_config"):
-        raise UserError(f"{where}: the checkpoint is quantized already; give the unquantized model")
+def _check_rope_form(config: dict[str, Any], where: Path) -> None:
     # 4.57 does not read rope_parameters and silently takes its defaults, so teacher and student would both be wrong.
     if Version(transformers.__version__).major < 5 and "rope_parameters" in config and "rope_theta" not in config:
         raise UserError(f"{where}: rope_parameters is read by transformers >= 5 only, and this is "
                         f"{transformers.__version__}, which would use a wrong RoPE; install transformers >= 5")
-    return ModelShape.from_config(config, str(where))
 
 
 def _tensor_files(path: Path) -> dict[str, Path]:

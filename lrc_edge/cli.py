@@ -21,7 +21,8 @@ app = typer.Typer(
 ONNX, and prove on their real runtimes that each says what the PyTorch student says.
 
 [bold]lrc-edge build[/] does everything; the other commands are its stages alone. Exit status: 0 every gate passed, 1 a
-gate failed (the report says which), 2 a mistake in the input (one line says what).""")
+gate failed (the report says which), 2 a mistake in the input (one line says what), 3 a device was asked for that could
+not be checked here.""")
 
 Teacher = Annotated[str, typer.Argument(help="Hugging Face model directory, or hub id (HuggingFaceTB/SmolLM2-360M).")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Directory to build in. Run again to continue what is there.")]
@@ -40,6 +41,9 @@ Formats = Annotated[str | None, typer.Option(
 BitsPerWeight = Annotated[float | None, typer.Option(
     help="One more GGUF, of this size and mixed precision: each matrix gets the type that, as measured, loses least "
          "(4.25).")]
+Targets = Annotated[list[str] | None, typer.Option(
+    "--target", "-t", metavar="NAME", help="A device (`lrc-edge targets` lists them) or ./my-device.toml: write what "
+                                           "it runs, and check that in its runtimes; may be repeated.")]
 BuildDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="The --out directory of a build or an export.")]
 
 
@@ -52,14 +56,15 @@ def _options(show_version: Annotated[bool, typer.Option("--version", help="Print
 
 @app.command()
 def build(teacher: Teacher, out: Out, recipe: RecipeFile = None, settings: Settings = None, data: Sources = None,
-          formats: Formats = None, bits_per_weight: BitsPerWeight = None) -> None:
+          formats: Formats = None, bits_per_weight: BitsPerWeight = None, target: Targets = None) -> None:
     """Everything: teacher in, proved GGUF and ONNX out, with a report.
 
-    [dim]lrc-edge build HuggingFaceTB/SmolLM2-360M --data stories.jsonl --set student.hidden_size=512 --out out[/]
+    [dim]lrc-edge build HuggingFaceTB/SmolLM2-360M --data stories.jsonl --target raspberry-pi-5 --out out[/]
     """
     from lrc_edge import commands
 
-    _exit(commands.build(teacher, out, _recipe(recipe, settings, data, formats, bits_per_weight), _console()))
+    job = _recipe(recipe, settings, data, formats, bits_per_weight, target)
+    _exit(commands.build(teacher, out, job, _console()))
 
 
 @app.command()
@@ -84,19 +89,30 @@ def export(model: Annotated[str, typer.Argument(metavar="HF_DIR", help="Any dens
            out: Out, recipe: RecipeFile = None, settings: Settings = None,
            data: Annotated[list[str] | None, typer.Option(
                "--data", "-d", metavar="SRC", help="Text to prove on; default: Python's own documentation.")] = None,
-           formats: Formats = None, bits_per_weight: BitsPerWeight = None) -> None:
+           formats: Formats = None, bits_per_weight: BitsPerWeight = None, target: Targets = None) -> None:
     """Write and prove GGUF and ONNX of any dense checkpoint, trained here or not.
 
     [dim]lrc-edge export Qwen/Qwen3-0.6B --out out --formats gguf:q4_k_m,onnx:q4[/]
     """
     from lrc_edge import commands
 
-    _exit(commands.export(model, out, _recipe(recipe, settings, data, formats, bits_per_weight), _console()))
+    job = _recipe(recipe, settings, data, formats, bits_per_weight, target)
+    _exit(commands.export(model, out, job, _console()))
 
 
 @app.command()
-def check(directory: BuildDirectory) -> None:
-    """Prove the artifacts of DIR again, from the files, and write the report anew."""
+def check(directory: BuildDirectory, target: Annotated[list[str] | None, typer.Option(
+        "--target", "-t", metavar="NAME", help="Only in the runtimes of this device, without PyTorch; may be "
+                                               "repeated.")] = None) -> None:
+    """Prove the artifacts of DIR again, from the files, and write the report anew.
+
+    With --target it needs neither PyTorch nor transformers: DIR/check holds what the PyTorch student says.
+    """
+    if target:
+        from lrc_edge.target_checks import check_targets
+        from lrc_edge.targets.profile import load_profile
+
+        _exit(check_targets(directory, [load_profile(name) for name in target], _plain_console()))
     from lrc_edge import commands
 
     _exit(commands.check(directory, _console()))
@@ -151,14 +167,61 @@ def show_recipe(recipe: RecipeFile = None, settings: Settings = None) -> None:
     print(to_toml(_recipe(recipe, settings)), end="")
 
 
+targets_app = typer.Typer(invoke_without_command=True, rich_markup_mode="rich",
+                          help="Devices: what they are, and whether a model fits them.")
+app.add_typer(targets_app, name="targets")
+
+
+@targets_app.callback()
+def targets(context: typer.Context) -> None:
+    """List the devices that are known, with what they have and which artifact to take."""
+    if context.invoked_subcommand is None:
+        from lrc_edge.target_commands import list_targets
+
+        list_targets(_plain_console())
+
+
+@targets_app.command("show")
+def show_target(target: Annotated[str, typer.Argument(metavar="NAME", help="A target, or a file like ./device.toml.")]
+                ) -> None:
+    """Explain one: every figure with its source, and why its formats run well there."""
+    from lrc_edge import target_commands
+
+    target_commands.show_target(target, _plain_console())
+
+
+@targets_app.command("fit")
+def fit_target(model: Annotated[str, typer.Argument(help="A teacher (directory or hub id), or a build's directory.")],
+               target: Annotated[str, typer.Option("--target", "-t", metavar="NAME", help="A target, or a file.")],
+               context: Annotated[int | None, typer.Option(help="Tokens; default: what the target plans for.")] = None,
+               recipe: RecipeFile = None, settings: Settings = None) -> None:
+    """Does it fit? Memory by layer group for each format, the longest context, and a bound of the speed.
+
+    [dim]lrc-edge targets fit HuggingFaceTB/SmolLM2-360M --target android-low --set student.hidden_size=512[/]
+    """
+    from lrc_edge import target_commands
+
+    _exit(target_commands.fit(model, target, context, _recipe(recipe, settings), _plain_console()))
+
+
+@targets_app.command("setup")
+def setup_targets(names: Annotated[list[str], typer.Argument(
+        metavar="NAME...", help="Targets, or single runtimes (wllama, llama.cpp).")],
+                  yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False) -> None:
+    """Install what the check of a target runs: emulator, browser, runtimes. It says what before it does it."""
+    from lrc_edge import target_commands
+
+    target_commands.setup(names, yes, _plain_console())
+
+
 def _recipe(file: Path | None, settings: list[str] | None, data: list[str] | None = None, formats: str | None = None,
-            bits_per_weight: float | None = None) -> Any:
+            bits_per_weight: float | None = None, targets: list[str] | None = None) -> Any:
     from lrc_edge.recipe import load_recipe
 
     overrides: dict[str, dict[str, Any]] = {}
     if data:
         overrides["data"] = {"sources": data}
-    export = {"formats": formats, "bits_per_weight": bits_per_weight}
+    export = {"formats": formats, "bits_per_weight": bits_per_weight, "targets": targets}
     overrides["export"] = {key: value for key, value in export.items() if value is not None}
     return load_recipe(file, settings or (), **overrides)
 
@@ -179,8 +242,15 @@ def _console() -> Any:
     return Console(stderr=False, soft_wrap=False)
 
 
-def _exit(passed: bool) -> None:
-    raise typer.Exit(0 if passed else 1)
+def _exit(status: bool | int) -> None:
+    """Whether everything passed, or the status itself."""
+    raise typer.Exit(int(not status) if isinstance(status, bool) else status)
+def _plain_console() -> Any:
+    """For commands that work without transformers."""
+    from rich.console import Console
+
+    return Console()
+
 
 
 def main() -> None:

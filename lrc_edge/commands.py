@@ -18,16 +18,18 @@ from lrc_edge.artifact import Artifact, smallest_gguf
 from lrc_edge.build import MANIFEST, BuildDir
 from lrc_edge.checkpoint import DenseCheckpoint, resolve_model
 from lrc_edge.errors import UserError
+from lrc_edge.machine import processors
 from lrc_edge.pipeline import Pipeline
 from lrc_edge.recipe import Recipe, load_recipe
-from lrc_edge.report import gate_table, verdict, write_report
-from lrc_edge.report_table import processors
+from lrc_edge.report import REPORT, gate_table, verdict, write_report
 from lrc_edge.stages import Teacher
+from lrc_edge.target_checks import check_targets
 from lrc_edge.training import ON_GRID
 
 
-def build(source: str, out: Path, recipe: Recipe, console: Console, until: str = "report") -> bool:
-    """The whole pipeline, or up to the stage `until` ("train", "fold"). Returns whether every gate passed."""
+def build(source: str, out: Path, recipe: Recipe, console: Console, until: str = "report") -> bool | int:
+    """The whole pipeline, or up to the stage `until` ("train", "fold"). Returns whether every gate passed; where only
+    a device's runtime was missing, the exit status that says so."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if until != "train":
             raise UserError("several processes can only train: use lrc-edge train under torchrun, then build on one")
@@ -51,6 +53,8 @@ def _before_training(source: str, out: Path, recipe: Recipe, console: Console, u
     # A machine that only trains need not have the runtimes; what they cannot run is then found where they are.
     trains_only = until == "train" and find_spec("llama_cpp") is None
     preflight.check_build(teacher.checkpoint, recipe, out, runtimes=not trains_only)
+    for warning in preflight.fit_warnings(teacher.checkpoint, recipe):
+        console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     with _leaving_nothing_of_a_mistake(out):
         pipeline = Pipeline(out, recipe, console, teacher)
         pipeline.describe_job(teacher=str(Path(source).resolve()) if teacher.revision == "local" else source)
@@ -95,7 +99,7 @@ def _check_rows_divide(teacher: DenseCheckpoint, recipe: Recipe, world: int) -> 
     schedule.rows_of_process(world, recipe.train.micro_batch)
 
 
-def export(source: str, out: Path, recipe: Recipe, console: Console) -> bool:
+def export(source: str, out: Path, recipe: Recipe, console: Console) -> bool | int:
     """Write and prove the artifacts of any dense checkpoint of a supported family."""
     path, name, _ = resolve_model(source)
     student = DenseCheckpoint.open(path, name)
@@ -126,13 +130,16 @@ def _leaving_nothing_of_a_mistake(out: Path) -> Iterator[None]:
         raise
 
 
-def _prove_and_report(pipeline: Pipeline, student: DenseCheckpoint, console: Console) -> bool:
+def _prove_and_report(pipeline: Pipeline, student: DenseCheckpoint, console: Console) -> bool | int:
     on_grid = pipeline.quantize(student)
     artifacts = pipeline.export(student, on_grid)
     pipeline.check(student, artifacts, on_grid)
-    report = pipeline.report(student)
+    pipeline.teacher_gguf()
+    pipeline.report(student)
+    status = check_targets(pipeline.out, pipeline.profiles, console)
+    report = json.loads((pipeline.out / REPORT).read_text())
     show_verdict(report, pipeline.out, console)
-    return all(gate["passed"] for gate in report["gates"])
+    return status if all(gate["passed"] for gate in report["gates"]) else False
 
 
 def _reopen(out: Path, console: Console) -> tuple[Pipeline, dict[str, Any]]:
@@ -188,7 +195,7 @@ def fold(out: Path, console: Console) -> bool:
 
 def show_report(out: Path, console: Console) -> bool:
     """Render report.html again from report.json, and print the gates."""
-    file = out / "report.json"
+    file = out / REPORT
     if not file.exists():
         raise UserError(f"{out}: no report.json; run lrc-edge build, export or check first")
     report: dict[str, Any] = json.loads(file.read_text())

@@ -162,6 +162,25 @@ def gates_of_artifact(artifact: str, kind: str, mode: str, metrics: Metrics, lim
         return [gate("kl_mean", limits.gguf_f32_kl), gate("top1", limits.gguf_f32_top1, ">=")]
     if kind == "onnx:fp32":
         return [gate("kl_mean", limits.onnx_fp32_kl), gate("max_abs", limits.onnx_fp32_max_abs)]
+    return [gate("kl_mean", _kl_limit(kind, limits))]
+
+
+def _kl_limit(kind: str, limits: Gates) -> float:
     by_kind = {"gguf:f16": limits.gguf_f16_kl, "gguf:bf16": limits.gguf_bf16_kl, "gguf:q8_0": limits.gguf_q8_0_kl,
                "onnx:fp16": limits.onnx_fp16_kl, "onnx:q8": limits.onnx_q8_kl}
-    return [gate("kl_mean", by_kind.get(kind, limits.quantized_kl))]
+    return by_kind.get(kind, limits.quantized_kl)
+
+
+def gates_of_device(artifact: str, kind: str, figures: dict[str, Any], limits: Gates) -> list[Gate]:
+    """Of an artifact in a device's runtime; `figures` as stored_reference.DeviceComparison gives them.
+
+    A device rounds its KV cache to 16 bits (1.4e-7 nats on the demo's student): unquantized files are held to F16's
+    limit.
+    """
+    encoding = kind.partition(":")[2]
+    unquantized = encoding in ("f32", "fp32", "f16", "fp16", "bf16")
+    kl = max(_kl_limit(kind, limits) if "32" not in encoding else 0.0, limits.gguf_f16_kl)
+    top1 = (limits.unquantized_top1 if unquantized else limits.q8_top1 if encoding in ("q8_0", "q8")
+            else limits.quantized_top1)
+    return [Gate("on device vs student", artifact, "kl_mean", figures["kl_mean"], kl, "<="),
+            Gate("on device vs student", artifact, "top1", figures["top1"], top1, ">=")]

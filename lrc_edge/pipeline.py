@@ -6,6 +6,7 @@ the run that left them.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from lrc_edge import preflight
@@ -14,8 +15,13 @@ from lrc_edge.build import replace_tree
 from lrc_edge.calibrate import CalibrationStages
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.console import Task, stage_line
-from lrc_edge.report import write_report
-from lrc_edge.report_table import processors, report_table
+from lrc_edge.machine import threads_for
+from lrc_edge.report import REPORT, write_report
+from lrc_edge.report_table import report_table
+from lrc_edge.stored_reference import REFERENCE_FILE
+from lrc_edge.target_checks import TEACHER_FILE, add_results, kept_results
+from lrc_edge.targets.profile import Profile, load_profile
+from lrc_edge.targets.runtimes import is_here
 from lrc_edge.training import TrainingStages
 
 
@@ -93,21 +99,46 @@ class Pipeline(TrainingStages, CalibrationStages):
 
             teacher = self.teacher.checkpoint if self.teacher else None
             proof = prove(artifacts, self.out, student, on_grid, self.held_out_rows(student), self._prompts(student),
-                          self.recipe, _threads(student), teacher, task.update)
+                          self.recipe, threads_for(student.shape), teacher, task.update)
             gates = self._gates(proof.gates)
             table = {key: value for key, value in vars(proof).items() if key != "gates"}
             return {**table, "gates": gates}, f"{sum(g['passed'] for g in gates)} of {len(gates)} gates passed"
 
         self._stage("check", [[a.as_dict() for a in artifacts], self._check_settings(),
-                              [self._hashes(model) for model in (student, on_grid) if model]], [], work)
+                              [self._hashes(model) for model in (student, on_grid) if model]],
+                    [self.out / REFERENCE_FILE], work)
+
+    @property
+    def profiles(self) -> list[Profile]:
+        """The recipe's targets."""
+        return [load_profile(name) for name in self.recipe.export.targets]
+
+    def teacher_gguf(self) -> None:
+        """The teacher in 4 bits, where a target is a machine like this one: how much faster is the student?"""
+        file = self.out / TEACHER_FILE
+        if self.teacher is None or not any(is_here(profile) for profile in self.profiles):
+            return
+        teacher = self._teacher
+
+        def work(task: Task) -> tuple[Any, str]:
+            from lrc_edge.export.to_gguf import export_gguf
+
+            with self.dir.partial("teacher") as partial:
+                [artifact] = export_gguf(teacher, partial, ["q4_0"], task.update)
+                file.parent.mkdir(exist_ok=True)
+                (partial / Path(artifact.path).name).replace(file)
+            return None, f"{teacher.name} as Q4_0 for timing, {artifact.bytes / 1e6:.1f} MB"
+
+        self._stage("teacher", self._hashes(teacher), [file], work)
 
     def report(self, student: DenseCheckpoint) -> dict[str, Any]:
         """Write report.json and report.html from what the stages left, and return the report."""
-        if not self._stage_work and (self.out / "report.json").exists() and (self.out / "report.html").exists():
+        if not self._stage_work and (self.out / REPORT).exists() and (self.out / "report.html").exists():
             stage_line(self.console, "report", "unchanged, nothing to do")
-            report: dict[str, Any] = json.loads((self.out / "report.json").read_text())
+            report: dict[str, Any] = json.loads((self.out / REPORT).read_text())
             return report
         table = report_table(self.dir, student, self.teacher.checkpoint if self.teacher else None, self._curve())
+        add_results(table, kept_results(self.out, table["artifacts"]))
         write_report(table, self.out)
         return table
 
@@ -118,7 +149,3 @@ class Pipeline(TrainingStages, CalibrationStages):
 
         return read_metrics(self.out / "train" / METRICS_FILE)
 
-
-def _threads(model: DenseCheckpoint) -> int:
-    """Below 50M parameters a token takes less time than waking a second thread (measured: 0.04 s against 0.33 s)."""
-    return 1 if model.shape.n_params < 50_000_000 else processors()

@@ -10,8 +10,10 @@ from lrc_edge.errors import UserError
 from lrc_edge.figures import human_bytes
 from lrc_edge.recipe import Recipe
 from lrc_edge.roles import weights_of
-from lrc_edge.shape import ModelShape
+from lrc_edge.shape import ModelShape, student_width
 from lrc_edge.sources import SELF, WANTED, looks_local
+from lrc_edge.targets.fit import check_fit
+from lrc_edge.targets.profile import load_profile
 
 # Name -> elements of a block, which a row must be a multiple of.
 ONNX_ENCODINGS = {"fp32": 1, "fp16": 1, "q8": 32, "q4": 32}
@@ -43,10 +45,12 @@ def _check_imatrix(recipe: Recipe, formats: list[tuple[str, str]]) -> None:
 
 
 def wanted_formats(recipe: Recipe, hidden_size: int) -> list[tuple[str, str]]:
-    """The recipe's formats, or the default ones of a model of this width."""
+    """The recipe's formats and its targets', or the default ones of a model of this width."""
+    named = [*recipe.export.formats, *(name for target in recipe.export.targets
+                                       for name in load_profile(target).format_names)]
     default = ["gguf:f16", "gguf:q8_0", "onnx:fp32"]
     default += ["gguf:q4_k_m", "gguf:q4_0", "onnx:q4"] * (hidden_size % 256 == 0)
-    return [parse_format(text) for text in dict.fromkeys(recipe.export.formats or default)]
+    return [parse_format(text) for text in dict.fromkeys(named or default)]
 
 
 GRID_FORMATS = {("gguf", "q4_0"), ("onnx", "q4")}  # what training on the Q4_0 grid is for
@@ -75,14 +79,6 @@ def _check_quantize(recipe: Recipe, shape: ModelShape, formats: list[tuple[str, 
         raise UserError(f"quantize.tokens = {q.tokens}: no text to train on; {WANTED} with --data")
 
 
-def student_width(recipe: Recipe, teacher: ModelShape) -> int:
-    """The recipe's hidden_size, or half the teacher's in the roundest number that quantizes well."""
-    if recipe.student.hidden_size:
-        return recipe.student.hidden_size
-    half = teacher.hidden_size // 2
-    return next((half // unit * unit for unit in (256, 64, 32) if half >= unit), max(1, half))
-
-
 def student_name(recipe: Recipe, teacher: DenseCheckpoint) -> str:
     return recipe.student.name or f"{teacher.name}-LRC-{student_width(recipe, teacher.shape)}"
 
@@ -105,6 +101,13 @@ def check_build(teacher: DenseCheckpoint, recipe: Recipe, out: Path, runtimes: b
     if runtimes:
         _check_mixed_precision(recipe, teacher.shape.with_hidden_size(student_width(recipe, teacher.shape)))
     _check_disk(out, _build_bytes(teacher.shape, recipe, formats))
+
+
+def fit_warnings(teacher: DenseCheckpoint, recipe: Recipe) -> list[str]:
+    """A line for each of the recipe's targets that the student will not fit."""
+    student = teacher.shape.with_hidden_size(student_width(recipe, teacher.shape))
+    plans = (check_fit(student, load_profile(name)) for name in recipe.export.targets)
+    return [plan.warning for plan in plans if plan.warning]
 
 
 def check_export(student: DenseCheckpoint, recipe: Recipe, out: Path) -> None:

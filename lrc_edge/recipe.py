@@ -116,6 +116,9 @@ class Export:
     # Empty: gguf:f16, gguf:q8_0 and onnx:fp32; from a width that 256 divides also gguf:q4_k_m, gguf:q4_0 and onnx:q4.
     # Narrower models are so small that 4 bits save little, and lose much (docs/LOG.md).
     formats: tuple[str, ...] = ()
+    # Devices by the name or file of their profile (`lrc-edge targets`): what they run best is written instead of the
+    # default, beside what `formats` names, and checked in their runtimes.
+    targets: tuple[str, ...] = ()
     calibration_tokens: int = 16_384  # of text apart from the proof's, for the quantizer's importance matrix; 0: none
     # Above 0: one more GGUF, each of its matrices in the type that, as measured, loses least at this size (mixed
     # precision); all tensors counted. docs/quantization.md.
@@ -156,6 +159,10 @@ class Gates:
     onnx_fp32_max_abs: float = 1e-4
     onnx_fp16_kl: float = 1e-4
     onnx_q8_kl: float = 5e-3
+    # On devices the same limits of KL, and of the share of equal argmax: of 16 and 32 bits, of 8 bits, of every other.
+    unquantized_top1: float = 0.99
+    q8_top1: float = 0.95
+    quantized_top1: float = 0.75
 
 
 @dataclass(frozen=True, kw_only=True)

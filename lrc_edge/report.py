@@ -18,9 +18,12 @@ from lrc_edge import report_view as view
 from lrc_edge.build import write_atomically
 from lrc_edge.figures import prose, visible
 from lrc_edge.report_quantization import quantization_facts
+from lrc_edge.report_targets import target_tables
 from lrc_edge.report_view import Names, Report, gate_cells, ordered_gates
+from lrc_edge.stored_reference import TOP
 
-NAMED_IN_VERDICT = 3  # failed gates; the table has the others
+REPORT = "report.json"
+NAMED_IN_VERDICT = 3  # of each kind; the tables have the others
 
 
 def verdict(report: Report) -> str:
@@ -29,13 +32,20 @@ def verdict(report: Report) -> str:
     failed = [gate_cells(gate, names) for gate in gates if gate.get("passed") is not True]
     if not gates:
         return "No gate was judged: nothing is proved"
+    unchecked = [f"{target['target']} {names(row['artifact'])} in {visible(row['runtime'])}"
+                 for target in report.get("targets") or [] for row in target["rows"] if row["state"] == "not checked"]
+    missed = f"; NOT CHECKED: {_few(unchecked)}" if unchecked else ""
     if not failed:
-        return "The one gate passed" if len(gates) == 1 else f"All {len(gates)} gates passed"
+        return ("The one gate passed" if len(gates) == 1 else f"All {len(gates)} gates passed") + missed
     told = [f"{g['artifact']} {g['name']}: {g['metric']} {g['value']} {g['relation']} {g['limit']}"
-            for g in failed[:NAMED_IN_VERDICT]]
-    if len(failed) > NAMED_IN_VERDICT:
-        told.append(f"and {len(failed) - NAMED_IN_VERDICT} more")
-    return f"{len(failed)} of {len(gates)} gates FAILED: {'; '.join(told)}"
+            for g in failed]
+    return f"{len(failed)} of {len(gates)} gates FAILED: {_few(told)}{missed}"
+
+
+def _few(told: list[str]) -> str:
+    """The first of them, and how many more there are."""
+    more = [f"and {len(told) - NAMED_IN_VERDICT} more"] if len(told) > NAMED_IN_VERDICT else []
+    return "; ".join(told[:NAMED_IN_VERDICT] + more)
 
 
 def gate_table(report: Report) -> Table:
@@ -65,7 +75,7 @@ def render_report(report: Report) -> str:
         teacher=visible(report["teacher"]["name"]) if report.get("teacher") else "",
         tiles=view.tiles(report, names), models=view.models(report), shape=view.shape_rows(report),
         training=view.training_facts(report), quantization=quantization_facts(report, names),
-        artifacts=view.artifact_rows(report, names),
+        artifacts=view.artifact_rows(report, names), targets=target_tables(report, names), reference_top=TOP,
         loss_charts=charts.loss_charts(report), kl_chart=charts.kl_chart(report, names),
         size_chart=charts.size_chart(report, names), samples=view.sample_rows(report, names),
         fallbacks=view.fallback_groups(report, names), tokenizer=view.tokenizer_rows(report, names),
@@ -76,7 +86,7 @@ def render_report(report: Report) -> str:
 def write_report(report: Report, out: Path) -> None:
     """Write out/report.json and out/report.html, each whole or not at all."""
     page = render_report(report)
-    write_atomically(out / "report.json", json.dumps(_finite(report), indent=1, allow_nan=False) + "\n")
+    write_atomically(out / REPORT, json.dumps(_finite(report), indent=1, allow_nan=False) + "\n")
     write_atomically(out / "report.html", page)
 
 

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import math
-import os
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -10,10 +9,7 @@ from typing import Any
 from lrc_edge import __version__
 from lrc_edge.build import BuildDir
 from lrc_edge.checkpoint import DenseCheckpoint
-
-
-def processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+from lrc_edge.machine import processors
 
 
 def report_table(build: BuildDir, student: DenseCheckpoint, teacher: DenseCheckpoint | None,

@@ -3,9 +3,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lrc_edge.errors import UserError
+
+if TYPE_CHECKING:
+    from lrc_edge.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -74,3 +77,11 @@ class ModelShape:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def student_width(recipe: Recipe, teacher: ModelShape) -> int:
+    """The recipe's hidden_size, or half the teacher's in the roundest number that quantizes well."""
+    if recipe.student.hidden_size:
+        return recipe.student.hidden_size
+    half = teacher.hidden_size // 2
+    return next((half // unit * unit for unit in (256, 64, 32) if half >= unit), max(1, half))

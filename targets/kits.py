@@ -9,10 +9,13 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Protocol
 
 from lrc_edge.errors import UserError
 
@@ -91,7 +94,44 @@ class Apt:
         run(self._command().split(), say)
 
 
-Kit = Npm | Apt
+@dataclass(frozen=True)
+class Pip:
+    """A runtime with Python bindings, in the Python that runs lrc-edge; any version that is there will do."""
+
+    package: str
+    module: str
+    version: str  # what `install` takes
+
+    def missing(self) -> str | None:
+        return None if find_spec(self.module) else f"{self.package} is not installed"
+
+    def plan(self) -> list[str]:
+        return [f"{sys.executable} -m pip install {self.package}=={self.version}"]
+
+    def install(self, say: Say) -> None:
+        run([sys.executable, "-m", "pip", "install", "--quiet", f"{self.package}=={self.version}"], say)
+
+
+@dataclass(frozen=True)
+class Unavailable:
+    """What nothing that could be installed would give this machine."""
+
+    why: str
+
+    def missing(self) -> str | None:
+        return self.why
+
+    def plan(self) -> list[str]:
+        return []
+
+    def install(self, say: Say) -> None:
+        raise UserError(self.why)
+
+
+class Kit(Protocol):
+    def missing(self) -> str | None: ...
+    def plan(self) -> list[str]: ...
+    def install(self, say: Say) -> None: ...
 
 
 def digest(*pins: str) -> str:

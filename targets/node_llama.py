@@ -5,11 +5,11 @@ import shutil
 from pathlib import Path
 
 from lrc_edge.errors import UserError
-from lrc_edge.targets.kits import missing
+from lrc_edge.targets.kits import Kit, missing
 from lrc_edge.targets.web_kits import NODE_LLAMA_CPP
 from lrc_edge.targets.worker import Command
 
-KITS = (NODE_LLAMA_CPP,)
+KITS: tuple[Kit, ...] = (NODE_LLAMA_CPP,)
 
 
 def command() -> Command:

@@ -30,6 +30,7 @@ class OnnxRuntime:
                             "export it again") from error
         self.label = f"onnxruntime {onnxruntime.__version__}"
         self._outputs = [output.name for output in self._session.get_outputs()]
+        self.vocab_size = int(self._session.get_outputs()[self._outputs.index("logits")].shape[-1])
         self._empty_past = {
             value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), CACHE_TYPES[value.type])
             for value in self._session.get_inputs() if value.name.startswith("past_key_values.")}

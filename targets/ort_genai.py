@@ -26,6 +26,7 @@ class OrtGenai:
         try:
             table = json.loads((folder / "genai_config.json").read_text())
             self._context_length = int(table["model"]["context_length"])
+            self.vocab_size = int(table["model"]["vocab_size"])
             config = og.Config(str(folder))
             config.overlay(json.dumps({"model": {"decoder": decoder | {"session_options": session}}}))
             self._model = og.Model(config)

@@ -13,12 +13,13 @@ from lrc_edge.artifact import Artifact
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.parity import AS_TRAINED, Gate, gates_of_artifact, gates_of_grid
 from lrc_edge.recipe import Recipe
+from lrc_edge.stored_reference import REFERENCE_FILE, StoredReference
 from lrc_edge.targets.llamacpp import LlamaCpp
 from lrc_edge.targets.onnxrt import OnnxRuntime
 from lrc_edge.targets.ort_genai import OrtGenai
 from lrc_edge.targets.reference import HeldOutRows, Reference
 from lrc_edge.targets.runtime import Runtime, TextRuntime
-from lrc_edge.targets.token_parity import compare_token_ids
+from lrc_edge.targets.token_parity import compare_token_ids, corpus_of, normalize
 
 CONVERSATIONS: tuple[list[dict[str, str]], ...] = (
     [{"role": "user", "content": "Hello!"}],
@@ -66,6 +67,7 @@ def prove(artifacts: list[Artifact], folder: Path, student: DenseCheckpoint, on_
     held_out = HeldOutRows.of(reference, ids)
     sample("student", reference)
     reference.close()
+    _store(held_out, tokenizer, student).save(folder / REFERENCE_FILE)
     if teacher is not None:
         progress("teacher: perplexity and sample texts")
         original = Reference(teacher.model())
@@ -99,6 +101,13 @@ def prove(artifacts: list[Artifact], folder: Path, student: DenseCheckpoint, on_
             _prove_genai(proof, artifact, folder, tokenizer, prompts[0], n_tokens, stop, threads)
         proof.artifacts.append(entry)
     return proof
+
+
+def _store(held_out: HeldOutRows, tokenizer: PreTrainedTokenizerBase, student: DenseCheckpoint) -> StoredReference:
+    """For devices, where there is no PyTorch."""
+    texts = corpus_of(tokenizer)
+    return StoredReference.of(held_out.ids, held_out.logits, [normalize(tokenizer, text) for text in texts],
+                              [tokenizer.encode(text, verbose=False) for text in texts], student.shape)
 
 
 def open_runtime(artifact: Artifact, folder: Path, n_ctx: int, threads: int) -> Runtime:

@@ -39,7 +39,7 @@ class TokenParity:
 
 def compare_token_ids(tokenizer: PreTrainedTokenizerBase, runtime: TextRuntime,
                       strings: Sequence[str] | None = None) -> TokenParity:
-    """Compare ids on `strings`, or on the awkward corpus with the tokenizer's own special tokens.
+    """Compare ids on `strings`, or on `corpus_of` the tokenizer.
 
     The counterpart of a runtime's tokenize() is `tokenizer.encode(text)`: BOS and EOS as the model adds them, special
     tokens in the text parsed.
@@ -49,7 +49,7 @@ def compare_token_ids(tokenizer: PreTrainedTokenizerBase, runtime: TextRuntime,
     result says for how many.
     """
     if strings is None:
-        strings = awkward_strings([str(token) for token in tokenizer.get_added_vocab()])
+        strings = corpus_of(tokenizer)
     normalized = 0
     wrong: list[TokenMismatch] = []
     for text in strings:
@@ -59,6 +59,11 @@ def compare_token_ids(tokenizer: PreTrainedTokenizerBase, runtime: TextRuntime,
         if expected != got:
             wrong.append(TokenMismatch(text, expected, got))
     return TokenParity(len(strings), normalized, len(wrong), tuple(wrong[:SHOWN]))
+
+
+def corpus_of(tokenizer: PreTrainedTokenizerBase) -> Sequence[str]:
+    """The awkward corpus with the tokenizer's own special tokens."""
+    return awkward_strings([str(token) for token in tokenizer.get_added_vocab()])
 
 
 def normalize(tokenizer: PreTrainedTokenizerBase, text: str) -> str:

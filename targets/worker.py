@@ -25,7 +25,6 @@ from typing import Any
 
 from lrc_edge.errors import UserError
 
-START_SECONDS = 120.0
 ANSWER_SECONDS = 600.0
 
 
@@ -42,55 +41,81 @@ class Command:
 
 
 class Worker:
-    """One running worker. Use it as a context manager: it never outlives the block."""
+    """One running worker. Use it as a context manager: it never outlives the block. Raises WorkerFailed."""
 
     def __init__(self, command: Command):
         self._log = tempfile.TemporaryFile()
-        self._process = subprocess.Popen(command.argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                         stderr=self._log, env={**os.environ, **command.env}, start_new_session=True)
+        try:
+            self._process = subprocess.Popen(command.argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+                                             stderr=self._log, env={**os.environ, **command.env},
+                                             start_new_session=True)
+        except OSError as error:
+            self._log.close()
+            raise WorkerFailed(f"{command.argv[0]}: cannot start it ({error.strerror})") from error
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin.fileno(), self._process.stdout.fileno()
+        os.set_blocking(self._stdin, False)  # a worker that hangs does not read either
         self._pending = b""
 
     def __enter__(self) -> Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        try:
-            os.killpg(self._process.pid, signal.SIGKILL)  # also what it started: a browser
-        except ProcessLookupError:
-            pass
+        self._kill()
         self._process.communicate()
         self._log.close()
 
     def ask(self, op: str, seconds: float = ANSWER_SECONDS, **fields: Any) -> dict[str, Any]:
-        """The answer to one request. Raises WorkerFailed."""
-        assert self._process.stdin is not None
+        """The answer to one request. Raises WorkerFailed; a worker that took too long is killed."""
+        deadline = time.monotonic() + seconds
         try:
-            self._process.stdin.write(json.dumps({"op": op, **fields}).encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
+            self._send(json.dumps({"op": op, **fields}).encode() + b"\n", deadline)
+            line = self._receive_line(deadline)
+        except TimeoutError:
+            self._kill()  # a late answer would be taken for the next one's
+            raise WorkerFailed(f"no answer to {op} within {seconds:.0f} s{self._last_words()}") from None
+        except (BrokenPipeError, EOFError):
             raise self._dead(op) from None
-        answer: dict[str, Any] = json.loads(self._line(op, seconds))
+        try:
+            answer: dict[str, Any] = json.loads(line)
+        except ValueError:
+            raise WorkerFailed(f"its answer to {op} is not JSON: {line[:100]!r}") from None
         if "error" in answer:
             raise WorkerFailed(" ".join(str(answer["error"]).split()))
         return answer
 
-    def _line(self, op: str, seconds: float) -> bytes:
-        assert self._process.stdout is not None
-        fd, deadline = self._process.stdout.fileno(), time.monotonic() + seconds
+    def _send(self, data: bytes, deadline: float) -> None:
+        while data:
+            _, ready, _ = select.select([], [self._stdin], [], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise TimeoutError
+            data = data[os.write(self._stdin, data):]
+
+    def _receive_line(self, deadline: float) -> bytes:
         while b"\n" not in self._pending:
-            if not select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise WorkerFailed(f"no answer to {op} within {seconds:.0f} s")
-            if not (data := os.read(fd, 1 << 20)):
-                raise self._dead(op)
+            if not select.select([self._stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise TimeoutError
+            if not (data := os.read(self._stdout, 1 << 20)):
+                raise EOFError
             self._pending += data
         line, _, self._pending = self._pending.partition(b"\n")
         return line
 
+    def _kill(self) -> None:
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)  # also what it started: a browser
+        except ProcessLookupError:
+            pass
+
     def _dead(self, op: str) -> WorkerFailed:
-        status = self._process.wait()
+        try:
+            status = self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            return WorkerFailed(f"stopped answering at {op}{self._last_words()}")
         if status < 0:
             name = {signal.SIGILL: "illegal instruction", signal.SIGSEGV: "segmentation fault",
-                    signal.SIGABRT: "aborted", signal.SIGKILL: "killed (out of memory?)"}.get(-status, "killed")
+                    signal.SIGBUS: "bus error", signal.SIGABRT: "aborted",
+                    signal.SIGKILL: "killed (out of memory?)"}.get(-status, "killed")
             return WorkerFailed(f"{name} during {op} (signal {signal.Signals(-status).name}){self._last_words()}")
         return WorkerFailed(f"ended during {op} with status {status}{self._last_words()}")
 

@@ -1,0 +1,42 @@
+"""What the page tells of devices: a table a target, rows as they were checked, why others were not."""
+from __future__ import annotations
+
+from typing import Any
+
+from lrc_edge.figures import NONE, figure, human_bytes, percent, visible
+from lrc_edge.report_view import Names, Report
+
+
+def target_tables(report: Report, names: Names) -> list[dict[str, Any]]:
+    return [{"name": visible(result["target"]), "description": visible(result["description"]),
+             "rows": [_row(row, names) for row in result["rows"]]} for result in report.get("targets") or []]
+
+
+def _row(row: dict[str, Any], names: Names) -> dict[str, Any]:
+    positions = row.get("positions")
+    n_texts = row.get("n_texts")
+    return {"state": row["state"], "mark": {"passed": "pass", "failed": "FAIL"}.get(row["state"], "not checked"),
+            "artifact": names(row["artifact"]), "label": visible(row["label"]), "why": visible(row.get("why", "")),
+            "kl": figure(row.get("kl_mean")), "top1": percent(row.get("top1")),
+            "note": f"{positions:,} positions; p99 {figure(row['kl_p99'])}" if positions else "",
+            "token_ids": f"{n_texts - row['token_mismatches']:,} of {n_texts:,}" if n_texts else NONE,
+            "context": f"{row['n_ctx']:,}" if "context" in row else NONE,
+            "memory": memory_text(row), "memory_note": visible(row.get("memory", {}).get("how", "reckoned")),
+            "speed": [speed_text(rates) for rates in row.get("speed", [])]}
+
+
+def memory_text(row: dict[str, Any]) -> str:
+    """What was measured; else, marked as such, what was reckoned from the shape."""
+    memory = row.get("memory", {})
+    if memory.get("peak_bytes"):
+        return human_bytes(memory["peak_bytes"])
+    return f"~{human_bytes(memory['predicted_bytes'])}" if memory else NONE
+
+
+def speed_text(rates: dict[str, Any]) -> str:
+    """ "after 1,024 tokens: prefill 155 tok/s (3.1 x the teacher), decode 42 tok/s (4.0 x the teacher)"."""
+    told = []
+    for key in ("prefill", "decode"):
+        ratio = rates.get(f"{key}_of_teacher")
+        told.append(f"{key} {figure(rates[key])} tok/s" + (f" ({figure(ratio)} × the teacher)" if ratio else ""))
+    return f"after {rates['depth']:,} tokens: {', '.join(told)}"

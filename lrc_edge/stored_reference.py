@@ -1,0 +1,124 @@
+"""check/reference.npz: what the PyTorch student says, small enough to go where PyTorch cannot.
+
+At each held-out position the TOP likeliest ids with their log-probabilities, and the log-probability of the token that
+really follows. A divergence over those ids and "any other" is at most the whole one, and close to it where the others
+are unlikely. Shapes: n rows, L tokens of a row, K = TOP or the vocabulary.
+"""
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+
+from lrc_edge.errors import UserError
+from lrc_edge.shape import ModelShape
+
+REFERENCE_FILE = "check/reference.npz"
+TOP = 64
+_LEAST = 1e-9  # a probability below the rounding of its float32 sum
+
+
+@dataclass(frozen=True)
+class StoredReference:
+    ids: np.ndarray  # (n, L) int32
+    top_ids: np.ndarray  # (n, L, K) int32, likeliest first
+    top_logprobs: np.ndarray  # (n, L, K) float32
+    next_logprobs: np.ndarray  # (n, L - 1) float32, of ids[:, 1:]
+    texts: tuple[str, ...]  # as a runtime is given them
+    text_ids: tuple[tuple[int, ...], ...]  # what the Hugging Face tokenizer makes of each
+    shape: ModelShape  # of the model that says it
+
+    @classmethod
+    def of(cls, ids: np.ndarray, logits: Iterable[np.ndarray], texts: Sequence[str],
+           text_ids: Sequence[Sequence[int]], shape: ModelShape) -> StoredReference:
+        """`ids` (n, L) and the logits of each row, (L, V)."""
+        rows = [_row(row, row_logits) for row, row_logits in zip(ids, logits, strict=True)]
+        top_ids, top_logprobs, next_logprobs = (np.stack(parts) for parts in zip(*rows, strict=True))
+        return cls(ids.astype(np.int32), top_ids, top_logprobs, next_logprobs, tuple(texts),
+                   tuple(tuple(map(int, row)) for row in text_ids), shape)
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        words = json.dumps({"texts": self.texts, "text_ids": self.text_ids, "shape": self.shape.as_dict()})
+        np.savez_compressed(path, ids=self.ids, top_ids=self.top_ids, top_logprobs=self.top_logprobs,
+                            next_logprobs=self.next_logprobs, words=np.frombuffer(words.encode(), np.uint8))
+
+    @classmethod
+    def load(cls, path: Path) -> StoredReference:
+        """Raises UserError when the file is missing or is not whole."""
+        if not path.exists():
+            raise UserError(f"{path}: missing: what to compare with; `lrc-edge check` without --target, where PyTorch "
+                            "is, writes it")
+        try:
+            with np.load(path) as table:
+                words = json.loads(table["words"].tobytes())
+                return cls(table["ids"], table["top_ids"], table["top_logprobs"], table["next_logprobs"],
+                           tuple(words["texts"]), tuple(map(tuple, words["text_ids"])), ModelShape(**words["shape"]))
+        except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
+            raise UserError(f"{path}: damaged ({error}); copy it again, or write it with `lrc-edge check`") from error
+
+    def wanted(self, row: int) -> np.ndarray:
+        """(L, K + 1): the ids whose log-probabilities a runtime is asked for; the last is the next token, or a 0."""
+        following = np.append(self.ids[row, 1:], 0)
+        return np.concatenate([self.top_ids[row], following[:, None]], axis=1)
+
+    def long_prompt(self, n_tokens: int) -> list[int]:
+        """The rows one after the other, over again where they are too few."""
+        flat = self.ids.reshape(-1)
+        return [int(i) for i in np.resize(flat, n_tokens)]
+
+
+def _row(ids: np.ndarray, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    logprobs = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    top = np.argsort(-logprobs, axis=-1, kind="stable")[:, :TOP]
+    return (top.astype(np.int32), np.take_along_axis(logprobs, top, -1).astype(np.float32),
+            logprobs[np.arange(len(ids) - 1), ids[1:]].astype(np.float32))
+
+
+class DeviceComparison:
+    """Collects a device's answers row after row, then gives figures. KL in nats."""
+
+    def __init__(self, reference: StoredReference, near_tie: float):
+        self._reference, self._near_tie = reference, near_tie
+        self._kl: list[np.ndarray] = []
+        self._agree: list[np.ndarray] = []
+        self._nll: list[np.ndarray] = []
+        self._near_ties = 0
+
+    def update(self, row: int, logprobs: Any, argmax: Any) -> None:
+        """Of `wanted(row)`: log-probabilities (L, K + 1), None for what is no number, and the likeliest ids (L)."""
+        expected = self._reference.top_logprobs[row].astype(np.float64)
+        got = np.array(logprobs, dtype=np.float64)
+        if got.shape != (len(expected), expected.shape[1] + 1) or np.shape(argmax) != (len(expected),):
+            raise UserError(f"the runtime gave log-probabilities of shape {got.shape}, not "
+                            f"{(len(expected), expected.shape[1] + 1)}")
+        self._kl.append(_divergence(expected, got[:, :-1]))
+        clear = expected[:, 0] - expected[:, 1] >= self._near_tie
+        self._near_ties += int((~clear).sum())
+        self._agree.append((self._reference.top_ids[row, :, 0] == np.asarray(argmax))[clear])
+        self._nll.append(-np.stack([self._reference.next_logprobs[row].astype(np.float64), got[:-1, -1]]))
+
+    def figures(self) -> dict[str, Any]:
+        """positions, kl_mean, kl_p99, kl_max, top1, near_ties, delta_ppl; None for what is no number."""
+        kl, agree = np.concatenate(self._kl), np.concatenate(self._agree)
+        ppl_ref, ppl = np.exp(np.concatenate(self._nll, axis=1).mean(1))
+        table = {"kl_mean": float(kl.mean()), "kl_p99": float(np.quantile(kl, 0.99)), "kl_max": float(kl.max()),
+                 "top1": float(agree.mean()) if len(agree) else math.nan, "delta_ppl": float(ppl - ppl_ref)}
+        return {"positions": len(kl), "near_ties": self._near_ties,
+                **{key: value if math.isfinite(value) else None for key, value in table.items()}}
+
+
+def _divergence(log_p_LK: np.ndarray, log_q_LK: np.ndarray) -> np.ndarray:
+    """(L,) KL(p || q) over the K ids and all others together."""
+    p = np.exp(log_p_LK)
+    rest_p, rest_q = (np.maximum(1 - np.exp(logs).sum(-1), _LEAST) for logs in (log_p_LK, log_q_LK))
+    divergence: np.ndarray = (p * (log_p_LK - log_q_LK)).sum(-1) + rest_p * np.log(rest_p / rest_q)
+    return np.maximum(divergence, 0.0)
+

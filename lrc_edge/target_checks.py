@@ -1,0 +1,183 @@
+"""`--target`: the artifacts of a build in the runtimes of devices. Needs no PyTorch: the build left its answers."""
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lrc_edge.artifact import Artifact
+from lrc_edge.build import BuildDir, write_atomically
+from lrc_edge.console import Task, running
+from lrc_edge.errors import UserError
+from lrc_edge.figures import NONE, figure, percent, visible
+from lrc_edge.machine import architecture, threads_for
+from lrc_edge.recipe import load_recipe
+from lrc_edge.report import REPORT, write_report
+from lrc_edge.report_targets import memory_text, speed_text
+from lrc_edge.stored_reference import REFERENCE_FILE, StoredReference
+from lrc_edge.targets import speed
+from lrc_edge.targets.device_check import Checked, check_artifact
+from lrc_edge.targets.profile import Profile
+from lrc_edge.targets.runtimes import DeviceRuntime, runtimes_of
+
+TEACHER_FILE = "check/teacher.gguf"  # for speed beside it
+PASSED, FAILED, NOT_CHECKED = 0, 1, 3  # exit statuses
+
+
+@dataclass(frozen=True)
+class BuildFacts:
+    """What a build's folder tells without PyTorch."""
+
+    out: Path
+    artifacts: tuple[Artifact, ...]
+    given: Checked
+
+    @classmethod
+    def read(cls, out: Path) -> BuildFacts:
+        """Raises UserError when the folder holds no build, or not what a check needs of it."""
+        build = BuildDir(out)
+        job, stages = build.manifest.get("job"), build.manifest["stages"]
+        if job is None:
+            raise UserError(f"{out}: no build here (no build.json); give the --out folder of a build or an export")
+        artifacts = tuple(Artifact.from_dict(table) for name in ("gguf", "onnx") if name in stages
+                          for table in stages[name]["result"])
+        reference = StoredReference.load(out / REFERENCE_FILE)
+        recipe = load_recipe(None, (), **job["recipe"])
+        return cls(out, artifacts, Checked(out, reference, recipe, threads_for(reference.shape)))
+
+
+def check_targets(out: Path, profiles: list[Profile], console: Console) -> int:
+    """Check `out` on each target, print its table, add it to the report. Returns the exit status: what failed counts
+    before what could not be checked."""
+    facts = BuildFacts.read(out)
+    results = [_check_target(facts, profile, console) for profile in profiles]
+    for result in results:
+        write_atomically(out / "check" / f"{result['target']}.json", json.dumps(result, indent=1) + "\n")
+        show(result, console)
+    _add_to_report(out, results)
+    states = {row["state"] for result in results for row in result["rows"]}
+    return FAILED if "failed" in states else NOT_CHECKED if "not checked" in states else PASSED
+
+
+def _check_target(facts: BuildFacts, profile: Profile, console: Console) -> dict[str, Any]:
+    wanted = [a for a in facts.artifacts if f"{a.format}:{a.encoding}" in profile.format_names]
+    if not wanted:
+        raise UserError(f"{facts.out}: holds none of what {profile.name} runs ({', '.join(profile.format_names)}); "
+                        f"build it with --target {profile.name}")
+    with running(console, profile.name) as task:
+        rows = [_check_row(facts, artifact, runtime, profile, task) for artifact in wanted
+                for runtime in runtimes_of(profile) if runtime.format == artifact.format]
+        _add_speed(facts, profile, rows, task)
+    return {"target": profile.name, "description": profile.description,
+            "sha256": {artifact.path: artifact.sha256 for artifact in wanted},
+            "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "machine": architecture(), "rows": rows}
+
+
+def _check_row(facts: BuildFacts, artifact: Artifact, runtime: DeviceRuntime, profile: Profile, task: Task
+               ) -> dict[str, Any]:
+    if not (facts.out / artifact.path).exists():
+        raise UserError(f"{facts.out / artifact.path}: missing, though the build wrote it; copy it here or build again")
+    return check_artifact(artifact, runtime, profile, facts.given, task.update)
+
+
+def _add_speed(facts: BuildFacts, profile: Profile, rows: list[dict[str, Any]], task: Task) -> None:
+    """Where the hardware is the target's own: tokens/s, and how many times the teacher's."""
+    runtimes = {runtime.name: runtime for runtime in runtimes_of(profile) if runtime.timed}
+    timed = {f"{row['artifact']} in {row['runtime']}": row for row in rows
+             if row["state"] == "passed" and row["runtime"] in runtimes}
+    files = {name: (runtimes[row["runtime"]].start, facts.out / row["artifact"]) for name, row in timed.items()}
+    teacher = facts.out / TEACHER_FILE
+    if timed and "llama.cpp" in runtimes and teacher.exists():
+        files = {"teacher": (runtimes["llama.cpp"].start, teacher), **files}
+    n_ctx = min(facts.given.reference.shape.max_position_embeddings, 2 * speed.DEPTH)
+    prompt = facts.given.reference.long_prompt(n_ctx)
+    found = speed.measure(files, prompt, n_ctx, facts.given.threads, task.update) if timed else {}
+    for name, row in timed.items():
+        row["speed"] = found[name]
+        for mine, theirs in zip(found[name], found.get("teacher", []), strict=False):
+            mine |= {f"{key}_of_teacher": mine[key] / theirs[key] for key in ("prefill", "decode")
+                     if mine[key] and theirs[key]}
+
+
+def kept_results(out: Path, artifacts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Earlier results that are still of these artifacts."""
+    now = {artifact["path"]: artifact["sha256"] for artifact in artifacts}
+    results = [json.loads(file.read_text()) for file in sorted((out / "check").glob("*.json"))]
+    return [result for result in results if result["sha256"].items() <= now.items()]
+
+
+def _add_to_report(out: Path, results: list[dict[str, Any]]) -> None:
+    """A report that is there gets these targets' rows and gates in place of older ones."""
+    file = out / REPORT
+    if not file.exists():
+        return
+    report = json.loads(file.read_text())
+    add_results(report, results)
+    write_report(report, out)
+
+
+def add_results(report: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    """Put targets' results into a report's table."""
+    names = {result["target"] for result in results}
+    report["targets"] = [old for old in report.get("targets", []) if old["target"] not in names] + results
+    report["gates"] = [gate for gate in report["gates"] if gate.get("target") not in names]
+    report["gates"] += [gate for result in results for row in result["rows"] for gate in row["gates"]]
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """The table of one target; below it why a row failed or was not checked, and what was timed."""
+    console.print(f"\n{result['target']}: {result['description']}", style="bold", highlight=False, soft_wrap=True)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("", no_wrap=True)
+    table.add_column("artifact")
+    for name in ("KL mean", "top-1", "token ids", "memory"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in result["rows"]:
+        table.add_row(*_cells(row))
+    console.print(table)
+    # What keeps one row from being checked mostly keeps others, too.
+    unchecked = dict.fromkeys(row["why"] for row in result["rows"] if row["state"] == "not checked")
+    for why in unchecked:
+        console.print(f"not checked: {visible(why)}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+    for row in result["rows"]:
+        for line in complaints(row):
+            console.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
+        for rates in row.get("speed", []):
+            console.print(_speed_line(row, rates), highlight=False, markup=False, soft_wrap=True)
+
+
+def _cells(row: dict[str, Any]) -> list[Text]:
+    mark = {"passed": Text("pass", "green"), "failed": Text("FAIL", "bold red")}.get(row["state"],
+                                                                                     Text("not checked", "yellow"))
+    wrong = row.get("token_mismatches")
+    tokens = NONE if wrong is None else f"{wrong:,} wrong" if wrong else f"all {row['n_texts']:,}"
+    cells = [_who(row), figure(row.get("kl_mean")), percent(row.get("top1")), tokens,
+             memory_text(row)]
+    return [mark, *(Text(visible(cell)) for cell in cells)]
+
+
+def _who(row: dict[str, Any]) -> str:
+    emulated = f", emulated {row['emulated']}" if row["emulated"] else ""
+    return f"{row['format']}:{row['encoding']} in {row['runtime']}{emulated}"
+
+
+def complaints(row: dict[str, Any]) -> list[str]:
+    """Why a row failed: what the runtime said, and the gates that it missed."""
+    who = f"failed: {_who(row)}"
+    told = [f"{who}: {visible(row['why'])}"] if row["state"] == "failed" and "why" in row else []
+    for gate in row["gates"]:
+        if gate["metric"] == "changes" and not gate["passed"]:
+            told.append(f"{who}: the file is not what the build wrote (its SHA-256 differs)")
+        elif gate["metric"] != "failures" and not gate["passed"]:
+            told.append(f"{who}: {gate['metric']} {figure(gate['value'])}, need {gate['relation']} {gate['limit']:g}")
+    return told
+
+
+def _speed_line(row: dict[str, Any], rates: dict[str, Any]) -> str:
+    return f"{_who(row)}, {speed_text(rates)}"

@@ -1,0 +1,198 @@
+"""Profiles: what is known of a device, each figure with its source. One TOML file a device, data only.
+
+A user's own device is one more file of the same keys: `--target ./my-device.toml`.
+"""
+from __future__ import annotations
+
+import datetime
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+from lrc_edge.errors import UserError
+
+ARCHITECTURES = ("x86_64", "aarch64", "wasm32")
+# What decides which kernels a runtime has, and how it keeps the weights.
+FEATURES = ("avx2", "avx512", "neon", "dotprod", "i8mm", "simd128")
+GGUF_RUNTIMES = ("llama.cpp", "node-llama-cpp", "wllama")
+ONNX_RUNTIMES = ("onnxruntime-genai", "onnxruntime", "transformers.js")
+# Their rows need blocks of 32 at most, so that a student of any width can be written.
+FORMATS = ("gguf:q4_0", "gguf:q8_0", "gguf:f16", "onnx:q4", "onnx:q8")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number and where it comes from; `date`: when that was looked at."""
+
+    value: float
+    source: str
+    date: datetime.date
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format that runs well there, as `--formats` writes it, and why."""
+
+    name: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One device. GB are 10^9 bytes."""
+
+    name: str  # the file's
+    description: str
+    architecture: str
+    features: tuple[str, ...]
+    emulate: str  # qemu-user's -cpu where the machine is another; empty: nothing to emulate
+    cores: Figure
+    ram_gb: Figure
+    usable_gb: Figure  # what one app may take
+    bandwidth_gb_s: Figure
+    context: int  # tokens to plan for
+    runtimes: tuple[str, ...]
+    formats: tuple[Format, ...]  # best first
+    recommended: str
+
+    @property
+    def usable_bytes(self) -> int:
+        return int(self.usable_gb.value * 1e9)
+
+    @property
+    def format_names(self) -> list[str]:
+        return [format_.name for format_ in self.formats]
+
+    @property
+    def figures(self) -> dict[str, Figure]:
+        return {name: getattr(self, name) for name in FIGURES}
+
+    def runtime_of(self, format_name: str) -> str:
+        """The first of its runtimes that runs the format."""
+        return next(name for name in self.runtimes if name in _runtimes_of(format_name))
+
+
+FIGURES = ("cores", "ram_gb", "usable_gb", "bandwidth_gb_s")
+_KINDS: dict[str, type] = {"description": str, "architecture": str, "features": list, "emulate": str, "context": int,
+                           "runtimes": list, "formats": list, "recommended": str} | dict.fromkeys(FIGURES, dict)
+_WORDS = {str: "a text", list: "a list", int: "a whole number", dict: "a table of value, source and date",
+          datetime.date: "a date (2026-11-21)"}
+_OPTIONAL = {"emulate"}
+
+
+def profile_names() -> list[str]:
+    return sorted(file.name.removesuffix(".toml") for file in _folder().iterdir() if file.name.endswith(".toml"))
+
+
+def all_profiles() -> list[Profile]:
+    return [load_profile(name) for name in profile_names()]
+
+
+def load_profile(name_or_path: str) -> Profile:
+    """A shipped profile by its name, or a user's TOML file.
+
+    Raises UserError: an unknown name gets the nearest; a bad file its key, and what was needed.
+    """
+    if name_or_path in profile_names():
+        return _read(_folder() / f"{name_or_path}.toml", name_or_path)
+    path = Path(name_or_path).expanduser()
+    if path.suffix == ".toml" or path.exists():
+        return _read(path, path.stem)
+    near = difflib.get_close_matches(name_or_path, profile_names(), n=1, cutoff=0.0)[0]
+    raise UserError(f"target {name_or_path!r} is unknown; did you mean {near}? Known: {', '.join(profile_names())}; "
+                    "or give a file like ./my-device.toml")
+
+
+def _folder() -> Traversable:
+    return files("lrc_edge.targets") / "profiles"
+
+
+def _read(file: Traversable | Path, name: str) -> Profile:
+    try:
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot read the profile ({error}); give a TOML file, or one of "
+                        f"{', '.join(profile_names())}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{file}: not TOML: {error}; mend the line") from error
+    where = str(file) if isinstance(file, Path) else f"{name}.toml"
+    _check_keys(table, _KINDS, where, "")
+    figures = {key: _figure(table[key], where, key) for key in FIGURES}
+    profile = Profile(
+        name=name, description=table["description"], architecture=table["architecture"],
+        features=tuple(table["features"]), emulate=table.get("emulate", ""), context=table["context"],
+        runtimes=tuple(table["runtimes"]), recommended=table["recommended"],
+        formats=tuple(_format(entry, where, i) for i, entry in enumerate(table["formats"])), **figures)
+    _check(profile, where)
+    return profile
+
+
+def _check_keys(table: Mapping[str, Any], kinds: Mapping[str, type], where: str, prefix: str) -> None:
+    """Every key there, of its kind, and no other. Raises UserError."""
+    if unknown := table.keys() - kinds.keys():
+        key = min(unknown)
+        near = difflib.get_close_matches(key, kinds, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(kinds)}"
+        raise UserError(f"{where}: unknown key {prefix}{key}; {hint}")
+    for key, kind in kinds.items():
+        if key not in table and key in _OPTIONAL:
+            continue
+        if key not in table:
+            raise UserError(f"{where}: {prefix}{key} is missing; need {_WORDS[kind]}")
+        if not isinstance(table[key], kind) or isinstance(table[key], bool):
+            raise UserError(f"{where}: {prefix}{key} = {table[key]!r}: need {_WORDS[kind]}")
+
+
+def _figure(table: Mapping[str, Any], where: str, key: str) -> Figure:
+    value = table.get("value")
+    _check_keys({**table, "value": 0} if "value" in table else table,
+                {"value": int, "source": str, "date": datetime.date}, where, f"{key}.")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise UserError(f"{where}: {key}.value = {value!r}: need a number above 0")
+    if not table["source"].strip():
+        raise UserError(f"{where}: {key}.source is empty; need where the figure comes from, or that you judged it")
+    return Figure(float(value), table["source"], table["date"])
+
+
+def _format(entry: Any, where: str, index: int) -> Format:
+    prefix = f"formats[{index}]"
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: {prefix} = {entry!r}: need a table of name and why; write [[formats]]")
+    _check_keys(entry, {"name": str, "why": str}, where, f"{prefix}.")
+    return Format(entry["name"], entry["why"])
+
+
+def _check(profile: Profile, where: str) -> None:
+    """What the values must be to one another. Raises UserError."""
+    _check_one_of(profile.architecture, ARCHITECTURES, f"{where}: architecture")
+    for key, words, known in (("features", profile.features, FEATURES),
+                              ("runtimes", profile.runtimes, GGUF_RUNTIMES + ONNX_RUNTIMES),
+                              ("formats", profile.format_names, FORMATS)):
+        for word in words:
+            _check_one_of(word, known, f"{where}: {key}")
+    if not profile.formats or not profile.runtimes:
+        raise UserError(f"{where}: {'runtimes' if profile.formats else 'formats'} is empty; need at least one")
+    _check_one_of(profile.recommended, tuple(profile.format_names), f"{where}: recommended")
+    for name in profile.format_names:
+        if not set(_runtimes_of(name)) & set(profile.runtimes):
+            raise UserError(f"{where}: formats has {name}, and none of its runtimes ({', '.join(_runtimes_of(name))}) "
+                            "is among runtimes; add one or remove the format")
+    if profile.context < 1:
+        raise UserError(f"{where}: context = {profile.context}: need 1 or more")
+    if profile.usable_gb.value > profile.ram_gb.value:
+        raise UserError(f"{where}: usable_gb.value = {profile.usable_gb.value:g}: need no more than ram_gb.value, "
+                        f"{profile.ram_gb.value:g}")
+
+
+def _check_one_of(word: Any, known: tuple[str, ...], where: str) -> None:
+    if word not in known:
+        raise UserError(f"{where} = {word!r}: need one of {', '.join(known)}")
+
+
+def _runtimes_of(format_name: str) -> tuple[str, ...]:
+    return GGUF_RUNTIMES if format_name.startswith("gguf:") else ONNX_RUNTIMES

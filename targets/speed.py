@@ -1,0 +1,38 @@
+"""Tokens/s of artifacts on the processor that is really here, beside the teacher's own GGUF in the same run."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from lrc_edge.targets.worker import Command, Worker
+
+N_PROMPT, N_DECODE = 128, 64  # tokens read and written at each depth
+DEPTH = 1024  # tokens in the cache before the second measurement, where the context has room for them
+ROUNDS = 3  # each file once a round, so that what slows one slows all; the best of a file counts
+
+Start = Callable[[Path], AbstractContextManager[Command]]
+
+
+def depths(n_ctx: int) -> list[int]:
+    """Tokens in the cache before each measurement: 0, and DEPTH or what the context leaves."""
+    deep = min(DEPTH, n_ctx - N_PROMPT - N_DECODE - 1)
+    return [0, deep] if deep > N_PROMPT else [0]
+
+
+def measure(files: dict[str, tuple[Start, Path]], prompt: list[int], n_ctx: int, threads: int,
+            progress: Callable[[str], None]) -> dict[str, list[dict[str, Any]]]:
+    """name -> for each depth {depth, prefill, decode}, in tokens/s, None where it could not be told. `prompt`: at least the depth + N_PROMPT ids."""
+    best: dict[str, dict[int, dict[str, float | None]]] = {name: {} for name in files}
+    for i in range(ROUNDS):
+        for name, (start, path) in files.items():
+            progress(f"speed of {name}, round {i + 1} of {ROUNDS}")
+            with start(path.parent) as command, Worker(command) as worker:
+                worker.ask("open", path=str(path.resolve()), n_ctx=n_ctx, threads=threads)
+                for depth in depths(n_ctx):
+                    found = worker.ask("speed", ids=prompt[:depth + N_PROMPT], n_prompt=N_PROMPT, n_decode=N_DECODE)
+                    known = best[name].setdefault(depth, found)
+                    best[name][depth] = {key: max((x for x in (known[key], found[key]) if x), default=None)
+                                         for key in found}
+    return {name: [{"depth": depth, **rates} for depth, rates in table.items()] for name, table in best.items()}

@@ -1,0 +1,97 @@
+"""The stored reference: what it keeps of PyTorch's answers, and how a device is judged by them."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lrc_edge.errors import UserError
+from lrc_edge.parity import Comparison, next_ids
+from lrc_edge.shape import ModelShape
+from lrc_edge.stored_reference import TOP, DeviceComparison, StoredReference
+
+V, L = 500, 40
+SHAPE = ModelShape("llama", V, 64, 96, 2, 4, 2, 16, 128, True)
+
+
+def logits(seed: int, scale: float = 3.0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [(scale * rng.standard_normal((L, V))).astype(np.float32) for _ in range(3)]
+
+
+@pytest.fixture
+def ids() -> np.ndarray:
+    return np.random.default_rng(7).integers(0, V, (3, L))
+
+
+@pytest.fixture
+def reference(ids: np.ndarray) -> StoredReference:
+    return StoredReference.of(ids, logits(0), ["Hallo\ud800", "é"], [[1, 2], [3]], SHAPE)
+
+
+def answers(reference: StoredReference, rows: list[np.ndarray]) -> DeviceComparison:
+    comparison = DeviceComparison(reference, near_tie=0.01)
+    for i, row in enumerate(rows):
+        logprobs = torch.log_softmax(torch.from_numpy(row).double(), -1).numpy()
+        comparison.update(i, np.take_along_axis(logprobs, reference.wanted(i), -1).tolist(), row.argmax(-1).tolist())
+    return comparison
+
+
+def test_it_comes_back_from_its_file(reference: StoredReference, tmp_path: Path) -> None:
+    reference.save(tmp_path / "check" / "reference.npz")
+    again = StoredReference.load(tmp_path / "check" / "reference.npz")
+    for name, value in vars(reference).items():
+        np.testing.assert_array_equal(getattr(again, name), value) if isinstance(value, np.ndarray) else None
+    assert (again.texts, again.text_ids, again.shape) == (reference.texts, reference.text_ids, SHAPE)
+    assert again.top_ids.shape == (3, L, TOP) and again.long_prompt(200)[120:160] == reference.ids[0].tolist()
+
+
+def test_the_same_answers_differ_by_nothing(reference: StoredReference) -> None:
+    figures = answers(reference, logits(0)).figures()
+    assert figures["positions"] == 3 * L
+    assert figures["kl_max"] < 1e-6 and figures["top1"] == 1.0 and abs(figures["delta_ppl"]) < 1e-3
+
+
+def test_a_known_difference(reference: StoredReference, ids: np.ndarray) -> None:
+    """Close to the divergence over the whole vocabulary and never above it; the other figures are the whole ones."""
+    noisy = [a + 0.3 * b for a, b in zip(logits(0), logits(1, 1.0), strict=True)]
+    figures = answers(reference, noisy).figures()
+    whole = Comparison(near_tie=0.01)
+    for row, ref, got in zip(ids, logits(0), noisy, strict=True):
+        whole.update(ref, got, next_ids(row))
+    metrics = whole.metrics()
+    assert 0.85 * metrics.kl_mean < figures["kl_mean"] <= metrics.kl_mean
+    assert figures["top1"] == metrics.top1 < 1 and figures["near_ties"] == metrics.near_ties
+    assert figures["delta_ppl"] == pytest.approx(metrics.delta_ppl, rel=1e-3)
+
+
+def test_what_is_no_number_is_no_figure(reference: StoredReference) -> None:
+    comparison = DeviceComparison(reference, near_tie=0.01)
+    comparison.update(0, [[None] * (TOP + 1)] * L, [0] * L)
+    assert comparison.figures()["kl_mean"] is None
+    with pytest.raises(UserError, match="shape"):
+        comparison.update(1, [[0.0] * TOP] * L, [0] * L)
+
+
+def test_a_small_vocabulary_is_kept_whole() -> None:
+    rng = np.random.default_rng(0)
+    rows = [rng.standard_normal((L, 20)).astype(np.float32)]
+    kept = StoredReference.of(rng.integers(0, 20, (1, L)), rows, [], [], SHAPE)
+    assert kept.top_ids.shape == (1, L, 20)
+    assert answers(kept, rows).figures()["kl_max"] < 1e-6
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "text", "other"])
+def test_a_damaged_file_is_one_line(damage: str, reference: StoredReference, tmp_path: Path) -> None:
+    file = tmp_path / "reference.npz"
+    if damage == "truncated":
+        reference.save(file)
+        file.write_bytes(file.read_bytes()[:5000])
+    elif damage == "text":
+        file.write_text("not a table")
+    elif damage == "other":
+        np.savez(file, ids=np.zeros(3))
+    with pytest.raises(UserError, match="missing" if damage == "missing" else "damaged"):
+        StoredReference.load(file)

@@ -1,0 +1,163 @@
+"""`--target` on this machine's own runtimes: an export checked without PyTorch, and everything that must be noticed."""
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lrc_edge.machine import architecture
+from lrc_edge.stored_reference import REFERENCE_FILE, StoredReference
+
+FIGURE = 'value = {}\nsource = "this machine"\ndate = 2026-11-21\n'
+PROFILE = f"""
+description = "This machine"
+architecture = "{architecture()}"
+features = []
+context = 256
+runtimes = ["llama.cpp", "onnxruntime"]
+recommended = "gguf:q8_0"
+formats = [{{name = "gguf:q8_0", why = "small"}}, {{name = "onnx:q8", why = "small"}}]
+[cores]
+{FIGURE.format(2)}
+[ram_gb]
+{FIGURE.format(8)}
+[usable_gb]
+{FIGURE.format(4)}
+[bandwidth_gb_s]
+{FIGURE.format(20)}
+"""
+# As `lrc-edge`, where some modules are not installed.
+WITHOUT = ("import sys; sys.modules.update(dict.fromkeys(sys.argv.pop(1).split(',')));"
+           "from lrc_edge.cli import main; main()")
+
+
+def run(*args: object, without: str = "torch,transformers") -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", WITHOUT, without, *map(str, args)], capture_output=True, text=True,
+                          timeout=300)
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("device") / "here.toml"
+    file.write_text(PROFILE)
+    return file
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_llama: Path, device: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the formats and the check that the target asks for."""
+    out = tmp_path_factory.mktemp("exported") / "out"
+    done = subprocess.run([sys.executable, "-m", "lrc_edge", "export", str(tiny_llama), "--out", str(out), "--target",
+                           str(device), "--set", "parity.positions=256", "--set", "parity.row_len=64"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "All" in done.stdout and "gates passed" in done.stdout
+    return out
+
+
+@pytest.fixture
+def out(exported: Path, tmp_path: Path) -> Path:
+    """A copy to break, of what a machine without PyTorch needs."""
+    for name in ("gguf", "onnx", "check"):
+        shutil.copytree(exported / name, tmp_path / "out" / name)
+    for name in ("build.json", "report.json", "report.html"):
+        shutil.copy(exported / name, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def rows_of(out: Path) -> dict[str, dict[str, Any]]:
+    [result] = json.loads((out / "report.json").read_text())["targets"]
+    return {row["runtime"]: row for row in result["rows"]}
+
+
+def test_an_export_makes_what_the_target_runs_and_checks_it(exported: Path) -> None:
+    report = json.loads((exported / "report.json").read_text())
+    assert [(a["format"], a["encoding"]) for a in report["artifacts"]] == [("gguf", "q8_0"), ("onnx", "q8")]
+    rows = rows_of(exported)
+    assert {name: row["state"] for name, row in rows.items()} == {"llama.cpp": "passed", "onnxruntime": "passed"}
+    for row in rows.values():
+        assert row["positions"] >= 256 and 0 < row["kl_mean"] < 5e-3 and row["top1"] > 0.95
+        assert row["context"]["prompt"] == 248 and row["context"]["made"] <= 9
+        assert 20e6 < row["memory"]["peak_bytes"] < 400e6
+        assert [rates["depth"] for rates in row["speed"]] == [0, 319]
+        assert all(rates["prefill"] > 0 and rates["decode"] > 0 for rates in row["speed"])
+    assert rows["llama.cpp"]["token_mismatches"] == 0 < 1000 < rows["llama.cpp"]["n_texts"]
+    page = (exported / "report.html").read_text()
+    assert "This machine" in page and "onnxruntime" in page
+
+
+def test_a_check_needs_no_pytorch(out: Path, device: Path) -> None:
+    done = run("check", out, "--target", device)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("pass ") == 2
+    gates = json.loads((out / "report.json").read_text())["gates"]
+    assert len([gate for gate in gates if gate.get("target") == "here"]) == len({
+        json.dumps(gate, sort_keys=True) for gate in gates if gate.get("target") == "here"}), "old ones replaced"
+
+
+def test_a_missing_runtime_is_not_checked_and_not_passed(out: Path, device: Path) -> None:
+    done = run("check", out, "--target", device, without="torch,transformers,llama_cpp")
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "not checked" in done.stdout and "lrc-edge targets setup here" in done.stdout
+    rows = rows_of(out)
+    assert rows["llama.cpp"]["state"] == "not checked" and rows["onnxruntime"]["state"] == "passed"
+    assert "NOT CHECKED: here" in (out / "report.html").read_text()
+
+
+def test_a_changed_file_fails(out: Path, device: Path) -> None:
+    [file] = (out / "gguf").glob("*.gguf")
+    data = bytearray(file.read_bytes())
+    data[-20_000:] = bytes(20_000)
+    file.write_bytes(data)
+    done = run("check", out, "--target", device)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "SHA-256 differs" in done.stdout
+    rows = rows_of(out)
+    assert rows["llama.cpp"]["state"] == "failed" and rows["onnxruntime"]["state"] == "passed"
+    assert "FAILED" in (out / "report.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["gguf/*.gguf", "onnx/onnx/*.onnx", "onnx/onnx/*.onnx_data"])
+def test_a_truncated_file_fails_with_the_runtimes_words(name: str, out: Path, device: Path) -> None:
+    [file] = out.glob(name)
+    file.write_bytes(file.read_bytes()[:file.stat().st_size // 2])
+    done = run("check", out, "--target", device)
+    assert done.returncode == 1, done.stdout + done.stderr
+    row = rows_of(out)["llama.cpp" if name.startswith("gguf") else "onnxruntime"]
+    assert row["state"] == "failed" and file.name.removesuffix("_data") in row["why"]
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_wrong_ids_fail(out: Path, device: Path) -> None:
+    """Of the text: token ids. Of the rows: another text's distributions."""
+    file = out / REFERENCE_FILE
+    reference = StoredReference.load(file)
+    dataclasses.replace(reference, text_ids=((5, 5), *reference.text_ids[1:])).save(file)
+    done = run("check", out, "--target", device)
+    assert done.returncode == 1 and "mismatches 1" in done.stdout, done.stdout
+    dataclasses.replace(reference, ids=(reference.ids + 1) % 500).save(file)
+    done = run("check", out, "--target", device)
+    assert done.returncode == 1 and "kl_mean" in done.stdout, done.stdout
+
+
+def test_a_device_with_too_little_memory_fails(out: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny.toml").write_text(PROFILE.replace("[usable_gb]\nvalue = 4", "[usable_gb]\nvalue = 0.01"))
+    done = run("check", out, "--target", tmp_path / "tiny.toml")
+    assert done.returncode == 1 and "peak memory" in done.stdout, done.stdout
+
+
+def test_mistakes_are_one_line(out: Path, device: Path, tmp_path: Path) -> None:
+    done = run("check", tmp_path / "nowhere", "--target", device)
+    assert done.returncode == 2 and "no build here" in done.stderr and done.stderr.count("\n") == 1
+    (tmp_path / "other.toml").write_text(PROFILE.replace("q8_0", "q4_0").replace("onnx:q8", "onnx:q4"))
+    done = run("check", out, "--target", tmp_path / "other.toml")
+    assert done.returncode == 2 and "--target other" in done.stderr and done.stderr.count("\n") == 1
+    (out / REFERENCE_FILE).write_bytes(b"PK")
+    done = run("check", out, "--target", device)
+    assert done.returncode == 2 and "damaged" in done.stderr and done.stderr.count("\n") == 1
