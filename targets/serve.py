@@ -14,8 +14,8 @@ from lrc_edge.targets.web_kits import WLLAMA
 
 PAGES = Path(__file__).parent / "pages"
 # blob: is how wllama starts its worker and is given its program.
-POLICY = {"Content-Security-Policy": "default-src 'none'; script-src 'self' 'wasm-unsafe-eval' blob:; worker-src blob:; "
-                                     "connect-src 'self' blob:; style-src 'self' 'unsafe-inline'; img-src data:; "
+POLICY = {"Content-Security-Policy": "default-src 'none'; script-src 'self' 'wasm-unsafe-eval' blob:; "
+                                     "worker-src blob:; connect-src 'self' blob:; style-src 'self'; img-src data:; "
                                      "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"}
 
 

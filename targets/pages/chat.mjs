@@ -1,4 +1,4 @@
-// The page of `lrc-edge serve`: a GGUF answers here, by wllama (llama.cpp in WebAssembly). No request but to our server.
+// The page of `lrc-edge serve`: a GGUF answers here, by wllama (llama.cpp in WebAssembly). It asks only our server.
 import { describe } from "./gguf.mjs";
 import { load, program } from "./llama.mjs";
 

@@ -1,6 +1,6 @@
 // The header of a GGUF file (a Blob); layout: ggml/docs/gguf.md.
-// wllama takes and gives text only, and trips over tokens that are no valid UTF-8. `named` and `silent` are views of the
-// file that get ids through it; hyperparameters and weights are the file's own, byte for byte.
+// wllama takes and gives text only, and trips over tokens that are no valid UTF-8. `named` and `silent` are views of
+// the file that get ids through it; hyperparameters and weights are the file's own, byte for byte.
 
 const [INT32, STRING, ARRAY] = [5, 8, 9];
 const BYTES = [1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8]; // of one value of each type

@@ -33,16 +33,16 @@ async function complete(prompt, more, cold = false) {
 const name = (id) => `<${id}>`;
 const names = (ids) => ids.map(name).join("");
 
-function check(ids) {
+function check(ids, named = []) {
   const { n_vocab } = model.getLoadedContextInfo();
-  const wrong = ids.find((id) => !(Number.isInteger(id) && id >= 0 && id < n_vocab));
+  const wrong = [...ids, ...named].find((id) => !(Number.isInteger(id) && id >= 0 && id < n_vocab));
   if (wrong !== undefined) throw new Error(`id ${wrong} is outside the vocabulary of ${n_vocab}`);
 }
 
 const requests = {
   async open({ url, n_ctx, threads }) {
     const [weights, about] = await Promise.all([url, "/wllama/package.json"].map((address) => fetch(address)));
-    if (!weights.ok) throw new Error(`${url}: ${weights.status}`);
+    if (!weights.ok) throw new Error(`wllama cannot load this file (${url}: ${weights.status})`);
     const { version } = await about.json();
     file = await weights.blob();
     wasm = await program();
@@ -56,7 +56,7 @@ const requests = {
   // wllama tells log-probabilities of the likeliest tokens only, and a token at a time: as many as it takes.
   async score({ ids, wanted }) {
     await use("named");
-    check([...ids, ...wanted.flat()]);
+    check(ids, wanted.flat());
     const logprobs = [], argmax = [];
     await complete(names(ids), {}, true); // the prompt at once, as a chat has it; then its positions one by one
     for (let t = 0; t < ids.length; t++) {
@@ -98,10 +98,12 @@ async function likeliest(prompt, wanted) {
 // wllama has no call for it. But a bonus for each time a token stands in the prompt's last k places, less the same for
 // the k - 1 that are known, makes the token in the k-th place from the end the next one.
 async function idsOf(text) {
+  if (!text && !model.mustAddBosToken()) return []; // nothing to complete
   const ids = [], counts = new Map();
   for (let k = 1; ; k++) {
     const logit_bias = Array.from(counts, ([id, count]) => [id, -BIAS * count]);
-    const { choices, usage } = await complete(text, { n_probs: 1, repeat_last_n: k, frequency_penalty: -BIAS, logit_bias });
+    const bonus = { repeat_last_n: k, frequency_penalty: -BIAS, logit_bias };
+    const { choices, usage } = await complete(text, { n_probs: 1, ...bonus });
     const { id } = choices[0].logprobs.content[0];
     ids.unshift(id);
     counts.set(id, (counts.get(id) ?? 0) + 1);

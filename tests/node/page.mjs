@@ -9,14 +9,15 @@ import { pathToFileURL } from "node:url";
 const { width = 1280, height = 800, scale = 1, ...asked } = JSON.parse(readFileSync(0, "utf8"));
 const { chromium } = await import(pathToFileURL(join(asked.playwright, "index.mjs")));
 const browser = await chromium.launch({ executablePath: asked.chromium, args: ["--no-sandbox", "--disable-gpu",
-  "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync",
-  "--host-resolver-rules=MAP not-local.test 127.0.0.1"] });
+  "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
+  "--disable-sync", "--host-resolver-rules=MAP not-local.test 127.0.0.1"] });
 const context = await browser.newContext({ viewport: { width, height }, deviceScaleFactor: scale,
   colorScheme: asked.dark ? "dark" : "light" });
 const { origin } = new URL(asked.url);
 const found = { turns: [], foreign: [], violations: [] };
 context.on("request", (request) => {
-  if (!request.url().startsWith(`${origin}/`) && !/^(blob|data):/.test(request.url())) found.foreign.push(request.url());
+  const url = request.url();
+  if (!url.startsWith(`${origin}/`) && !/^(blob|data):/.test(url)) found.foreign.push(url);
 });
 const page = await context.newPage();
 page.on("console", (message) => {
@@ -24,8 +25,8 @@ page.on("console", (message) => {
 });
 if (asked.before) await page.addInitScript(asked.before);
 await page.goto(asked.url);
-await page.waitForFunction(() => !document.querySelector("#prompt").disabled || document.querySelector("#status.failed"),
-  null, { timeout: 60000 });
+const loaded = () => !document.querySelector("#prompt").disabled || document.querySelector("#status.failed");
+await page.waitForFunction(loaded, null, { timeout: 60000 });
 if (asked.offline) await context.setOffline(true);
 found.isolated = await page.evaluate(() => crossOriginIsolated);
 found.intro = await page.locator("#intro").innerText();
