@@ -23,7 +23,7 @@ NODE = Path(__file__).parent / "node"
 
 KITS: dict[str, tuple[Kit, ...]] = {"wllama": (WLLAMA, PLAYWRIGHT, CHROMIUM),
                                     "transformers.js": (TRANSFORMERS_JS, PLAYWRIGHT, CHROMIUM)}
-MODULES = {"wllama": "wllama.mjs", "transformers.js": "transformers_js.mjs"}
+MODULES = {"wllama": "/page/wllama.mjs", "transformers.js": "/page/transformers_js.mjs"}
 
 
 @contextmanager
@@ -34,12 +34,12 @@ def command(runtime: str, folder: Path) -> Iterator[Command]:
     Raises UserError when a kit is missing.
     """
     if why := missing(KITS[runtime]):
-        raise UserError(f"{runtime}: {why}; run lrc-edge targets setup")
+        raise UserError(f"{runtime}: {why}; run lrc-edge targets setup {runtime}")
     folder = folder.resolve()
     mounts: Mounts = {"/page": PAGES, "/files/model": folder, "/wllama": WLLAMA.module("@wllama/wllama"),
                       "/transformers": TRANSFORMERS_JS.module("@huggingface/transformers"),
                       "/onnxruntime": TRANSFORMERS_JS.module("onnxruntime-web")}
     with StaticServer(mounts) as server:
         settings = {"playwright": str(PLAYWRIGHT.module("playwright-core")), "chromium": str(CHROMIUM.program),
-                    "origin": server.origin, "page": f"/page/{MODULES[runtime]}", "folder": str(folder)}
+                    "origin": server.origin, "page": MODULES[runtime], "folder": str(folder)}
         yield Command((str(shutil.which("node")), str(NODE / "browser.mjs"), json.dumps(settings)))

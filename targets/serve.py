@@ -14,8 +14,8 @@ from lrc_edge.targets.web_kits import WLLAMA
 
 PAGES = Path(__file__).parent / "pages"
 # blob: is how wllama starts its worker and is given its program.
-POLICY = {"Content-Security-Policy": "default-src 'none'; script-src 'self' 'wasm-unsafe-eval' blob:; worker-src blob:; "
-                                     "connect-src 'self' blob:; style-src 'self' 'unsafe-inline'; img-src data:; "
+POLICY = {"Content-Security-Policy": "default-src 'none'; script-src 'self' 'wasm-unsafe-eval' blob:; "
+                                     "worker-src blob:; connect-src 'self' blob:; style-src 'self'; img-src data:; "
                                      "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"}
 
 
@@ -30,6 +30,6 @@ def page_server(path: Path, encoding: str, host: str, port: int) -> StaticServer
     about = {"file": file.name, "name": file.stem, "bytes": file.stat().st_size}
     wllama = WLLAMA.module("@wllama/wllama")
     mounts: Mounts = {"/": PAGES / "chat.html", "/about.json": json.dumps(about).encode(), "/model.gguf": file,
-                      **{f"/{name}": PAGES / name for name in ("chat.css", "chat.mjs", "gguf.mjs")},
+                      **{f"/{name}": PAGES / name for name in ("chat.css", "chat.mjs", "gguf.mjs", "llama.mjs")},
                       "/wllama": wllama, "/wllama-compat": WLLAMA.module("@wllama/wllama-compat")}
     return StaticServer(mounts, host, port, {**ISOLATION, **POLICY})

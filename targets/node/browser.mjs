@@ -1,6 +1,6 @@
 // The worker that is a page of headless Chromium. argv: one JSON object, as ../browser.py writes it:
 // playwright (folder), chromium (program), origin, page (a module's path there), folder (what /files/model/ shows).
-// The page's module exports `answer(request)`. Nobody but our own origin is ever reached, and after `open` nobody at all.
+// The page's module exports `answer(request)`. Nobody but our own origin is reached, and after `open` nobody at all.
 import { readFileSync } from "node:fs";
 import { join, relative } from "node:path";
 import { pathToFileURL } from "node:url";
@@ -20,7 +20,9 @@ const local = (url) => /^(blob|data):/.test(url);
 async function start() {
   const browser = await launcher.launch({ executablePath: chromium, args: FLAGS });
   const context = await browser.newContext();
-  context.on("request", (request) => { if (!ours(request.url()) && !local(request.url())) foreign.add(request.url()); });
+  context.on("request", (request) => {
+    if (!ours(request.url()) && !local(request.url())) foreign.add(request.url());
+  });
   await context.route("**/*", (route) => network && ours(route.request().url()) ? route.continue() : route.abort());
   await context.routeWebSocket(/.*/, (socket) => { foreign.add(socket.url()); socket.close(); });
   const page = await context.newPage();
@@ -72,7 +74,10 @@ await serve({
   score: (fields) => ask({ op: "score", ...fields }),
   generate: (fields) => ask({ op: "generate", ...fields }),
   tokenize: (fields) => ask({ op: "tokenize", ...fields }),
-  memory: async () => ({ peak_bytes: await peakBytes((await started).browser), how: "VmHWM of Chromium's page process" }),
+  async memory() {
+    const { browser } = await started;
+    return { peak_bytes: await peakBytes(browser), how: "VmHWM of Chromium's page process" };
+  },
   requests: async () => ({ foreign: [...foreign] }),
 });
 await (await started)?.browser.close();

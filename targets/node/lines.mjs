@@ -6,6 +6,7 @@ export async function serve(worker) {
     const { op, ...fields } = JSON.parse(line);
     let answer;
     try {
+      if (!worker[op]) throw new Error(`${op}: this runtime knows no such request`);
       answer = await worker[op](fields);
     } catch (error) {
       answer = { error: String(error?.message ?? error) };

@@ -1,23 +1,24 @@
-// The page of `lrc-edge serve`: a GGUF answers here, by wllama (llama.cpp in WebAssembly). No request but to our server.
-import { Wllama } from "/wllama/esm/index.js";
-import { contextLength } from "./gguf.mjs";
+// The page of `lrc-edge serve`: a GGUF answers here, by wllama (llama.cpp in WebAssembly). It asks only our server.
+import { describe } from "./gguf.mjs";
+import { load, program } from "./llama.mjs";
 
 const MAX_CONTEXT = 4096; // tokens: a longer KV cache is more than phones have room for
 const $ = (id) => document.getElementById(id);
 const MB = 1e6;
-const quiet = () => {};
 
-let about, model, file, wasm; // wasm: the runtime's program as a URL that also works when the server is gone
+let about, model, file, n_ctx;
+let wasm; // the runtime's program, as a URL that works when the server is gone
 let alive = false; // whether the model can answer; it dies of an error in llama.cpp
 let messages = []; // the conversation so far, for the chat template
 let writing = null; // the AbortController of the answer that is being written
 
-function say(text, { failed = false, progress = null, again = false } = {}) {
+// What goes on, above the composer: nothing, a share that is done, or a failure.
+function say(text, { failed = false, progress = null } = {}) {
   $("message").textContent = text;
+  $("status").classList.toggle("idle", !text);
   $("status").classList.toggle("failed", failed);
   $("progress").hidden = progress === null;
   $("progress").value = progress ?? 0;
-  $("again").hidden = !again;
 }
 
 // Loading
@@ -37,45 +38,36 @@ async function download(url, bytes, told) {
 
 async function start() {
   about = await (await fetch("about.json")).json();
-  const size = `${(about.bytes / MB).toFixed(1)} MB`;
-  document.title = `${about.name} · lrc-edge`;
-  $("name").textContent = about.name;
-  $("facts").textContent = size;
+  const size = `${(about.bytes / MB).toFixed(1)}\u00a0MB`;
+  $("facts").textContent = `${about.file} · ${size}`;
   file = await download("model.gguf", about.bytes, (share) => say(`Reading ${size}`, { progress: share }));
   say("Starting llama.cpp", { progress: 1 });
-  wasm = URL.createObjectURL(await (await fetch("/wllama/esm/wasm/wllama.wasm")).blob());
-  await load();
-  const { meta, hparams } = model.getModelMetadata();
-  const n_ctx = model.getLoadedContextInfo().n_ctx;
-  const parameters = meta["general.size_label"];
-  $("facts").textContent = [parameters && `${parameters} parameters`, about.encoding, size,
-    `${hparams.nLayer} layers`, `${n_ctx} tokens of context`].filter(Boolean).join(" · ");
-  $("mode").hidden = !model.getChatTemplate();
+  wasm = await program();
+  const { name, n_ctx_train } = await describe(file).catch(() => ({})); // llama.cpp says what is wrong with it
+  $("name").textContent = name || about.file;
+  document.title = `${name || about.file} · lrc-edge`;
+  n_ctx = Math.min(MAX_CONTEXT, n_ctx_train ?? MAX_CONTEXT);
+  await begin();
   const threads = model.getNumThreads();
-  $("threads").textContent = `${threads} thread${threads > 1 ? "s" : ""}.` + (crossOriginIsolated ? "" :
-    " Browsers give a page more only over https or on localhost.");
+  $("facts").textContent += ` · ${threads}\u00a0thread${threads > 1 ? "s" : ""}`;
+  $("threads").hidden = crossOriginIsolated;
+  $("mode").hidden = !model.getChatTemplate();
   showMode();
   ready();
-  $("prompt").focus();
 }
 
-async function load() {
-  const said = [];
-  const note = (text) => said.push(String(text));
+// Starts llama.cpp, for the first time or after it died.
+async function begin() {
   await model?.exit();
-  model = new Wllama({ default: wasm }, { logger: { debug: note, log: quiet, warn: quiet, error: note } });
-  // What a browser without 64-bit memory or JSPI is given; by default wllama would ask a foreign server for it.
-  model.setCompat({ worker: "/wllama-compat/wasm/wllama.js", wasm: "/wllama-compat/wasm/wllama.wasm" });
-  const n_ctx = Math.min(MAX_CONTEXT, await contextLength(file).catch(() => MAX_CONTEXT));
   const n_threads = Math.max(1, Math.min(4, Math.floor(navigator.hardwareConcurrency / 2)));
+  let said;
   try {
-    await model.loadModel([file], { n_ctx, n_threads, n_parallel: 1, n_gpu_layers: 0, jinja: true });
+    ({ model, said } = await load(file, wasm, { n_ctx, n_threads, jinja: true }));
   } catch (error) {
-    const why = said.filter((line) => /error|fail|invalid|corrupt/i.test(line) && !line.startsWith("Stack")).at(-1);
-    throw new Error(`${about.file} cannot be loaded: ${(why ?? error.message).trim()}. Export it again, then reload this page.`);
+    throw new Error(`${about.file} cannot be loaded: ${error.message}. Reload this page, or export the file again.`);
   }
-  const buffers = said.map((line) => line.match(/buffer size = +([\d.]+) MiB/)).filter(Boolean);
-  const bytes = buffers.reduce((sum, [, mebibytes]) => sum + Number(mebibytes) * 2 ** 20, 0);
+  const mebibytes = said.map((line) => Number(line.match(/buffer size = +([\d.]+) MiB/)?.[1] ?? 0));
+  const bytes = 2 ** 20 * mebibytes.reduce((sum, value) => sum + value);
   $("memory").textContent = (bytes / MB).toFixed(bytes < 100 * MB ? 1 : 0);
   $("memory").title = "llama.cpp's buffers: weights, KV cache, working memory";
   alive = true;
@@ -92,12 +84,12 @@ function showMode() {
 }
 
 function ready() {
-  say("", { again: messages.length > 0 });
+  say("");
   $("prompt").disabled = $("send").disabled = false;
+  $("prompt").focus();
 }
 
 function count(tokens) {
-  const { n_ctx } = model.getLoadedContextInfo();
   $("used").textContent = tokens;
   $("context").textContent = `of ${n_ctx}`;
   $("meter").style.width = `${100 * Math.min(1, tokens / n_ctx)}%`;
@@ -106,6 +98,7 @@ function count(tokens) {
 
 function newTurn(text) {
   $("intro").hidden = true;
+  $("again").hidden = false;
   const turn = document.createElement("div");
   turn.className = `turn writing${answers() ? "" : " continued"}`;
   const [asked, answer, note] = ["asked", "answer", "note"].map((name) => {
@@ -120,7 +113,7 @@ function newTurn(text) {
   return { turn, answer, note };
 }
 
-function show({ timings, usage }) {
+function show({ timings }) {
   const speed = (n, milliseconds) => (1000 * n / milliseconds).toFixed(n / milliseconds < 0.01 ? 1 : 0);
   if (timings?.prompt_ms) $("prefill").textContent = speed(timings.prompt_n, timings.prompt_ms);
   if (timings?.predicted_n > 1) $("decode").textContent = speed(timings.predicted_n, timings.predicted_ms);
@@ -150,7 +143,6 @@ async function write(text, turn) {
     return STOPPED;
   }
   if (end?.reason !== "length") return "";
-  const { n_ctx } = model.getLoadedContextInfo();
   return end.written < max_tokens ? `The context of ${n_ctx} tokens is full.` : `Stopped at ${end.written} tokens.`;
 }
 
@@ -167,7 +159,7 @@ async function send() {
   const kept = messages.length;
   if (answers()) messages.push({ role: "user", content: text });
   try {
-    if (!alive) await load();
+    if (!alive) await begin();
     turn.note.textContent = await write(text, turn);
     if (answers()) messages.push({ role: "assistant", content: turn.answer.textContent });
     ready();
@@ -186,12 +178,12 @@ function failed(error, turn) {
   ready();
   if (full) {
     turn.note.textContent = `The context is full: this needs ${full[1]} tokens and there are ${full[2]}.`;
-    say("Start a new conversation, or write less.", { failed: true, again: true });
+    say("Start a new conversation, or write less.", { failed: true });
     return;
   }
   alive = false; // the next answer starts llama.cpp anew
   turn.note.textContent = STOPPED;
-  say(`llama.cpp stopped: ${error.message}`, { failed: true, again: true });
+  say(`llama.cpp stopped: ${error.message}`, { failed: true });
 }
 
 function again() {
@@ -199,9 +191,9 @@ function again() {
   messages = [];
   $("conversation").querySelectorAll(".turn").forEach((turn) => turn.remove());
   $("intro").hidden = false;
+  $("again").hidden = true;
   count(0);
-  say("");
-  $("prompt").focus();
+  ready();
 }
 
 // Controls

@@ -1,6 +1,6 @@
 // The header of a GGUF file (a Blob); layout: ggml/docs/gguf.md.
-// wllama takes and gives text only, and trips over tokens that are no valid UTF-8. `named` and `silent` are views of the
-// file that get ids through it; hyperparameters and weights are the file's own, byte for byte.
+// wllama takes and gives text only, and trips over tokens that are no valid UTF-8. `named` and `silent` are views of
+// the file that get ids through it; hyperparameters and weights are the file's own, byte for byte.
 
 const [INT32, STRING, ARRAY] = [5, 8, 9];
 const BYTES = [1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8]; // of one value of each type
@@ -30,11 +30,12 @@ export async function silent(file) {
   return new Blob([file.slice(0, types.start), values, file.slice(types.start + types.size)]);
 }
 
-// Tokens that the model was trained to see at once.
-export async function contextLength(file) {
+// The model's name ("" where the file holds none), and tokens that it was trained to see at once.
+export async function describe(file) {
   const { pairs } = await read(file);
-  const { bytes } = pairs.find(({ key }) => key.endsWith(".context_length"));
-  return new Uint32Array(await bytes.slice(-4).arrayBuffer())[0];
+  const find = (suffix) => pairs.find(({ key }) => key.endsWith(suffix));
+  const name = await find("general.name")?.value.slice(8).text();
+  return { name: name ?? "", n_ctx_train: new Uint32Array(await find(".context_length").value.arrayBuffer())[0] };
 }
 
 async function read(file) {
@@ -55,7 +56,7 @@ async function read(file) {
   const header = { pairs: [], alignment: 32 };
   for (let i = 0; i < n_pairs; i++) {
     const start = at, key = text(), type = uint32(), first = at, array = value(type);
-    header.pairs.push({ key, bytes: file.slice(start, at) });
+    header.pairs.push({ key, bytes: file.slice(start, at), value: file.slice(first, at) });
     if (key === "general.alignment") header.alignment = view.getUint32(first, true);
     if (key === "tokenizer.ggml.tokens") header.n_tokens = array.n;
     if (key === "tokenizer.ggml.token_type" && array.item === INT32)

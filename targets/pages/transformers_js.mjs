@@ -6,14 +6,18 @@ let model, tokenizer, context, vocab;
 const DTYPES = { "model.onnx": "fp32", "model_fp16.onnx": "fp16", "model_quantized.onnx": "q8", "model_q4.onnx": "q4" };
 const row = (values) => new Tensor("int64", BigInt64Array.from(values, BigInt), [1, values.length]);
 
-function check(ids) {
-  const wrong = ids.find((id) => !(Number.isInteger(id) && id >= 0 && id < vocab));
+// Of a row of `ids`; `named` are ids that it need not hold.
+function check(ids, named = []) {
+  if (ids.length > context) throw new Error(`a row of ${ids.length} tokens in a context of ${context}`);
+  const wrong = [...ids, ...named].find((id) => !(Number.isInteger(id) && id >= 0 && id < vocab));
   if (wrong !== undefined) throw new Error(`id ${wrong} is outside the vocabulary of ${vocab}`);
 }
 
 const requests = {
   async open({ url, n_ctx, threads }) {
     const [folder, , file] = url.split("/").slice(-3);
+    const dtype = DTYPES[file];
+    if (!dtype) throw new Error(`transformers.js cannot load ${file}: it knows ${Object.keys(DTYPES).join(", ")}`);
     env.allowRemoteModels = env.useBrowserCache = false;
     env.allowLocalModels = true;
     env.localModelPath = new URL(url).pathname.split("/").slice(0, -3).join("/");
@@ -21,9 +25,13 @@ const requests = {
     const { wasm } = env.backends.onnx;
     wasm.numThreads = crossOriginIsolated ? threads : 1;
     wasm.wasmPaths = { mjs: `${ort}.mjs`, wasm: `${ort}.wasm` };
-    tokenizer = await AutoTokenizer.from_pretrained(folder);
-    model = await AutoModelForCausalLM.from_pretrained(folder,
-      { dtype: DTYPES[file], device: "wasm", session_options: { logSeverityLevel: 3 } });
+    const session_options = { logSeverityLevel: 3 };
+    try {
+      tokenizer = await AutoTokenizer.from_pretrained(folder);
+      model = await AutoModelForCausalLM.from_pretrained(folder, { dtype, device: "wasm", session_options });
+    } catch (error) {
+      throw new Error(`transformers.js cannot load this file (${error.message ?? error}); export it again`);
+    }
     ({ vocab_size: vocab, max_position_embeddings: context } = model.config);
     context = Math.min(context, n_ctx);
     return { runtime: `transformers.js ${env.version} (onnxruntime-web ${env.backends.onnx.versions.web}, WebAssembly)`,
@@ -31,8 +39,9 @@ const requests = {
   },
 
   async score({ ids, wanted }) {
-    check([...ids, ...wanted.flat()]);
-    const { logits } = await model({ input_ids: row(ids), attention_mask: row(ids.map(() => 1)), position_ids: row([...ids.keys()]) });
+    check(ids, wanted.flat());
+    const { logits } = await model({ input_ids: row(ids), attention_mask: row(ids.map(() => 1)),
+      position_ids: row([...ids.keys()]) });
     const logprobs = [], argmax = [];
     const size = logits.dims[2];
     for (let t = 0; t < ids.length; t++) {

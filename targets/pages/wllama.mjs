@@ -1,28 +1,21 @@
 // llama.cpp in the page, by wllama: answers the requests of ../worker.py.
-import { Wllama } from "/wllama/esm/index.js";
 import { named, silent } from "./gguf.mjs";
+import { llamaVersion, load, program } from "./llama.mjs";
 
 const VIEWS = { shipped: (file) => file, named, silent };
 const BIAS = 2 ** 14; // exact in float32 beside any logit, and past all of them
 
 let file, options, wasm, model, view;
-const errors = []; // what llama.cpp said last
-
-const quiet = () => {};
-const logger = { debug: quiet, log: quiet, warn: quiet, error: (text) => errors.push(String(text)) };
 
 // The model with the file's tokens as `wanted` (a key of VIEWS) shows them; one at a time is in memory.
-async function load(wanted) {
+async function use(wanted) {
   if (view === wanted) return;
   await model?.exit();
-  view = undefined;
-  errors.length = 0;
-  model = new Wllama({ default: wasm }, { logger });
+  model = view = undefined;
   try {
-    await model.loadModel([await VIEWS[wanted](file)], options);
+    ({ model } = await load(await VIEWS[wanted](file), wasm, options));
   } catch (error) {
-    const said = errors.filter((line) => !line.startsWith("Stack trace")).map((line) => line.trim());
-    throw new Error(`wllama cannot load this file (${said.slice(-2).join(" ") || error.message}); export it again`);
+    throw new Error(`wllama cannot load this file (${error.message}); export it again`);
   }
   view = wanted;
 }
@@ -40,31 +33,30 @@ async function complete(prompt, more, cold = false) {
 const name = (id) => `<${id}>`;
 const names = (ids) => ids.map(name).join("");
 
-function check(ids) {
+function check(ids, named = []) {
   const { n_vocab } = model.getLoadedContextInfo();
-  const wrong = ids.find((id) => !(Number.isInteger(id) && id >= 0 && id < n_vocab));
+  const wrong = [...ids, ...named].find((id) => !(Number.isInteger(id) && id >= 0 && id < n_vocab));
   if (wrong !== undefined) throw new Error(`id ${wrong} is outside the vocabulary of ${n_vocab}`);
 }
 
 const requests = {
   async open({ url, n_ctx, threads }) {
-    const [weights, program, about] = await Promise.all(
-      [url, "/wllama/esm/wasm/wllama.wasm", "/wllama/package.json"].map((address) => fetch(address)));
-    if (!weights.ok) throw new Error(`${url}: ${weights.status}`);
-    file = await weights.blob();
-    wasm = URL.createObjectURL(await program.blob()); // it is asked for again with the network off
-    options = { n_ctx, n_threads: threads, n_parallel: 1, n_gpu_layers: 0, warmup: false };
-    await load("shipped");
-    const info = model.getLoadedContextInfo();
+    const [weights, about] = await Promise.all([url, "/wllama/package.json"].map((address) => fetch(address)));
+    if (!weights.ok) throw new Error(`wllama cannot load this file (${url}: ${weights.status})`);
     const { version } = await about.json();
-    return { runtime: `wllama ${version} (llama.cpp ${Wllama.getLibllamaVersion()})`, n_ctx: info.n_ctx,
+    file = await weights.blob();
+    wasm = await program();
+    options = { n_ctx, n_threads: threads, warmup: false };
+    await use("shipped");
+    const info = model.getLoadedContextInfo();
+    return { runtime: `wllama ${version} (llama.cpp ${llamaVersion()})`, n_ctx: info.n_ctx,
       vocab_size: info.n_vocab, threads: model.getNumThreads() };
   },
 
   // wllama tells log-probabilities of the likeliest tokens only, and a token at a time: as many as it takes.
   async score({ ids, wanted }) {
-    await load("named");
-    check([...ids, ...wanted.flat()]);
+    await use("named");
+    check(ids, wanted.flat());
     const logprobs = [], argmax = [];
     await complete(names(ids), {}, true); // the prompt at once, as a chat has it; then its positions one by one
     for (let t = 0; t < ids.length; t++) {
@@ -76,7 +68,7 @@ const requests = {
   },
 
   async generate({ ids, n_tokens, stop }) {
-    await load("named");
+    await use("named");
     check(ids);
     const made = await complete(names(ids), { max_tokens: n_tokens, n_probs: 1, stop: stop.map(name) }, true);
     const found = made.choices[0].logprobs.content.map(({ id }) => id);
@@ -85,7 +77,7 @@ const requests = {
   },
 
   async tokenize({ texts }) {
-    await load("silent");
+    await use("silent");
     const ids = [];
     for (const text of texts) ids.push(await idsOf(text));
     return { ids };
@@ -106,10 +98,12 @@ async function likeliest(prompt, wanted) {
 // wllama has no call for it. But a bonus for each time a token stands in the prompt's last k places, less the same for
 // the k - 1 that are known, makes the token in the k-th place from the end the next one.
 async function idsOf(text) {
+  if (!text && !model.mustAddBosToken()) return []; // nothing to complete
   const ids = [], counts = new Map();
   for (let k = 1; ; k++) {
     const logit_bias = Array.from(counts, ([id, count]) => [id, -BIAS * count]);
-    const { choices, usage } = await complete(text, { n_probs: 1, repeat_last_n: k, frequency_penalty: -BIAS, logit_bias });
+    const bonus = { repeat_last_n: k, frequency_penalty: -BIAS, logit_bias };
+    const { choices, usage } = await complete(text, { n_probs: 1, ...bonus });
     const { id } = choices[0].logprobs.content[0];
     ids.unshift(id);
     counts.set(id, (counts.get(id) ?? 0) + 1);

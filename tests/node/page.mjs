@@ -1,59 +1,62 @@
 // Uses a served page as a person does, in headless Chromium, and tells what it saw.
-// stdin: JSON {playwright, chromium, url, width, height, scale, dark, before, asks, plain, stop_after, shot, ...}; stdout: JSON.
+// stdin: JSON {playwright, chromium, url} and what to do, all optional: {width, height, scale} of the window, dark,
+// before (script that runs first), settings (id -> value), asks (texts to send), stop (each answer, early),
+// offline (once it is loaded), evaluate (script at the end), screenshot (file). stdout: JSON.
 import { readFileSync, writeSync } from "node:fs";
 import { join } from "node:path";
 import { pathToFileURL } from "node:url";
 
-const asked = JSON.parse(readFileSync(0, "utf8"));
+const { width = 1280, height = 800, scale = 1, ...asked } = JSON.parse(readFileSync(0, "utf8"));
 const { chromium } = await import(pathToFileURL(join(asked.playwright, "index.mjs")));
 const browser = await chromium.launch({ executablePath: asked.chromium, args: ["--no-sandbox", "--disable-gpu",
-  "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"] });
-const context = await browser.newContext({ viewport: { width: asked.width ?? 1280, height: asked.height ?? 800 },
-  deviceScaleFactor: asked.scale ?? 1, colorScheme: asked.dark ? "dark" : "light" });
-const origin = new URL(asked.url).origin;
-const foreign = [], violations = [];
+  "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
+  "--disable-sync", "--host-resolver-rules=MAP not-local.test 127.0.0.1"] });
+const context = await browser.newContext({ viewport: { width, height }, deviceScaleFactor: scale,
+  colorScheme: asked.dark ? "dark" : "light" });
+const { origin } = new URL(asked.url);
+const found = { turns: [], foreign: [], violations: [] };
 context.on("request", (request) => {
-  if (!request.url().startsWith(`${origin}/`) && !/^(blob|data):/.test(request.url())) foreign.push(request.url());
+  const url = request.url();
+  if (!url.startsWith(`${origin}/`) && !/^(blob|data):/.test(url)) found.foreign.push(url);
 });
-await context.route((url) => url.origin !== origin, (route) => route.abort());
 const page = await context.newPage();
-page.on("console", (message) => { if (/Content Security Policy/.test(message.text())) violations.push(message.text()); });
+page.on("console", (message) => {
+  if (/Content Security Policy/.test(message.text())) found.violations.push(message.text());
+});
 if (asked.before) await page.addInitScript(asked.before);
 await page.goto(asked.url);
-await page.waitForFunction(() => !document.querySelector("#prompt").disabled || document.querySelector("#status.failed"),
-  null, { timeout: 60000 });
+const loaded = () => !document.querySelector("#prompt").disabled || document.querySelector("#status.failed");
+await page.waitForFunction(loaded, null, { timeout: 60000 });
 if (asked.offline) await context.setOffline(true);
+found.isolated = await page.evaluate(() => crossOriginIsolated);
+found.intro = await page.locator("#intro").innerText();
 
-const text = (selector) => page.locator(selector).allInnerTexts();
-const found = { isolated: await page.evaluate(() => crossOriginIsolated), intro: await text("#intro"), turns: [] };
-if (asked.settings) {
-  await page.locator("#settings").evaluate((details) => { details.open = true; });
-  for (const [id, value] of Object.entries(asked.settings)) {
-    const control = page.locator(`#${id}`);
-    if (typeof value === "boolean") await control.setChecked(value);
-    else await control.fill(String(value));
-  }
-  await page.locator("#settings").evaluate((details, wide) => { details.open = wide; }, (asked.width ?? 1280) > 760);
+const fold = (open) => page.locator("#settings").evaluate((details, value) => { details.open = value; }, open);
+await fold(true);
+for (const [id, value] of Object.entries(asked.settings ?? {})) {
+  if (typeof value === "boolean") await page.setChecked(`#${id}`, value);
+  else await page.fill(`#${id}`, String(value));
 }
-for (const prompt of asked.asks ?? []) {
+await fold(width > 760);
+found.failed = await page.locator("#status.failed").count() > 0;
+for (const prompt of found.failed ? [] : asked.asks ?? []) {
   await page.fill("#prompt", prompt);
   await page.press("#prompt", "Enter");
   if (asked.stop) {
-    await page.waitForFunction(() => document.querySelector(".turn:last-child .answer").textContent.length > 40);
+    await page.waitForFunction(() => document.querySelector(".turn:last-child .answer").textContent.length > 20);
     await page.click("#send");
   }
-  await page.waitForFunction(() => document.querySelector(".turn") && !document.querySelector(".writing"), null, { timeout: 60000 });
-  const [asked_, answer, note] = await Promise.all(["asked", "answer", "note"].map(
+  await page.waitForFunction(() => document.querySelector(".turn") && !document.querySelector(".writing"), null,
+    { timeout: 60000 });
+  const [question, answer, note] = await Promise.all(["asked", "answer", "note"].map(
     (name) => page.locator(`.turn:last-child .${name}`).textContent()));
-  found.turns.push({ asked: asked_, answer, note });
+  found.turns.push({ question, answer, note });
 }
-for (const id of ["name", "facts", "threads", "message", "decode", "prefill", "memory", "used", "context"])
+for (const id of ["name", "facts", "message", "decode", "prefill", "memory", "used", "context"])
   found[id] = await page.locator(`#${id}`).textContent();
-found.failed = await page.locator("#status.failed").count() > 0;
-found.scroll = await page.evaluate(() => [document.documentElement.scrollWidth, innerWidth,
-  document.documentElement.scrollHeight, innerHeight]);
+found.failed ||= await page.locator("#status.failed").count() > 0;
+found.scrolls = await page.evaluate(() => document.documentElement.scrollWidth > innerWidth);
 if (asked.evaluate) found.evaluated = await page.evaluate(asked.evaluate);
-if (asked.shot) await page.screenshot({ path: asked.shot });
-Object.assign(found, { foreign, violations });
+if (asked.screenshot) await page.screenshot({ path: asked.screenshot });
 writeSync(1, JSON.stringify(found));
 await browser.close();
