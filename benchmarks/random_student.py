@@ -36,8 +36,8 @@ SHAPES = {
                           head_dim=64, intermediate_size=2048),
     "small-cache": dict(hidden_size=256, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=8,
                         head_dim=32, intermediate_size=768),
-    "small-vocabulary": dict(hidden_size=320, num_hidden_layers=2, num_attention_heads=5, num_key_value_heads=1,
-                             head_dim=64, intermediate_size=640, vocab_size=65_536),
+    "small-vocabulary": dict(hidden_size=512, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2,
+                             head_dim=64, intermediate_size=1024, vocab_size=32_768),
 }
 SHARD_BYTES = 1 << 30
 

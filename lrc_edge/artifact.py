@@ -54,7 +54,8 @@ def smallest_gguf(path: Path, encoding: str = "") -> Path:
     if path.is_file():
         return path
     wanted = encoding.lower()
-    models = (f for f in path.rglob("*.gguf") if not f.stem.endswith(".imatrix") and f.stem.lower().endswith(wanted))
+    models = (f for f in path.rglob("*.gguf") if not f.stem.endswith(".imatrix") and f.parent.name != "check"
+              and f.stem.lower().endswith(wanted))  # the teacher lies in check/
     files = sorted(models, key=lambda f: f.stat().st_size)
     if not files:
         raise UserError(f"{path}: no GGUF {f'in {encoding} ' if encoding else ''}here; "

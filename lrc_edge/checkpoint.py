@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lrc_edge.config_file import read_config, shape_of
+from lrc_edge.config_file import PROVENANCE_FILE, read_config, shape_of
 from lrc_edge.errors import UserError
 from lrc_edge.roles import HEAD, Weight, weights_of
 from lrc_edge.shape import ModelShape
@@ -26,7 +26,6 @@ from lrc_edge.shape import ModelShape
 if TYPE_CHECKING:  # a second's import, which writing a file does not need
     from transformers import PreTrainedModel
 
-PROVENANCE_FILE = "lrc_edge.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 # What a tokenizer may consist of; a fold and an export carry those that exist.
 TOKENIZER_PARTS = (*TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",

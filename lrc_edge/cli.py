@@ -110,9 +110,8 @@ def check(directory: BuildDirectory, target: Annotated[list[str] | None, typer.O
     """
     if target:
         from lrc_edge.target_checks import check_targets
-        from lrc_edge.targets.profile import load_profile
 
-        _exit(check_targets(directory, [load_profile(name) for name in target], _plain_console()))
+        _exit(check_targets(directory, target, _plain_console()))
     from lrc_edge import commands
 
     _exit(commands.check(directory, _console()))
@@ -143,11 +142,9 @@ def serve(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A build
           host: Annotated[str, typer.Option(help="0.0.0.0 lets other devices in; they get one thread.")] = "127.0.0.1",
           encoding: Annotated[str, typer.Option(help="Which GGUF of a build; default: the smallest.")] = "") -> None:
     """A page in which the GGUF answers in the browser. It works with the network off. Ctrl-C ends."""
-    from lrc_edge.targets.serve import page_server
+    from lrc_edge import target_commands
 
-    with page_server(directory, encoding, host, port) as server:
-        print(f"{server.origin}/  (Ctrl-C ends)", flush=True)
-        server.wait()
+    target_commands.serve(directory, encoding, host, port)
 
 
 @app.command()

@@ -136,7 +136,7 @@ def _prove_and_report(pipeline: Pipeline, student: DenseCheckpoint, console: Con
     pipeline.check(student, artifacts, on_grid)
     pipeline.teacher_gguf()
     pipeline.report(student)
-    status = check_targets(pipeline.out, pipeline.profiles, console)
+    status = check_targets(pipeline.out, pipeline.recipe.export.targets, console)
     report = json.loads((pipeline.out / REPORT).read_text())
     show_verdict(report, pipeline.out, console)
     return status if all(gate["passed"] for gate in report["gates"]) else False

@@ -9,6 +9,8 @@ from lrc_edge.errors import UserError
 from lrc_edge.roles import FAMILIES, UNSUPPORTED_SWITCHES
 from lrc_edge.shape import ModelShape
 
+PROVENANCE_FILE = "lrc_edge.json"  # in the folder of a student that was made here: of whom, and how
+
 
 def read_config(path: Path) -> dict[str, Any]:
     """The table of path/config.json. Raises UserError."""

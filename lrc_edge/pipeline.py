@@ -20,7 +20,7 @@ from lrc_edge.report import REPORT, write_report
 from lrc_edge.report_table import report_table
 from lrc_edge.stored_reference import REFERENCE_FILE
 from lrc_edge.target_checks import TEACHER_FILE, add_results, kept_results
-from lrc_edge.targets.profile import Profile, load_profile
+from lrc_edge.targets.profile import load_profile
 from lrc_edge.targets.runtimes import is_here
 from lrc_edge.training import TrainingStages
 
@@ -108,15 +108,10 @@ class Pipeline(TrainingStages, CalibrationStages):
                               [self._hashes(model) for model in (student, on_grid) if model]],
                     [self.out / REFERENCE_FILE], work)
 
-    @property
-    def profiles(self) -> list[Profile]:
-        """The recipe's targets."""
-        return [load_profile(name) for name in self.recipe.export.targets]
-
     def teacher_gguf(self) -> None:
         """The teacher in 4 bits, where a target is a machine like this one: how much faster is the student?"""
         file = self.out / TEACHER_FILE
-        if self.teacher is None or not any(is_here(profile) for profile in self.profiles):
+        if self.teacher is None or not any(is_here(load_profile(name)) for name in self.recipe.export.targets):
             return
         teacher = self._teacher
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +24,7 @@ from lrc_edge.report_targets import memory_text, speed_text
 from lrc_edge.stored_reference import REFERENCE_FILE, StoredReference
 from lrc_edge.targets import speed
 from lrc_edge.targets.device_check import Checked, check_artifact
-from lrc_edge.targets.profile import Profile
+from lrc_edge.targets.profile import Profile, load_profile
 from lrc_edge.targets.runtimes import DeviceRuntime, runtimes_of
 
 TEACHER_FILE = "check/teacher.gguf"  # for speed beside it
@@ -52,9 +53,12 @@ class BuildFacts:
         return cls(out, artifacts, Checked(out, reference, recipe, threads_for(reference.shape)))
 
 
-def check_targets(out: Path, profiles: list[Profile], console: Console) -> int:
+def check_targets(out: Path, targets: Sequence[str], console: Console) -> int:
     """Check `out` on each target, print its table, add it to the report. Returns the exit status: what failed counts
     before what could not be checked."""
+    profiles = [load_profile(name) for name in targets]
+    if not profiles:
+        return PASSED
     facts = BuildFacts.read(out)
     results = [_check_target(facts, profile, console) for profile in profiles]
     for result in results:
@@ -175,7 +179,8 @@ def complaints(row: dict[str, Any]) -> list[str]:
         if gate["metric"] == "changes" and not gate["passed"]:
             told.append(f"{who}: the file is not what the build wrote (its SHA-256 differs)")
         elif gate["metric"] != "failures" and not gate["passed"]:
-            told.append(f"{who}: {gate['metric']} {figure(gate['value'])}, need {gate['relation']} {gate['limit']:g}")
+            told.append(f"{who}: {gate['name']}: {gate['metric']} {figure(gate['value'], 4)}, need {gate['relation']} "
+                        f"{figure(gate['limit'], 4)}")
     return told
 
 

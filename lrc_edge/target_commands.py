@@ -1,16 +1,18 @@
 """What `lrc-edge targets` does. Nothing here imports torch or transformers: it runs wherever an artifact runs."""
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.prompt import Confirm
 from rich.table import Table
 
 from lrc_edge.build import MANIFEST, BuildDir
-from lrc_edge.config_file import read_config, shape_of
+from lrc_edge.config_file import PROVENANCE_FILE, read_config, shape_of
 from lrc_edge.console import running
 from lrc_edge.errors import UserError
 from lrc_edge.figures import human_bytes, human_count
@@ -20,40 +22,44 @@ from lrc_edge.targets.fit import Fit, FormatFit, check_fit
 from lrc_edge.targets.memory import GROUPS, bytes_by_group, kv_bytes_per_token
 from lrc_edge.targets.profile import all_profiles, load_profile
 from lrc_edge.targets.runtimes import kits_named
+from lrc_edge.targets.serve import page_server
 
-PROVENANCE_FILE = "lrc_edge.json"  # in the folder of a student that was made here
 NOTES = ("total: the predicted peak of the resident set; llama.cpp and onnxruntime on x86-64 were within a tenth of "
-         "it (benchmarks/fit.py), other processors and browsers are reckoned. decode bound: memory bandwidth over the "
-         "bytes that one token reads, an upper bound and no measurement.")
+         "it (benchmarks/fit.py); other processors are reckoned, browsers fitted to a few measurements in Chromium. "
+         "decode bound: memory bandwidth over the bytes that one token reads, an upper bound and no measurement.")
 VERDICT_STYLES = {"fits": "green", "tight": "yellow", "does not fit": "red"}
 
 
 def list_targets(console: Console) -> None:
-    table = _table("target", "device", "cores", "RAM for the app", "bandwidth", "plan for", "take")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for header in ("target", "device", "RAM for the app", "plan for", "take"):
+        table.add_column(header, no_wrap=header == "target")
     for profile in all_profiles():
-        table.add_row(profile.name, profile.description, f"{profile.cores.value:g}",
-                      f"{profile.usable_gb.value:g} of {profile.ram_gb.value:g} GB",
-                      f"{profile.bandwidth_gb_s.value:g} GB/s", f"{profile.context:,} tokens", profile.recommended)
-    console.print(table)
-    console.print("lrc-edge targets show NAME explains one; lrc-edge targets fit MODEL --target NAME tells what fits "
-                  "it. Your own device is a file of the same keys: --target ./my-device.toml", style="dim",
-                  highlight=False)
+        table.add_row(profile.name, escape(profile.description),
+                      f"{profile.usable_gb.value:g} of {profile.ram_gb.value:g} GB", f"{profile.context:,} tokens",
+                      profile.recommended)
+    console.print(table, highlight=False)
+    console.print("\nlrc-edge targets show NAME    its figures with their sources, and why these formats\n"
+                  "lrc-edge targets fit MODEL --target NAME    does a model fit it?\n"
+                  "lrc-edge targets setup NAME    install what its check runs; then lrc-edge check OUT --target NAME\n"
+                  "Your own device is a file of the same keys: --target ./my-device.toml",
+                  style="dim", highlight=False, soft_wrap=True)
 
 
 def show_target(name_or_path: str, console: Console) -> None:
     profile = load_profile(name_or_path)
-    console.print(f"[bold]{profile.name}[/]  {profile.description}", highlight=False)
+    console.print(f"[bold]{escape(profile.name)}[/]  {escape(profile.description)}", highlight=False)
     emulated = f"; emulated as {profile.emulate} on other machines" if profile.emulate else ""
     console.print(f"{profile.architecture} with {', '.join(profile.features)}{emulated}. Plan for {profile.context:,} "
                   f"tokens. Checked in {', '.join(profile.runtimes)}.", highlight=False)
     figures = _table("figure", "value", "looked at", "source")
     units = {"cores": "", "ram_gb": " GB", "usable_gb": " GB", "bandwidth_gb_s": " GB/s"}
     for key, figure in profile.figures.items():
-        figures.add_row(key, f"{figure.value:g}{units[key]}", f"{figure.date}", figure.source)
+        figures.add_row(key, f"{figure.value:g}{units[key]}", f"{figure.date}", escape(figure.source))
     formats = _table("format", "why, best first")
     for format_ in profile.formats:
         recommended = format_.name == profile.recommended
-        formats.add_row(format_.name, format_.why + (" (take this one)" if recommended else ""))
+        formats.add_row(format_.name, escape(format_.why) + (" (take this one)" if recommended else ""))
     for table in (figures, formats):
         console.print()
         console.print(table, highlight=False)
@@ -73,6 +79,13 @@ def setup(names: list[str], yes: bool, console: Console) -> None:
         with running(console, "setup") as task:
             kit.install(task.update)
     console.print("done")
+
+
+def serve(path: Path, encoding: str, host: str, port: int) -> None:
+    """A page in which the GGUF answers, until Ctrl-C."""
+    with page_server(path, encoding, host, port) as server:
+        print(f"{server.origin}/  (Ctrl-C ends)", flush=True)
+        server.wait()
 
 
 @dataclass(frozen=True)
@@ -113,10 +126,10 @@ def find_model(source: str) -> Model:
         if not folder.exists():
             raise UserError(f"{path}: no student in it yet; give its teacher, and the recipe with --recipe and --set")
         return Model(path.resolve().name, shape_of(read_config(folder), folder / "config.json"), False)
+    name = path.resolve().name
     if not path.exists() and not source.startswith(("/", ".", "~")):
         path = _download_config(source)
     shape = shape_of(read_config(path), path / "config.json")
-    name = source.rsplit("/", 1)[-1] if str(path) != source else path.resolve().name
     return Model(name, shape, not (path / PROVENANCE_FILE).exists())
 
 
@@ -126,6 +139,7 @@ def _download_config(hub_id: str) -> Path:
     except ImportError as error:
         raise UserError(f"{hub_id}: no such directory, and without huggingface_hub nothing can be downloaded; give a "
                         "directory with the model's config.json") from error
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every attempt
     try:
         return Path(hf_hub_download(hub_id, "config.json")).parent
     except Exception as error:  # offline, gated, misspelt: the hub client raises many types
@@ -136,15 +150,16 @@ def _download_config(hub_id: str) -> Path:
 
 def _print_fit(title: str, plan: Fit, console: Console) -> None:
     shape, profile = plan.shape, plan.profile
-    console.print(f"[bold]{title}[/]: {human_count(shape.n_params)} parameters on {profile.name} at {plan.context:,} "
-                  f"tokens, {human_bytes(profile.usable_bytes)} for the app", highlight=False)
+    console.print(f"[bold]{escape(title)}[/]: {human_count(shape.n_params)} parameters on {escape(profile.name)} at "
+                  f"{plan.context:,} tokens, {human_bytes(profile.usable_bytes)} for the app", highlight=False)
     table = _table("", *(f"{row.format}\n{row.runtime}" for row in plan.formats))
     for label, cell in _rows(shape, plan):
         table.add_row(label, *(cell(row) for row in plan.formats), style="bold" if label == "total" else None)
     console.print(table, highlight=False)
     best = plan.take
     console.print(f"take {best.format}: {best.verdict}" if best and best.verdict == "fits" else str(plan.warning),
-                  style=VERDICT_STYLES[best.verdict if best else "does not fit"], highlight=False, soft_wrap=True)
+                  style=VERDICT_STYLES[best.verdict if best else "does not fit"], highlight=False, markup=False,
+                  soft_wrap=True)
     console.print()
 
 

@@ -9,7 +9,6 @@ import importlib.metadata
 import importlib.util
 import shutil
 import sys
-import tarfile
 from pathlib import Path
 
 import lrc_edge
@@ -22,34 +21,45 @@ LLAMA_CPP_PYTHON = "0.3.36"  # only its bindings, in Python
 ONNXRUNTIME, GENAI = "1.31.1", "0.18.0"
 WHEELS = (f"onnxruntime=={ONNXRUNTIME}", f"onnxruntime-genai=={GENAI}", "numpy==2.4.6", "Jinja2==3.1.6",
           "MarkupSafe==3.0.4", "diskcache==5.6.3", "typing_extensions==4.16.0")
-BUILDS = {"llama.cpp": f"llama.cpp (node-llama-cpp {NODE_LLAMA_CPP}'s build)", "onnxruntime": f"onnxruntime {ONNXRUNTIME}",
-          "onnxruntime-genai": f"onnxruntime-genai {GENAI}"}
+BUILDS = {"llama.cpp": f"llama.cpp (node-llama-cpp {NODE_LLAMA_CPP}'s build)",
+          "onnxruntime": f"onnxruntime {ONNXRUNTIME}", "onnxruntime-genai": f"onnxruntime-genai {GENAI}"}
+PROGRAMS = ("apt-get", "dpkg", "dpkg-deb", "tar", "npm")
 DEBIAN = ("python3-minimal", "libpython3-stdlib", "libstdc++6")
-# The processors, and Arm's number of the part. onnxruntime reads it from /proc/cpuinfo to choose its kernels, and dies
-# at import where it does not know it: qemu's "max" has none of its own, so here it is a Neoverse V1 (SVE and i8mm too).
+# The processors, with Arm's number of the part. onnxruntime reads it from /proc/cpuinfo, where it chooses kernels by it
+# and dies at import when it does not know it. qemu's "max" has a number of its own: here it is a Neoverse V1's.
 CPUS = {"cortex-a53": "0xd03", "cortex-a76": "0xd0b", "max": "0xd40"}
 CPUINFO = "processor : 0\nCPU implementer : 0x41\nCPU architecture: 8\nCPU variant : 0x0\nCPU part : {}\n\n"
+# The system's sources, and nothing else of the system's; indexes of the emulator's packages too.
+APT = """Dir::State "{folder}"; Dir::State::status "{folder}/status"; Dir::Cache "{folder}";
+Dir::Cache::archives "{folder}"; APT::Architecture "arm64"; APT::Architectures {{ "arm64"; "{host}"; }};
+APT::Sandbox::User "root"; APT::Update::Error-Mode "any"; Acquire::Languages "none";
+"""
 # lrc-edge is not installed in the emulated Python: its modules are found in the folders that are given.
 PATHS = ("import sys, types; sys.path.insert(0, sys.argv[1]); lrc_edge = types.ModuleType('lrc_edge'); "
          "lrc_edge.__path__ = sys.argv[2:4]; sys.modules['lrc_edge'] = lrc_edge; "
          "from lrc_edge.targets import emulated_worker; ")
 
 
+def _silently(line: str) -> None:
+    """Say nothing."""
+
+
 class Aarch64:
-    """The kit: the emulator, an aarch64 Python with its C library, llama.cpp and onnxruntime."""
+    """The kit: the emulator, an aarch64 Python with its C library, llama.cpp and the onnxruntimes."""
 
     name = "aarch64"
 
     @property
     def folder(self) -> Path:
-        return cache_folder() / f"{self.name}-{digest(NODE_LLAMA_CPP, LLAMA_CPP_PYTHON, *WHEELS, *DEBIAN, str(CPUS))}"
+        pins = (NODE_LLAMA_CPP, LLAMA_CPP_PYTHON, *WHEELS, *DEBIAN, CPUINFO, str(CPUS))
+        return cache_folder() / f"{self.name}-{digest(*pins)}"
 
     def missing(self) -> str | None:
         return None if self.folder.exists() and emulator(self.folder) else "aarch64 emulation is not installed"
 
     def plan(self) -> list[str]:
         programs = "an aarch64 Python (16 MB)" if emulator(self.folder) else "qemu and an aarch64 Python (79 MB)"
-        bindings = [] if _installed_bindings() else [f"pip download {_bindings()}  (77 MB, half a minute)"]
+        bindings = [] if _installed_bindings() else [f"pip download {_bindings()}  (77 MB, minutes)"]
         return [f"apt-get download of {programs} and the lists of packages (18 MB)",
                 f"pip install for aarch64: {' '.join(WHEELS)}  (49 MB)",
                 *bindings,
@@ -58,6 +68,10 @@ class Aarch64:
 
     def install(self, say: Say) -> None:
         """Raises UserError where apt-get, pip or npm is missing or fails; leaves nothing behind then."""
+        absent = [program for program in PROGRAMS if shutil.which(program) is None]
+        absent += [] if importlib.util.find_spec("pip") else ["pip"]
+        if absent:
+            raise UserError(f"{self.name}: this machine has no {', '.join(absent)}; install that first")
         with unfinished(self.folder) as folder:
             (downloads := folder / "downloads").mkdir()
             _unpack_debian(folder, downloads, say)
@@ -66,7 +80,8 @@ class Aarch64:
             _install_packages(folder, downloads, say)
             shutil.rmtree(downloads)
             # It works; and what Python compiles at the first import is part of the kit.
-            run([*_python(folder, "max", "emulated_worker.llama_libraries(); import onnxruntime, onnxruntime_genai")], say)
+            imports = "emulated_worker.llama_libraries(); import onnxruntime, onnxruntime_genai"
+            run([*_python(folder, "max", imports)], say)
 
 
 KIT = Aarch64()
@@ -79,7 +94,7 @@ def command(runtime: str, cpu: str) -> Command:
     """
     if cpu not in CPUS:
         raise UserError(f"{cpu}: not a processor that is emulated here; choose among {', '.join(CPUS)}")
-    version = run([str(emulator(KIT.folder)), "--version"], lambda _: None).split()[2]
+    version = run([str(emulator(KIT.folder)), "--version"], _silently).split()[2]
     return Command((*_python(KIT.folder, cpu, "emulated_worker.main(*sys.argv[4:])"), runtime,
                     f"{BUILDS[runtime]} on emulated {cpu} (aarch64 Linux, qemu-user {version})"))
 
@@ -108,20 +123,15 @@ def _write_root(folder: Path, cpu: str) -> None:
 
 def _unpack_debian(folder: Path, downloads: Path, say: Say) -> None:
     """The emulator and DEBIAN with what they depend on, by an apt whose state is in `downloads`."""
-    if shutil.which("apt-get") is None:
-        raise UserError("aarch64: this machine has no apt-get; the emulated libraries are Debian's packages")
     (downloads / "partial").mkdir()
     (downloads / "status").touch()
-    host = run(["dpkg", "--print-architecture"], say).strip()
-    apt = ["apt-get", "-qq", "--yes", *(f"-o{key}={value}" for key, value in {
-        "Dir::State": downloads, "Dir::State::status": downloads / "status", "Dir::Cache": downloads,
-        "Dir::Cache::archives": downloads, "APT::Architecture": "arm64", "APT::Architectures::": "arm64",
-        "APT::Architectures:: ": host, "APT::Sandbox::User": "root", "APT::Update::Error-Mode": "any",
-        "Acquire::Languages": "none"}.items())]
+    host = run(["dpkg", "--print-architecture"], _silently).strip()
+    (downloads / "apt.conf").write_text(APT.format(folder=downloads, host=host))
+    apt = ["apt-get", "-qq", "--yes", "--config-file", str(downloads / "apt.conf")]
     run([*apt, "update"], say)
     run([*apt, "install", "--download-only", "--no-install-recommends", *DEBIAN], say)
     for package in sorted(downloads.glob("*.deb")):
-        run(["dpkg-deb", "--extract", str(package), str(folder / "root")], lambda _: None)
+        run(["dpkg-deb", "--extract", str(package), str(folder / "root")], _silently)
     if emulator(folder) is None:
         run([*apt, "download", f"qemu-user-static:{host}"], say, cwd=downloads)
         package = next(downloads.glob("qemu-user-static_*.deb"))
@@ -141,13 +151,11 @@ def _install_packages(folder: Path, downloads: Path, say: Say) -> None:
         shutil.copytree(installed, package, ignore=shutil.ignore_patterns("lib", "server", "__pycache__"))
     else:
         run([*pip, "download", "--no-deps", "--no-binary", ":all:", "--dest", str(downloads), _bindings()], say)
-        with tarfile.open(next(downloads.glob("llama_cpp_python-*.tar.gz"))) as archive:
-            prefix = f"llama_cpp_python-{LLAMA_CPP_PYTHON}/llama_cpp/"
-            archive.extractall(downloads, [m for m in archive if m.name.startswith(prefix)], filter="data")
-        (downloads / prefix).rename(package)
+        source = f"llama_cpp_python-{LLAMA_CPP_PYTHON}"
+        run(["tar", "-xf", f"{source}.tar.gz", f"{source}/llama_cpp"], _silently, cwd=downloads)
+        (downloads / source / "llama_cpp").rename(package)
     run(["npm", "pack", "--silent", "--pack-destination", str(downloads), _node_package()], say)
-    with tarfile.open(next(downloads.glob("node-llama-cpp-*.tgz"))) as archive:
-        archive.extractall(downloads, filter="data")
+    run(["tar", "-xf", next(downloads.glob("node-llama-cpp-*.tgz")).name], _silently, cwd=downloads)
     (downloads / "package" / "bins" / "linux-arm64").rename(package / "lib")
     for name in ("llama", "ggml"):
         (package / "lib" / f"lib{name}.so").symlink_to(next((package / "lib").glob(f"lib{name}.v*.so")).name)

@@ -50,8 +50,8 @@ class Fit:
         longest = f"{best.longest_context:,} tokens would" if best.longest_context else "no context would"
         return (f"{self.profile.name}: {'barely fits' if self.take else 'does not fit'} at {self.context:,} tokens: "
                 f"{best.format} in {best.runtime} takes {human_bytes(best.memory.peak)} of "
-                f"{human_bytes(self.profile.usable_bytes)}; {longest} fit; a smaller student.hidden_size or --context "
-                "takes less")
+                f"{human_bytes(self.profile.usable_bytes)}; {longest} fit; a smaller student.hidden_size or a shorter "
+                "context takes less")
 
 
 def check_fit(shape: ModelShape, profile: Profile, context: int | None = None) -> Fit:

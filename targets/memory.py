@@ -1,8 +1,8 @@
 """How much memory a model takes in a runtime, from its shape alone: bytes as the runtimes allocate them.
 
 llama.cpp's part is derived from its source (0.5.0, as in llama-cpp-python 0.3.36), onnxruntime's (1.31) from
-measurements; benchmarks/fit.py sets both beside the resident sets of real processes. A prompt is taken to fill the
-context. Sizes: T tokens in one pass, h hidden_size, f intermediate_size, q and kv all query and key heads together.
+measurements; benchmarks/fit.py sets both beside the resident sets of real processes. What node and browsers add is
+fitted to two or three measurements each (node 20, headless Chromium 156). A prompt is taken to fill the context.
 """
 from __future__ import annotations
 
@@ -20,20 +20,24 @@ _BLOCK_BYTES = {"gguf:q4_0": (18, 34), "gguf:q8_0": (34, 34), "gguf:f16": (64, 6
                 "onnx:q8": (36, 36)}
 GROUPS = ("embedding", "attention", "ffn", "norms", "head")
 
-# Python, numpy and the runtime's libraries and session in our worker (VmHWM of a model of no size, Linux x86-64). A
-# program in C++ takes less, a browser's tab has its heap alone.
-_RUNTIME_BYTES = {"llama.cpp": 47_000_000, "node-llama-cpp": 47_000_000, "wllama": 8_000_000,
-                  "onnxruntime": 60_000_000, "onnxruntime-genai": 66_000_000, "transformers.js": 20_000_000}
-# Of llama.cpp's vocabulary: strings, ids, merges. Measured with real ones: 318 (Qwen2) to 424 (Llama 3) for BPE; 152
-# for SentencePiece, which are small.
-_VOCABULARY_BYTES = 340
-_GENAI_VOCABULARY_BYTES = 500  # of the tokenizer in onnxruntime-genai: BPE of 65,536 tokens
+# The process with a model of no size (VmHWM, Linux x86-64): Python with numpy, node, or a browser's page. A program in
+# C++ takes less than Python.
+_RUNTIME_BYTES = {"llama.cpp": 47_000_000, "node-llama-cpp": 98_000_000, "wllama": 330_000_000,
+                  "onnxruntime": 60_000_000, "onnxruntime-genai": 66_000_000, "transformers.js": 300_000_000}
+# A token of the vocabulary: strings, ids, merges. Of llama.cpp, measured with real ones: 318 (Qwen2) to 424 (Llama 3)
+# for BPE; 152 for SentencePiece, which are small. node reads the file's metadata into JavaScript as well. Plain
+# onnxruntime has no tokenizer.
+_VOCABULARY_BYTES = {"llama.cpp": 340, "wllama": 340, "node-llama-cpp": 840, "onnxruntime": 0,
+                     "onnxruntime-genai": 500, "transformers.js": 500}
 _BATCH = 512  # llama.cpp's n_ubatch, and wllama's
 _CONTEXT_STEP = 256  # llama.cpp rounds the context up to this (llama_context's constructor)
 # While a plain onnxruntime decodes, a step's whole new cache stands beside the last one, and the arena has holes of
 # older ones: 1.47 to 1.48 times the cache where it is nearly all there is. Part of it goes where the prompt's
 # activations were; how much depends on how the arena was split. Both are fitted: 20 points were within 10 %.
 _GROWING_CACHE, _USED_AGAIN = 1.5, 0.8
+# In a page the file stays in JavaScript beside the module's copy, and so do, until they are collected, old caches and
+# logits: how many times more of each.
+_PAGE_WEIGHTS, _PAGE_CACHE, _PAGE_LOGITS = 0.9, 2.6, 2.5
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,11 @@ def _llama_cpp(shape: ModelShape, format_: str, runtime: str, context: int, feat
     return Memory(
         weights=sum(bytes_by_group(shape, format_).values()), copies=repacked, working=working,
         kv_cache=padded * kv_bytes_per_token(shape, format_), droppable=originals,
-        runtime=_RUNTIME_BYTES[runtime] + _VOCABULARY_BYTES * shape.vocab_size)
+        runtime=_own(shape, runtime))
+
+
+def _own(shape: ModelShape, runtime: str) -> int:
+    return _RUNTIME_BYTES[runtime] + _VOCABULARY_BYTES[runtime] * shape.vocab_size
 
 
 def _repacked(shape: ModelShape, format_: str, features: Collection[str]) -> tuple[int, int]:
@@ -122,6 +130,7 @@ def _repacked(shape: ModelShape, format_: str, features: Collection[str]) -> tup
     not read any more: a tied head's is, as the embedding. Source: ggml_repack_get_optimal_repack_type in ggml-cpu.
     """
     dotprod = "dotprod" in features or "i8mm" in features
+    # Bytes of a block (Q4_0, Q8_0) -> rows that are interleaved.
     rows_of = {18: 8 if "avx2" in features else 4 if dotprod else 0, 34: 4 if dotprod else 0}
     copied = originals = 0
     for weight in weights_of(shape):
@@ -161,16 +170,18 @@ def _onnxruntime(shape: ModelShape, format_: str, runtime: str, context: int) ->
     # heads; gate, silu, up; and the widest product's input as int8 with its scales.
     widths = (4 * shape.hidden_size + 3 * shape.q_size + 5 * shape.kv_size + 3 * shape.intermediate_size
               + 0.3 * max(shape.hidden_size, shape.q_size, shape.intermediate_size))
-    working = int(4 * context * (widths + shape.vocab_size))
-    own = _RUNTIME_BYTES[runtime]
+    logits = 4 * context * shape.vocab_size
+    working = int(4 * context * widths) + logits
+    rope_tables = 4 * shape.max_position_embeddings * shape.head_dim
+    weights = sum(bytes_by_group(shape, format_).values()) + rope_tables
+    copies = _prepacked(shape)
     if runtime == "onnxruntime":
         working += max(0, int(_GROWING_CACHE * cache - _USED_AGAIN * working))
-    else:
-        own += _GENAI_VOCABULARY_BYTES * shape.vocab_size
-    rope_tables = 4 * shape.max_position_embeddings * shape.head_dim
-    return Memory(
-        weights=sum(bytes_by_group(shape, format_).values()) + rope_tables, copies=_prepacked(shape),
-        kv_cache=cache, working=working, runtime=own, droppable=0)
+    elif runtime == "transformers.js":
+        working += int(_PAGE_CACHE * cache + _PAGE_LOGITS * logits)
+        copies = int(_PAGE_WEIGHTS * weights)
+    return Memory(weights=weights, copies=copies, kv_cache=cache, working=working, runtime=_own(shape, runtime),
+                  droppable=0)
 
 
 def _prepacked(shape: ModelShape) -> int:

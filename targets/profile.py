@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -78,10 +79,13 @@ class Profile:
 
 
 FIGURES = ("cores", "ram_gb", "usable_gb", "bandwidth_gb_s")
-_KINDS: dict[str, type] = {"description": str, "architecture": str, "features": list, "emulate": str, "context": int,
+_NUMBER = (int, float)
+_KINDS: dict[str, Any] = {"description": str, "architecture": str, "features": list, "emulate": str, "context": int,
                            "runtimes": list, "formats": list, "recommended": str} | dict.fromkeys(FIGURES, dict)
+_FIGURE_KINDS = {"value": _NUMBER, "source": str, "date": datetime.date}
+_FORMAT_KINDS = {"name": str, "why": str}
 _WORDS = {str: "a text", list: "a list", int: "a whole number", dict: "a table of value, source and date",
-          datetime.date: "a date (2026-11-21)"}
+          _NUMBER: "a number", datetime.date: "a date (2026-11-21)"}
 _OPTIONAL = {"emulate"}
 
 
@@ -132,7 +136,7 @@ def _read(file: Traversable | Path, name: str) -> Profile:
     return profile
 
 
-def _check_keys(table: Mapping[str, Any], kinds: Mapping[str, type], where: str, prefix: str) -> None:
+def _check_keys(table: Mapping[str, Any], kinds: Mapping[str, Any], where: str, prefix: str) -> None:
     """Every key there, of its kind, and no other. Raises UserError."""
     if unknown := table.keys() - kinds.keys():
         key = min(unknown)
@@ -149,21 +153,20 @@ def _check_keys(table: Mapping[str, Any], kinds: Mapping[str, type], where: str,
 
 
 def _figure(table: Mapping[str, Any], where: str, key: str) -> Figure:
-    value = table.get("value")
-    _check_keys({**table, "value": 0} if "value" in table else table,
-                {"value": int, "source": str, "date": datetime.date}, where, f"{key}.")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise UserError(f"{where}: {key}.value = {value!r}: need a number above 0")
+    _check_keys(table, _FIGURE_KINDS, where, f"{key}.")
+    value = float(table["value"])
+    if not 0 < value < math.inf:
+        raise UserError(f"{where}: {key}.value = {value:g}: need a number above 0")
     if not table["source"].strip():
         raise UserError(f"{where}: {key}.source is empty; need where the figure comes from, or that you judged it")
-    return Figure(float(value), table["source"], table["date"])
+    return Figure(value, table["source"], table["date"])
 
 
 def _format(entry: Any, where: str, index: int) -> Format:
     prefix = f"formats[{index}]"
     if not isinstance(entry, dict):
         raise UserError(f"{where}: {prefix} = {entry!r}: need a table of name and why; write [[formats]]")
-    _check_keys(entry, {"name": str, "why": str}, where, f"{prefix}.")
+    _check_keys(entry, _FORMAT_KINDS, where, f"{prefix}.")
     return Format(entry["name"], entry["why"])
 
 

@@ -51,7 +51,7 @@ class PythonWorker:
         logits_TV = self._runtime.prefill(np.array(ids))
         top = logits_TV.argmax(-1)
         # Row by row: a whole row's float64 log-softmax at 128k tokens of vocabulary would be the peak of memory.
-        logprobs = [[float(x) for x in row[columns] - _log_sum_exp(row)]
+        logprobs = [(row[columns].astype(np.float64) - _log_sum_exp(row)).tolist()
                     for row, columns in zip(logits_TV, wanted, strict=True)]
         return {"logprobs": logprobs, "argmax": top.tolist()}
 

@@ -63,7 +63,8 @@ def _runtime(name: str, profile: Profile) -> DeviceRuntime:
     if name in PYTHON:
         return _python_runtime(name, profile)
     if name == "node-llama-cpp":
-        return DeviceRuntime(name=name, format="gguf", reads_text=True, here=True, start=lambda _: nullcontext(node_llama.command()),
+        return DeviceRuntime(name=name, format="gguf", reads_text=True, here=True,
+                             start=lambda _: nullcontext(node_llama.command()),
                              kits=node_llama.KITS if is_here(profile) else (_elsewhere(profile),))
     return DeviceRuntime(name=name, format="gguf" if name == "wllama" else "onnx", reads_text=True, page=True,
                          kits=browser.KITS[name], start=partial(browser.command, name))

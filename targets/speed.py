@@ -23,7 +23,10 @@ def depths(n_ctx: int) -> list[int]:
 
 def measure(files: dict[str, tuple[Start, Path]], prompt: list[int], n_ctx: int, threads: int,
             progress: Callable[[str], None]) -> dict[str, list[dict[str, Any]]]:
-    """name -> for each depth {depth, prefill, decode}, in tokens/s, None where it could not be told. `prompt`: at least the depth + N_PROMPT ids."""
+    """name -> for each depth {depth, prefill, decode}, in tokens/s, None where it could not be told.
+
+    `prompt`: at least depth + N_PROMPT ids.
+    """
     best: dict[str, dict[int, dict[str, float | None]]] = {name: {} for name in files}
     for i in range(ROUNDS):
         for name, (start, path) in files.items():

@@ -26,6 +26,9 @@ from typing import Any
 from lrc_edge.errors import UserError
 
 ANSWER_SECONDS = 600.0
+DEATHS: dict[int, str] = {signal.SIGILL: "illegal instruction", signal.SIGSEGV: "segmentation fault",
+                          signal.SIGBUS: "bus error", signal.SIGABRT: "aborted",
+                          signal.SIGKILL: "killed (out of memory?)"}
 
 
 class WorkerFailed(UserError):
@@ -69,7 +72,7 @@ class Worker:
         """The answer to one request. Raises WorkerFailed; a worker that took too long is killed."""
         deadline = time.monotonic() + seconds
         try:
-            self._send(json.dumps({"op": op, **fields}).encode() + b"\n", deadline)
+            self._send(memoryview(json.dumps({"op": op, **fields}).encode() + b"\n"), deadline)
             line = self._receive_line(deadline)
         except TimeoutError:
             self._kill()  # a late answer would be taken for the next one's
@@ -84,7 +87,7 @@ class Worker:
             raise WorkerFailed(" ".join(str(answer["error"]).split()))
         return answer
 
-    def _send(self, data: bytes, deadline: float) -> None:
+    def _send(self, data: memoryview, deadline: float) -> None:
         while data:
             _, ready, _ = select.select([], [self._stdin], [], max(0.0, deadline - time.monotonic()))
             if not ready:
@@ -113,9 +116,7 @@ class Worker:
         except subprocess.TimeoutExpired:
             return WorkerFailed(f"stopped answering at {op}{self._last_words()}")
         if status < 0:
-            name = {signal.SIGILL: "illegal instruction", signal.SIGSEGV: "segmentation fault",
-                    signal.SIGBUS: "bus error", signal.SIGABRT: "aborted",
-                    signal.SIGKILL: "killed (out of memory?)"}.get(-status, "killed")
+            name = DEATHS.get(-status, "killed")
             return WorkerFailed(f"{name} during {op} (signal {signal.Signals(-status).name}){self._last_words()}")
         return WorkerFailed(f"ended during {op} with status {status}{self._last_words()}")
 

@@ -16,6 +16,7 @@ from lrc_edge.errors import UserError
 from lrc_edge.export.to_gguf import export_gguf
 from lrc_edge.export.to_onnx import export_onnx
 from lrc_edge.shape import ModelShape
+from lrc_edge.targets import profile as profiles
 from lrc_edge.targets.fit import bytes_read_per_token, check_fit, judge
 from lrc_edge.targets.memory import Memory, bytes_by_group, memory_of
 from lrc_edge.targets.profile import FORMATS, Figure, Profile, load_profile
@@ -187,7 +188,7 @@ def teacher(tmp_path: Path) -> Path:
 def test_targets_lists_and_explains() -> None:
     listed = lrc_edge("targets")
     assert listed.returncode == 0, listed.stderr
-    assert all(name in listed.stdout for name in ("android-low", "browser-phone", "17 GB/s", "gguf:q4_0"))
+    assert all(name in listed.stdout for name in ("android-low", "browser-phone", "6 of 8 GB", "gguf:q4_0"))
     shown = lrc_edge("targets", "show", "android-low")
     assert shown.returncode == 0, shown.stderr
     assert all(text in shown.stdout for text in ("cortex-a53", "our judgement", "https://", "2026-11-21", "onnx:q4"))
@@ -201,6 +202,9 @@ def test_fit_plans_the_student_beside_its_teacher(teacher: Path) -> None:
     assert "take gguf:q4_0: fits" in done.stdout and "an upper bound and no measurement" in done.stdout
     wider = lrc_edge("targets", "fit", str(teacher), "-t", "android-low", "--set", "student.hidden_size=512")
     assert "SmolLM2-360M-LRC-512" in wider.stdout
+    (teacher / "lrc_edge.json").write_text("{}")  # a student, made here: it is no teacher
+    alone = lrc_edge("targets", "fit", f"{teacher}/", "-t", "android-low")
+    assert "SmolLM2-360M (model)" in alone.stdout and "teacher" not in alone.stdout
 
 
 def test_fit_of_a_build_s_student(teacher: Path, tmp_path: Path) -> None:
@@ -216,7 +220,7 @@ def test_fit_of_a_build_s_student(teacher: Path, tmp_path: Path) -> None:
 
 def test_fit_fails_where_nothing_fits(teacher: Path, tmp_path: Path) -> None:
     own = tmp_path / "watch.toml"
-    source = Path(sys.modules[load_profile.__module__].__file__ or "").parent / "profiles" / "android-low.toml"
+    source = Path(profiles.__file__).parent / "profiles" / "android-low.toml"
     own.write_text(source.read_text().replace("value = 1\n", "value = 0.05\n"))
     done = lrc_edge("targets", "fit", str(teacher), "--target", str(own))
     assert done.returncode == 1 and "watch: does not fit at 1,024 tokens" in done.stdout, done.stdout

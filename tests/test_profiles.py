@@ -31,7 +31,7 @@ def test_the_eight_are_shipped() -> None:
 @pytest.mark.parametrize("profile", all_profiles(), ids=lambda profile: profile.name)
 def test_a_shipped_profile_is_whole(profile: Profile) -> None:
     for figure in profile.figures.values():
-        assert figure.value > 0 and datetime.date(2026, 1, 1) <= figure.date <= datetime.date.today()
+        assert figure.value > 0 and figure.date >= datetime.date(2026, 1, 1)
         assert "https://" in figure.source or "our judgement" in figure.source, figure
     assert profile.recommended in profile.format_names
     blocks = gguf_encodings()
@@ -70,7 +70,9 @@ def test_a_users_file_works(own: Path) -> None:
     ('name = "gguf:q8_0"', 'name = "gguf:q4_k_m"', "formats = 'gguf:q4_k_m': need one of gguf:q4_0"),
     ('recommended = "gguf:q4_0"', 'recommended = "gguf:f16"', "recommended = 'gguf:f16': need one of gguf:q4_0"),
     ("value = 17\n", "value = -17\n", "bandwidth_gb_s.value = -17: need a number above 0"),
-    ("value = 17\n", 'value = "17"\n', "bandwidth_gb_s.value = '17': need a number above 0"),
+    ("value = 17\n", 'value = "17"\n', "bandwidth_gb_s.value = '17': need a number"),
+    ("value = 6\n", "value = inf\n", "usable_gb.value = inf: need a number above 0"),
+    ("value = 6\n", "value = true\n", "usable_gb.value = True: need a number"),
     ("value = 6\n", "value = 9\n", "usable_gb.value = 9: need no more than ram_gb.value, 8"),
     ("value = 6\n", "", "usable_gb.value is missing"),
     ("date = 2026-11-21", 'date = "lately"', "cores.date = 'lately': need a date"),

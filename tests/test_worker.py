@@ -140,7 +140,7 @@ def test_too_little_memory_is_a_line(runtime: str, tmp_path: Path) -> None:
     with worker_of(runtime) as worker:
         worker.ask("open", path=str(path), n_ctx=64, threads=1)
     limited = Command((sys.executable, "-c", LIMITED, runtime))
-    with Worker(limited) as worker, pytest.raises(WorkerFailed, match="mmap failed|bad_alloc|allocate") as failed:
+    with Worker(limited) as worker, pytest.raises(WorkerFailed, match=r"mmap failed|bad_alloc|allocate") as failed:
         worker.ask("open", path=str(path), n_ctx=64, threads=1)
     assert str(path) in str(failed.value) and "\n" not in str(failed.value)
 
@@ -156,7 +156,8 @@ def test_too_little_memory_is_a_line(runtime: str, tmp_path: Path) -> None:
     (signal.SIGTERM, "killed during open (signal SIGTERM)"),
 ])
 def test_death_by_a_signal(number: signal.Signals, words: str) -> None:
-    text = f"import os, sys; input(); print('a\\nlast words\\n', file=sys.stderr, flush=True); os.kill(os.getpid(), {number})"
+    text = ("import os, sys; input(); print('a\\nlast words\\n', file=sys.stderr, flush=True);"
+            f"os.kill(os.getpid(), {number:d})")
     with Worker(program(text)) as worker:
         for _ in range(2):  # and it stays dead
             with pytest.raises(WorkerFailed) as failed:
@@ -190,7 +191,7 @@ def test_a_worker_that_hangs_is_killed() -> None:
 def test_no_process_outlives_the_block(tmp_path: Path) -> None:
     """Neither what the worker started."""
     text = ("import pathlib, subprocess, time; child = subprocess.Popen(['sleep', '60']);"
-            f"input(); print('{{\"pid\": %d}}' % child.pid, flush=True); time.sleep(60)")
+            "input(); print('{\"pid\": %d}' % child.pid, flush=True); time.sleep(60)")
     with Worker(program(text)) as worker:
         pid = worker.ask("open")["pid"]
         assert alive(pid)
@@ -241,7 +242,7 @@ def test_a_program_that_a_kit_needs_is_named(absent: str, why: str, tmp_path: Pa
 
 
 def test_a_command_that_fails_is_told_with_its_last_words() -> None:
-    with pytest.raises(UserError, match="failed: .*no such"):
+    with pytest.raises(UserError, match=r"failed: .*no such"):
         kits.run([sys.executable, "-c", "raise SystemExit('no such')"], lambda line: None)
     with pytest.raises(UserError, match="no-such-program: cannot run it"):
         kits.run(["no-such-program"], lambda line: None)
