@@ -30,7 +30,8 @@ MODULES = {"wllama": "/page/wllama.mjs", "transformers.js": "/page/transformers_
 def command(runtime: str, folder: Path) -> Iterator[Command]:
     """What starts the worker of `runtime` ("wllama", "transformers.js"), while a server shows it the files in `folder`.
 
-    The path that `open` gets is one of a file below it: a .gguf, or an onnx/*.onnx of a transformers.js folder.
+    The path that `open` gets is the resolved one of a file below it: a .gguf, or an onnx/*.onnx of a transformers.js
+    folder. A worker opens one file: afterwards its page is offline.
     Raises UserError when a kit is missing.
     """
     if why := missing(KITS[runtime]):

@@ -31,15 +31,15 @@ SPY = """
 const ask = (url) => fetch(url).then(() => "reached", (error) => String(error));
 const asked = { open: "http://127.0.0.1:9/while-loading", generate: "https://example.com/later?secret=1" };
 export async function answer({ op, url }) {
-  if (op === "score") return { own: await ask(url), ids: [] };
   if (op === "tokenize") {
-    const worker = new Worker(URL.createObjectURL(new Blob([
-      "fetch('https://example.org/from-a-worker').catch(() => {}).then(() => postMessage(0)); import('http://127.0.0.1:9/module.mjs').catch(() => {});"])));
+    const program = "fetch('https://example.org/from-a-worker').catch(() => {}).then(() => postMessage(0));";
+    const worker = new Worker(URL.createObjectURL(new Blob([program])));
     await new Promise((done) => { worker.onmessage = done; });
     try { new WebSocket("wss://example.net/socket"); } catch {}
     await new Promise((done) => setTimeout(done, 300));
   }
-  return { runtime: "spy", threads: 1, said: asked[op] && await ask(asked[op]), own: await ask(url ?? "/page/blank.html") };
+  const own = await ask(url ?? "/page/blank.html");
+  return { runtime: "spy", threads: 1, own, said: asked[op] && await ask(asked[op]) };
 }
 """
 
@@ -105,7 +105,7 @@ def test_a_corrupted_file(runtime: str, tiny_llama: Path, tmp_path: Path) -> Non
     else:
         path, folder = tmp_path / export_onnx(checkpoint, tmp_path / "onnx", ["fp32"])[0].path, tmp_path / "onnx"
     with worker_of(runtime, folder) as worker:
-        with pytest.raises(WorkerFailed, match="not in .*, which is all that the browser sees"):
+        with pytest.raises(WorkerFailed, match=r"not in .*, which is all that the browser sees"):
             worker.ask("open", path="/etc/hostname", n_ctx=N_CTX, threads=1)
         with pytest.raises(WorkerFailed, match="cannot load"):
             worker.ask("open", path=str(path.with_name("missing" + path.suffix)), n_ctx=N_CTX, threads=1)

@@ -43,7 +43,7 @@ def test_it_says_what_llamacpp_says_natively(name: str, encoding: str, within: f
 def test_other_weights_are_noticed(tmp_path: Path) -> None:
     checkpoint = model("storyteller", tmp_path)
     quantized, whole = gguf(checkpoint, tmp_path, "q8_0"), gguf(checkpoint, tmp_path, "f32")
-    with Worker(node_llama.command()) as worker, pytest.raises(AssertionError, match="Q8_0.gguf: mean"):
+    with Worker(node_llama.command()) as worker, pytest.raises(AssertionError, match=r"Q8_0\.gguf: mean"):
         agrees_with_native(worker, quantized, checkpoint, 1e-4, native_path=whole)
 
 

@@ -1,10 +1,9 @@
 // The worker that is a page of headless Chromium. argv: one JSON object, as ../browser.py writes it:
 // playwright (folder), chromium (program), origin, page (a module's path there), folder (what /files/model/ shows).
 // The page's module exports `answer(request)`. Nobody but our own origin is reached, and after `open` nobody at all.
-import { readFileSync } from "node:fs";
 import { join, relative } from "node:path";
 import { pathToFileURL } from "node:url";
-import { serve } from "./lines.mjs";
+import { peakBytes, serve } from "./lines.mjs";
 
 const { playwright, chromium, origin, page: module, folder } = JSON.parse(process.argv[2]);
 const { chromium: launcher } = await import(pathToFileURL(join(playwright, "index.mjs")));
@@ -48,17 +47,6 @@ async function ask(request) {
   return answer;
 }
 
-// The largest resident set that the page's process has had, as Linux counts it.
-async function peakBytes(browser) {
-  const session = await browser.newBrowserCDPSession();
-  const { processInfo } = await session.send("SystemInfo.getProcessInfo");
-  const peaks = processInfo.filter(({ type }) => type === "renderer").map(({ id }) => {
-    const [, kilobytes] = readFileSync(`/proc/${id}/status`, "utf8").match(/^VmHWM:\s+(\d+) kB/m);
-    return 1024 * Number(kilobytes);
-  });
-  return Math.max(...peaks);
-}
-
 await serve({
   async open({ path, n_ctx, threads }) {
     const inside = relative(folder, path);
@@ -75,8 +63,10 @@ await serve({
   generate: (fields) => ask({ op: "generate", ...fields }),
   tokenize: (fields) => ask({ op: "tokenize", ...fields }),
   async memory() {
-    const { browser } = await started;
-    return { peak_bytes: await peakBytes(browser), how: "VmHWM of Chromium's page process" };
+    const session = await (await started).browser.newBrowserCDPSession();
+    const { processInfo } = await session.send("SystemInfo.getProcessInfo");
+    const { id } = processInfo.find(({ type }) => type === "renderer");
+    return { peak_bytes: peakBytes(id), how: "VmHWM of Chromium's page process" };
   },
   requests: async () => ({ foreign: [...foreign] }),
 });

@@ -2,7 +2,7 @@
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { pathToFileURL } from "node:url";
-import { serve } from "./lines.mjs";
+import { peakBytes, serve } from "./lines.mjs";
 
 const folder = join(process.argv[2], "node-llama-cpp");
 const { getLlama, LlamaLogLevel } = await import(pathToFileURL(join(folder, "dist", "index.js")));
@@ -69,9 +69,6 @@ await serve({
     return { ids: texts.map(ids) };
   },
 
-  async memory() {
-    const [, kilobytes] = readFileSync("/proc/self/status", "utf8").match(/^VmHWM:\s+(\d+) kB/m);
-    return { peak_bytes: 1024 * Number(kilobytes), how: "VmHWM of node" };
-  },
+  memory: async () => ({ peak_bytes: peakBytes("self"), how: "VmHWM of node" }),
 });
 process.exit();

@@ -8,6 +8,7 @@ const MB = 1e6;
 
 let about, model, file, n_ctx;
 let wasm; // the runtime's program, as a URL that works when the server is gone
+let errors; // llama.cpp's, line by line
 let alive = false; // whether the model can answer; it dies of an error in llama.cpp
 let messages = []; // the conversation so far, for the chat template
 let writing = null; // the AbortController of the answer that is being written
@@ -62,7 +63,7 @@ async function begin() {
   const n_threads = Math.max(1, Math.min(4, Math.floor(navigator.hardwareConcurrency / 2)));
   let said;
   try {
-    ({ model, said } = await load(file, wasm, { n_ctx, n_threads, jinja: true }));
+    ({ model, said, errors } = await load(file, wasm, { n_ctx, n_threads, jinja: true }));
   } catch (error) {
     throw new Error(`${about.file} cannot be loaded: ${error.message}. Reload this page, or export the file again.`);
   }
@@ -122,10 +123,11 @@ function show({ timings }) {
 
 const STOPPED = "Stopped.";
 
-// Writes the answer to `text` below it. Returns what to say of how it ended, or "".
-async function write(text, turn) {
-  const max_tokens = Number($("length").value), options = { max_tokens, temperature: Number($("temperature").value),
-    stream: true, timings_per_token: true, cache_prompt: true, abortSignal: writing.signal };
+// Writes the answer to `input`, {messages} or {prompt}. Returns what to say of how it ended, or "".
+async function write(input, turn) {
+  const max_tokens = Number($("length").value) || Number($("length").defaultValue);
+  const options = { ...input, max_tokens, temperature: Number($("temperature").value), stream: true,
+    timings_per_token: true, cache_prompt: true, abortSignal: writing.signal };
   let end;
   options.onData = (chunk) => {
     const [choice] = chunk.choices;
@@ -136,8 +138,7 @@ async function write(text, turn) {
     show(chunk);
   };
   try {
-    if (answers()) await model.createChatCompletion({ ...options, messages });
-    else await model.createCompletion({ ...options, prompt: text });
+    await (input.messages ? model.createChatCompletion(options) : model.createCompletion(options));
   } catch (error) {
     if (error.name !== "AbortError") throw error;
     return STOPPED;
@@ -150,21 +151,21 @@ async function send() {
   const text = $("prompt").value;
   if (!text.trim() || writing) return;
   writing = new AbortController();
+  errors.length = 0;
   $("prompt").value = "";
   grow();
   say("");
   $("send").textContent = "Stop";
   $("send").classList.add("stop");
   const turn = newTurn(text);
-  const kept = messages.length;
-  if (answers()) messages.push({ role: "user", content: text });
+  const user = { role: "user", content: text }, conversation = messages; // `again` begins another meanwhile
+  const input = answers() ? { messages: [...conversation, user] } : { prompt: text };
   try {
     if (!alive) await begin();
-    turn.note.textContent = await write(text, turn);
-    if (answers()) messages.push({ role: "assistant", content: turn.answer.textContent });
+    turn.note.textContent = await write(input, turn);
+    if (input.messages) conversation.push(user, { role: "assistant", content: turn.answer.textContent });
     ready();
   } catch (error) {
-    messages.length = kept;
     failed(error, turn);
   }
   turn.turn.classList.remove("writing");
@@ -183,7 +184,7 @@ function failed(error, turn) {
   }
   alive = false; // the next answer starts llama.cpp anew
   turn.note.textContent = STOPPED;
-  say(`llama.cpp stopped: ${error.message}`, { failed: true });
+  say(`llama.cpp stopped: ${errors[0] ?? error.message}. Ask again.`, { failed: true });
 }
 
 function again() {
@@ -203,7 +204,7 @@ function grow() {
   $("prompt").style.height = `${$("prompt").scrollHeight}px`;
 }
 
-const warmth = () => { $("warmth").textContent = Number($("temperature").value) || "0, always the likeliest"; };
+const warmth = () => { $("warmth").textContent = Number($("temperature").value) || "0 (greedy)"; };
 
 $("composer").addEventListener("submit", (event) => {
   event.preventDefault();

@@ -8,7 +8,8 @@ export async function program() {
   return URL.createObjectURL(await (await fetch("/wllama/esm/wasm/wllama.wasm")).blob());
 }
 
-// {model, said}: the Wllama and llama.cpp's words while it loaded. Throws an Error that says why it cannot be loaded.
+// {model, said, errors}: the Wllama, llama.cpp's words while it loaded, and its errors, to which later ones are added.
+// Throws an Error that says why the file cannot be loaded.
 export async function load(file, wasm, options) {
   const said = [], errors = [], quiet = () => {}, into = (lines) => (text) => lines.push(String(text));
   const logger = { debug: into(said), log: quiet, warn: quiet, error: into(errors) };
@@ -19,7 +20,7 @@ export async function load(file, wasm, options) {
   let why;
   try {
     await model.loadModel([file], { n_parallel: 1, n_gpu_layers: 0, ...options });
-    if (model.getLoadedContextInfo().success) return { model, said };
+    if (model.getLoadedContextInfo().success) return { model, said, errors };
   } catch (error) {
     why = error.message;
   }
