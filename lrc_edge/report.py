@@ -49,13 +49,15 @@ def _few(told: list[str]) -> str:
 
 
 def gate_table(report: Report) -> Table:
-    """Every gate, failed ones first."""
+    """Every gate, failed ones first; of devices, which have tables of their own, the failed ones alone."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name, justify in (("", "left"), ("artifact", "left"), ("gate", "left"), ("metric", "left"), ("value", "right"),
                           ("limit", "left")):
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     names = Names(report)
     for gate in ordered_gates(report):
+        if "target" in gate and gate["passed"]:
+            continue
         cells = gate_cells(gate, names)
         # Text, not str: names from a teacher's files may look like rich's markup.
         row = (cells["artifact"], cells["name"], cells["metric"], cells["value"], f"{cells['asked']} {cells['limit']}")
