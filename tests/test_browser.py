@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -139,6 +140,9 @@ def test_a_page_that_dies_is_told(tiny_llama: Path, tmp_path: Path) -> None:
         with pytest.raises(WorkerFailed, match=r"the page crashed|Target crashed"):
             worker.ask("generate", ids=[1], n_tokens=4, stop=[])
         children = descendants(worker._process.pid)
+    deadline = time.monotonic() + 10
+    while any(alive(pid) for pid in children) and time.monotonic() < deadline:
+        time.sleep(0.1)  # Chromium sees its end a moment later
     assert children and not any(alive(pid) for pid in children)
 
 
