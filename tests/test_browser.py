@@ -51,7 +51,7 @@ def worker_of(runtime: str, folder: Path) -> Iterator[Worker]:
         yield worker
 
 
-# Single log-probabilities of quantized files differ from native ones by up to 0.18, the KL hardly (docs/LOG.md). The limits
+# Single log-probabilities of quantized files differ from native ones by up to 0.18, the KL hardly (docs/LOG.md). Limits
 # are on means, which other weights exceed. Other rounding of activations in WebAssembly is our guess.
 @runs_chromium
 @pytest.mark.parametrize(("name", "encoding", "within"), [
