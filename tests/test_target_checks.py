@@ -11,8 +11,12 @@ from typing import Any
 
 import pytest
 
+from tiny_models import TEXT
+
+from lrc_edge.artifact import smallest_gguf
 from lrc_edge.machine import architecture
 from lrc_edge.stored_reference import REFERENCE_FILE, StoredReference
+from lrc_edge.target_checks import TEACHER_FILE
 
 FIGURE = 'value = {}\nsource = "this machine"\ndate = 2026-11-21\n'
 PROFILE = f"""
@@ -150,6 +154,28 @@ def test_a_device_with_too_little_memory_fails(out: Path, tmp_path: Path) -> Non
     (tmp_path / "tiny.toml").write_text(PROFILE.replace("[usable_gb]\nvalue = 4", "[usable_gb]\nvalue = 0.01"))
     done = run("check", out, "--target", tmp_path / "tiny.toml")
     assert done.returncode == 1 and "peak memory" in done.stdout, done.stdout
+
+
+def test_a_build_is_timed_beside_its_teacher(tiny_llama: Path, device: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT[:200_000])
+    small = tmp_path / "small.toml"
+    small.write_text(PROFILE.replace("[usable_gb]\nvalue = 4", "[usable_gb]\nvalue = 0.01"))
+    command = ["build", tiny_llama, "--data", tmp_path / "text.txt", "--out", tmp_path / "out", "--target", device,
+               "--set", "student.hidden_size=32", "--set", "train.tokens=2048", "--set", "train.seq_len=64",
+               "--set", "train.batch_tokens=512", "--set", "parity.positions=128", "--set", "parity.row_len=64",
+               "--set", "data.held_out_share=0.2"]
+    done = run(*command, without="nothing")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "warning" not in done.stdout
+    for row in rows_of(tmp_path / "out").values():
+        assert all(rates["decode_of_teacher"] > 0 < rates["prefill_of_teacher"] for rates in row["speed"])
+    teacher = tmp_path / "out" / TEACHER_FILE
+    assert teacher.exists() and smallest_gguf(tmp_path / "out") != teacher
+    again = run(*command, without="nothing")
+    assert "teacher  unchanged" in again.stdout and again.returncode == 0
+    # Another target, for which it is too large: said before training, and found by the check.
+    other = run(*(small if part == device else part for part in command), without="nothing")
+    assert other.returncode == 1 and other.stdout.index("warning: small: does not fit") < other.stdout.index("train ")
 
 
 def test_mistakes_are_one_line(out: Path, device: Path, tmp_path: Path) -> None:
