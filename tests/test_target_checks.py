@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from tiny_models import TEXT
 
 from lrc_edge.artifact import smallest_gguf
