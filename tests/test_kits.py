@@ -16,8 +16,9 @@ ABSENT = Apt("browser", ("some-browser", "some-fonts"), ("no-such-program-here",
 
 
 def setup(*names: str, cache: Path, path: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "lrc_edge", "targets", "setup", *names], capture_output=True, text=True,
-                          env={**os.environ, "LRC_EDGE_CACHE": str(cache), "PATH": path}, stdin=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "lrc_edge", "targets", "setup", *names]
+    return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+                          env={**os.environ, "LRC_EDGE_CACHE": str(cache), "PATH": path})
 
 
 def test_without_rights_the_exact_command_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
