@@ -14,6 +14,7 @@ from lrc_edge.shape import ModelShape, student_width
 from lrc_edge.sources import SELF, WANTED, looks_local
 from lrc_edge.targets.fit import check_fit
 from lrc_edge.targets.profile import load_profile
+from lrc_edge.targets.runtimes import is_here
 
 # Name -> elements of a block, which a row must be a multiple of.
 ONNX_ENCODINGS = {"fp32": 1, "fp16": 1, "q8": 32, "q4": 32}
@@ -199,7 +200,9 @@ def _build_bytes(teacher: ModelShape, recipe: Recipe, formats: list[tuple[str, s
     identity = 4 * teacher.n_params  # the teacher folded through P = I; gone before training
     tokens = recipe.train.tokens * (2 if teacher.vocab_size <= 2**16 else 4)
     training = _training_bytes(recipe, trained) + 4 * student.n_params
-    return tokens + max(identity, training + _export_bytes(student, recipe, formats))
+    timed = any(is_here(load_profile(name)) for name in recipe.export.targets)  # then the teacher is written, too
+    written = training + _export_bytes(student, recipe, formats) + timed * _OTHER_BYTES * teacher.n_params
+    return tokens + max(identity, written)
 
 
 def _check_disk(out: Path, needed: float) -> None:
