@@ -64,7 +64,7 @@ def test_twenty_kills_leave_no_trace(tiny_llama: Path, data: Path, tmp_path: Pat
     for kill in range(KILLS):
         child = context.Process(target=run, args=(tiny_llama, data, folder, *LONG))
         child.start()
-        kill_at_random(child, folder, random.uniform(-1, STEPS * (kill + 1) / (KILLS + 4)))
+        kill_at_random(child, folder, random.uniform(-1, STEPS * (kill + 1) / (KILLS + 10)))
     last = context.Process(target=run, args=(tiny_llama, data, folder, *LONG))
     last.start()
     last.join()
