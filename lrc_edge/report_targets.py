@@ -9,6 +9,7 @@ from lrc_edge.report_view import Names, Report
 
 def target_tables(report: Report, names: Names) -> list[dict[str, Any]]:
     return [{"name": visible(result["target"]), "description": visible(result["description"]),
+             "absent": ", ".join(result.get("absent", [])),
              "rows": [_row(row, names) for row in result["rows"]]} for result in report.get("targets") or []]
 
 

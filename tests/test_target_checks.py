@@ -3,16 +3,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lrc_edge.errors import UserError
 from lrc_edge.machine import architecture
 from lrc_edge.stored_reference import REFERENCE_FILE, StoredReference
+from lrc_edge.target_checks import kept_results
+from lrc_edge.targets.device_check import CHANGES
 
 FIGURE = 'value = {}\nsource = "this machine"\ndate = 2026-11-21\n'
 PROFILE = f"""
@@ -104,7 +110,7 @@ def test_a_check_needs_no_pytorch(out: Path, device: Path) -> None:
 def test_a_missing_runtime_is_not_checked_and_not_passed(out: Path, device: Path) -> None:
     done = run("check", out, "--target", device, without="torch,transformers,llama_cpp")
     assert done.returncode == 3, done.stdout + done.stderr
-    assert "not checked" in done.stdout and "lrc-edge targets setup here" in done.stdout
+    assert "not checked" in done.stdout and f"lrc-edge targets setup {device}" in done.stdout
     rows = rows_of(out)
     assert rows["llama.cpp"]["state"] == "not checked" and rows["onnxruntime"]["state"] == "passed"
     assert "NOT CHECKED: here" in (out / "report.html").read_text()
@@ -155,9 +161,71 @@ def test_a_device_with_too_little_memory_fails(out: Path, tmp_path: Path) -> Non
 def test_mistakes_are_one_line(out: Path, device: Path, tmp_path: Path) -> None:
     done = run("check", tmp_path / "nowhere", "--target", device)
     assert done.returncode == 2 and "no build here" in done.stderr and done.stderr.count("\n") == 1
-    (tmp_path / "other.toml").write_text(PROFILE.replace("q8_0", "q4_0").replace("onnx:q8", "onnx:q4"))
-    done = run("check", out, "--target", tmp_path / "other.toml")
-    assert done.returncode == 2 and "--target other" in done.stderr and done.stderr.count("\n") == 1
+    (other := tmp_path / "other.toml").write_text(PROFILE.replace("q8_0", "q4_0").replace("onnx:q8", "onnx:q4"))
+    done = run("check", out, "--target", other)
+    assert done.returncode == 2 and f"--target {other}" in done.stderr and done.stderr.count("\n") == 1
     (out / REFERENCE_FILE).write_bytes(b"PK")
     done = run("check", out, "--target", device)
     assert done.returncode == 2 and "damaged" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("build.json", '{"stages": {}, "hashes": {}, "job": {}}'),
+    ("build.json", '{"stages": {"gguf": {"result": [{"path": 1}]}}, "hashes": {}, "job": {"recipe": {}}}'),
+    ("report.json", '{"gates": ['), ("report.json", "[]")])
+def test_a_damaged_file_is_one_line_before_anything_runs(name: str, content: str, out: Path, device: Path) -> None:
+    (out / name).write_text(content)
+    done = run("check", out, "--target", device)
+    assert done.returncode == 2 and f"{name}: damaged" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert done.stdout == ""
+
+
+def test_two_targets_at_once(out: Path, device: Path, tmp_path: Path) -> None:
+    """Given twice is once; of one name is a mistake; what cannot run is told before the first runs."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "here.toml").write_text(PROFILE.replace("This machine", "Another"))
+    done = run("check", out, "--target", device, "--target", tmp_path / "other" / "here.toml")
+    assert done.returncode == 2 and "both are called here" in done.stderr and done.stdout == ""
+    (tmp_path / "four.toml").write_text(PROFILE.replace("q8_0", "q4_0").replace("onnx:q8", "onnx:q4"))
+    done = run("check", out, "--target", device, "--target", tmp_path / "four.toml")
+    assert done.returncode == 2 and "holds none of what four runs" in done.stderr and done.stdout == ""
+    (tmp_path / "short.toml").write_text(PROFILE.replace("context = 256", "context = 16").replace(
+        "formats = [", 'formats = [{name = "onnx:q4", why = "absent"}, '))
+    done = run("check", out, "--target", device, "--target", device, "--target", tmp_path / "short.toml",
+               without="torch,transformers,llama_cpp")
+    assert done.returncode == 3 and "not in this build: onnx:q4" in done.stdout, done.stdout + done.stderr
+    here, short = json.loads((out / "report.json").read_text())["targets"]
+    assert (here["target"], short["target"]) == ("here", "short") and len(here["rows"]) == 2
+    [row] = [row for row in short["rows"] if row["runtime"] == "onnxruntime"]
+    assert row["state"] == "passed" and row["n_ctx"] == 64, "the reference's rows have 64 tokens"
+    assert "not in this build: onnx:q4" in (out / "report.html").read_text()
+
+
+def test_results_are_kept_while_they_are_of_these_files(out: Path) -> None:
+    artifacts = json.loads((out / "report.json").read_text())["artifacts"]
+    file = out / "check" / "here.json"
+    result = json.loads(file.read_text())
+    assert [kept["target"] for kept in kept_results(out, artifacts)] == ["here"]
+    assert kept_results(out, [{**artifacts[0], "sha256": "0"}, *artifacts[1:]]) == []
+    for gate in (gate for row in result["rows"] for gate in row["gates"] if gate["metric"] == CHANGES):
+        gate["passed"] = False
+    file.write_text(json.dumps(result))
+    assert kept_results(out, artifacts) == [], "what was checked was another file"
+    file.write_text("[]")
+    with pytest.raises(UserError, match=r"here\.json: damaged"):
+        kept_results(out, artifacts)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_no_worker_outlives_a_check_that_is_ended(sent: signal.Signals, out: Path, device: Path) -> None:
+    check = subprocess.Popen([sys.executable, "-m", "lrc_edge", "check", str(out), "--target", str(device)],
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    children = Path(f"/proc/{check.pid}/task/{check.pid}/children")
+    deadline = time.monotonic() + 60
+    while not (workers := children.read_text().split()):
+        assert time.monotonic() < deadline and check.poll() is None
+        time.sleep(0.02)
+    os.kill(int(workers[0]), signal.SIGSTOP)  # it would not notice that nobody asks it any more
+    check.send_signal(sent)
+    assert check.wait(30) == 128 + sent
+    assert not Path(f"/proc/{workers[0]}").exists()
