@@ -1,7 +1,6 @@
 """`--target` on this machine's own runtimes: an export checked without PyTorch, and everything that must be noticed."""
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -9,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ import pytest
 from lrc_edge.errors import UserError
 from lrc_edge.machine import architecture
 from lrc_edge.stored_reference import REFERENCE_FILE, StoredReference
-from lrc_edge.target_checks import kept_results
-from lrc_edge.targets.device_check import CHANGES
+from lrc_edge.target_checks import BuildFacts, kept_results
+from lrc_edge.targets.device_check import CHANGES, check_artifact
+from lrc_edge.targets.profile import load_profile
+from lrc_edge.targets.runtimes import runtimes_of
+from lrc_edge.targets.worker import Command
 
 FIGURE = 'value = {}\nsource = "this machine"\ndate = 2026-11-21\n'
 PROFILE = f"""
@@ -144,10 +148,10 @@ def test_wrong_ids_fail(out: Path, device: Path) -> None:
     """Of the text: token ids. Of the rows: another text's distributions."""
     file = out / REFERENCE_FILE
     reference = StoredReference.load(file)
-    dataclasses.replace(reference, text_ids=((5, 5), *reference.text_ids[1:])).save(file)
+    replace(reference, text_ids=((5, 5), *reference.text_ids[1:])).save(file)
     done = run("check", out, "--target", device)
     assert done.returncode == 1 and "mismatches 1" in done.stdout, done.stdout
-    dataclasses.replace(reference, ids=(reference.ids + 1) % 500).save(file)
+    replace(reference, ids=(reference.ids + 1) % 500).save(file)
     done = run("check", out, "--target", device)
     assert done.returncode == 1 and "kl_mean" in done.stdout, done.stdout
 
@@ -155,7 +159,7 @@ def test_wrong_ids_fail(out: Path, device: Path) -> None:
 def test_a_device_with_too_little_memory_fails(out: Path, tmp_path: Path) -> None:
     (tmp_path / "tiny.toml").write_text(PROFILE.replace("[usable_gb]\nvalue = 4", "[usable_gb]\nvalue = 0.01"))
     done = run("check", out, "--target", tmp_path / "tiny.toml")
-    assert done.returncode == 1 and "peak memory" in done.stdout, done.stdout
+    assert done.returncode == 1 and "peak memory" in done.stdout and "predicted memory" in done.stdout, done.stdout
 
 
 def test_mistakes_are_one_line(out: Path, device: Path, tmp_path: Path) -> None:
@@ -214,6 +218,29 @@ def test_results_are_kept_while_they_are_of_these_files(out: Path) -> None:
     file.write_text("[]")
     with pytest.raises(UserError, match=r"here\.json: damaged"):
         kept_results(out, artifacts)
+
+
+# A runtime that writes on where its context is full, as one does that forgets the beginning; and one that dies there.
+FAULTY = """
+import os, sys
+from lrc_edge.targets.python_worker import PythonWorker, answer_requests
+
+class Faulty(PythonWorker):
+    def generate(self, ids, n_tokens, stop):
+        return os.abort() if sys.argv[1] == "dies" else {"ids": [5] * n_tokens}
+
+answer_requests(Faulty("llama.cpp"))
+"""
+
+
+@pytest.mark.parametrize(("fault", "failed"), [("writes on", {"end of context"}), ("dies", {"device run"})])
+def test_a_runtime_that_fails_at_the_end_of_its_context(fault: str, failed: set[str], out: Path, device: Path) -> None:
+    facts, profile = BuildFacts.read(out), load_profile(str(device))
+    command = Command((sys.executable, "-c", FAULTY, fault))
+    faulty = replace(runtimes_of(profile)[0], start=lambda _: nullcontext(command))
+    row = check_artifact(facts.artifacts_for(profile)[0], faulty, profile, facts.given, lambda _: None)
+    assert row["state"] == "failed" and row["kl_mean"] < 5e-3
+    assert {gate["name"] for gate in row["gates"] if not gate["passed"]} == failed
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
