@@ -10,7 +10,7 @@ import torch
 from lrc_edge.errors import UserError
 from lrc_edge.parity import Comparison, next_ids
 from lrc_edge.shape import ModelShape
-from lrc_edge.stored_reference import TOP, DeviceComparison, StoredReference
+from lrc_edge.stored_reference import TOP, DeviceComparison, StoredReference, _divergence
 
 V, L = 500, 40
 SHAPE = ModelShape("llama", V, 64, 96, 2, 4, 2, 16, 128, True)
@@ -81,6 +81,11 @@ def test_a_small_vocabulary_is_kept_whole() -> None:
     kept = StoredReference.of(rng.integers(0, 20, (1, L)), rows, [], [], SHAPE)
     assert kept.top_ids.shape == (1, L, 20)
     assert answers(kept, rows).figures()["kl_max"] < 1e-6
+
+
+def test_the_divergence_counts_all_others_together() -> None:
+    p, q = np.log([[0.4, 0.3]]), np.log([[0.3, 0.3]])
+    assert _divergence(p, q)[0] == pytest.approx(0.4 * np.log(0.4 / 0.3) + 0.3 * np.log(0.3 / 0.4))
 
 
 def test_what_is_no_distribution_is_no_figure(reference: StoredReference) -> None:
