@@ -239,9 +239,6 @@ def _console() -> Any:
     return Console(stderr=False, soft_wrap=False)
 
 
-def _exit(status: bool | int) -> None:
-    """Whether everything passed, or the status itself."""
-    raise typer.Exit(int(not status) if isinstance(status, bool) else status)
 def _plain_console() -> Any:
     """For commands that work without transformers."""
     from rich.console import Console
@@ -249,6 +246,9 @@ def _plain_console() -> Any:
     return Console()
 
 
+def _exit(status: bool | int) -> None:
+    """Whether everything passed, or the status itself."""
+    raise typer.Exit(int(not status) if isinstance(status, bool) else status)
 
 def main() -> None:
     """Entry point. A user's mistake is one line and status 2; a bug keeps its traceback."""

@@ -1,7 +1,6 @@
 """What each command does, after the command line has been parsed: checks first, then stages, then the verdict."""
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from lrc_edge.errors import UserError
 from lrc_edge.machine import processors
 from lrc_edge.pipeline import Pipeline
 from lrc_edge.recipe import Recipe, load_recipe
-from lrc_edge.report import REPORT, gate_table, verdict, write_report
+from lrc_edge.report import gate_table, read_report, verdict, write_report
 from lrc_edge.stages import Teacher
 from lrc_edge.target_checks import check_targets
 from lrc_edge.training import ON_GRID
@@ -137,7 +136,7 @@ def _prove_and_report(pipeline: Pipeline, student: DenseCheckpoint, console: Con
     pipeline.teacher_gguf()
     pipeline.report(student)
     status = check_targets(pipeline.out, pipeline.recipe.export.targets, console)
-    report = json.loads((pipeline.out / REPORT).read_text())
+    report = read_report(pipeline.out)
     show_verdict(report, pipeline.out, console)
     return status if all(gate["passed"] for gate in report["gates"]) else False
 
@@ -180,7 +179,9 @@ def show_verdict(report: dict[str, Any], out: Path, console: Console) -> None:
     console.print()
     console.print(gate_table(report))
     passed = all(gate["passed"] for gate in report["gates"])
-    console.print(verdict(report), style="bold green" if passed else "bold red", soft_wrap=True, markup=False)
+    unchecked = any(row["state"] == "not checked" for target in report.get("targets", []) for row in target["rows"])
+    style = "bold red" if not passed else "bold yellow" if unchecked else "bold green"
+    console.print(verdict(report), style=style, soft_wrap=True, markup=False)
     console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True, markup=False)
 
 
@@ -195,10 +196,7 @@ def fold(out: Path, console: Console) -> bool:
 
 def show_report(out: Path, console: Console) -> bool:
     """Render report.html again from report.json, and print the gates."""
-    file = out / REPORT
-    if not file.exists():
-        raise UserError(f"{out}: no report.json; run lrc-edge build, export or check first")
-    report: dict[str, Any] = json.loads(file.read_text())
+    report = read_report(out)
     write_report(report, out)
     show_verdict(report, out, console)
     return all(gate["passed"] for gate in report["gates"])

@@ -5,7 +5,6 @@ the run that left them.
 """
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from lrc_edge.calibrate import CalibrationStages
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.console import Task, stage_line
 from lrc_edge.machine import threads_for
-from lrc_edge.report import REPORT, write_report
+from lrc_edge.report import REPORT, read_report, write_report
 from lrc_edge.report_table import report_table
 from lrc_edge.stored_reference import REFERENCE_FILE
 from lrc_edge.target_checks import TEACHER_FILE, add_results, kept_results
@@ -130,8 +129,7 @@ class Pipeline(TrainingStages, CalibrationStages):
         """Write report.json and report.html from what the stages left, and return the report."""
         if not self._stage_work and (self.out / REPORT).exists() and (self.out / "report.html").exists():
             stage_line(self.console, "report", "unchanged, nothing to do")
-            report: dict[str, Any] = json.loads((self.out / REPORT).read_text())
-            return report
+            return read_report(self.out)
         table = report_table(self.dir, student, self.teacher.checkpoint if self.teacher else None, self._curve())
         add_results(table, kept_results(self.out, table["artifacts"]))
         write_report(table, self.out)
@@ -143,4 +141,3 @@ class Pipeline(TrainingStages, CalibrationStages):
         from lrc_edge.train.stage import METRICS_FILE, read_metrics
 
         return read_metrics(self.out / "train" / METRICS_FILE)
-

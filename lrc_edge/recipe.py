@@ -10,7 +10,7 @@ import math
 import tomllib
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -211,7 +211,13 @@ def load_recipe(file: Path | str | None = None, settings: Iterable[str] = (), **
         table.setdefault(section, {}).update(values)
     recipe = _build(Recipe, table, lambda key: where.get(key, "recipe"), "")
     _check(recipe)
-    return recipe
+    return replace(recipe, export=replace(recipe.export, targets=tuple(map(_absolute, recipe.export.targets))))
+
+
+def _absolute(target: str) -> str:
+    """A profile's file may be read again from another directory; a name stays."""
+    is_file = "/" in target or target.endswith(".toml")
+    return str(Path(target).expanduser().resolve()) if is_file else target
 
 
 def _parse_value(text: str) -> Any:

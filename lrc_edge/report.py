@@ -16,6 +16,7 @@ from rich.text import Text
 from lrc_edge import report_charts as charts
 from lrc_edge import report_view as view
 from lrc_edge.build import write_atomically
+from lrc_edge.errors import UserError
 from lrc_edge.figures import prose, visible
 from lrc_edge.report_quantization import quantization_facts
 from lrc_edge.report_targets import target_tables
@@ -83,6 +84,19 @@ def render_report(report: Report) -> str:
         fallbacks=view.fallback_groups(report, names), tokenizer=view.tokenizer_rows(report, names),
         templates=view.template_rows(report, names),
         gates=[gate_cells(gate, names) for gate in ordered_gates(report)], facts=view.build_facts(report))
+
+
+def read_report(out: Path) -> Report:
+    """What out/report.json holds. Raises UserError when it is missing or damaged."""
+    file = out / REPORT
+    if not file.exists():
+        raise UserError(f"{out}: no {REPORT}; run lrc-edge build, export or check first")
+    try:
+        report: Report = json.loads(file.read_text())
+        report["gates"], report["artifacts"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: damaged ({error!r}); delete it, and lrc-edge check writes it anew") from error
+    return report
 
 
 def write_report(report: Report, out: Path) -> None:

@@ -9,6 +9,7 @@ from lrc_edge.report_view import Names, Report
 
 def target_tables(report: Report, names: Names) -> list[dict[str, Any]]:
     return [{"name": visible(result["target"]), "description": visible(result["description"]),
+             "absent": ", ".join(result.get("absent", [])),
              "rows": [_row(row, names) for row in result["rows"]]} for result in report.get("targets") or []]
 
 
@@ -21,8 +22,12 @@ def _row(row: dict[str, Any], names: Names) -> dict[str, Any]:
             "note": f"{positions:,} positions; p99 {figure(row['kl_p99'])}" if positions else "",
             "token_ids": f"{n_texts - row['token_mismatches']:,} of {n_texts:,}" if n_texts else NONE,
             "context": f"{row['n_ctx']:,}" if "context" in row else NONE,
-            "memory": memory_text(row), "memory_note": visible(row.get("memory", {}).get("how", "reckoned")),
+            "memory": memory_text(row), "memory_note": visible(_memory_note(row.get("memory", {}))),
             "speed": [speed_text(rates) for rates in row.get("speed", [])]}
+
+
+def _memory_note(memory: dict[str, Any]) -> str:
+    return str(memory["how"]) if memory.get("peak_bytes") else "reckoned" if memory else ""
 
 
 def memory_text(row: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from lrc_edge.shape import ModelShape
 
 REFERENCE_FILE = "check/reference.npz"
 TOP = 64
+_MOST = 1.05  # a sum of probabilities, rounded as coarsely as runtimes do
 _LEAST = 1e-9  # a probability below the rounding of its float32 sum
 
 
@@ -46,8 +48,14 @@ class StoredReference:
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         words = json.dumps({"texts": self.texts, "text_ids": self.text_ids, "shape": self.shape.as_dict()})
-        np.savez_compressed(path, ids=self.ids, top_ids=self.top_ids, top_logprobs=self.top_logprobs,
-                            next_logprobs=self.next_logprobs, words=np.frombuffer(words.encode(), np.uint8))
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            with partial.open("wb") as file:
+                np.savez_compressed(file, ids=self.ids, top_ids=self.top_ids, top_logprobs=self.top_logprobs,
+                                    next_logprobs=self.next_logprobs, words=np.frombuffer(words.encode(), np.uint8))
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> StoredReference:
@@ -60,7 +68,7 @@ class StoredReference:
                 words = json.loads(table["words"].tobytes())
                 return cls(table["ids"], table["top_ids"], table["top_logprobs"], table["next_logprobs"],
                            tuple(words["texts"]), tuple(map(tuple, words["text_ids"])), ModelShape(**words["shape"]))
-        except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
+        except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error) as error:
             raise UserError(f"{path}: damaged ({error}); copy it again, or write it with `lrc-edge check`") from error
 
     def wanted(self, row: int) -> np.ndarray:
@@ -116,8 +124,9 @@ class DeviceComparison:
 
 
 def _divergence(log_p_LK: np.ndarray, log_q_LK: np.ndarray) -> np.ndarray:
-    """(L,) KL(p || q) over the K ids and all others together."""
+    """(L,) KL(p || q) over the K ids and all others together; NaN where q is no distribution."""
     p = np.exp(log_p_LK)
+    log_q_LK = np.where(np.exp(log_q_LK).sum(-1, keepdims=True) > _MOST, np.nan, log_q_LK)
     rest_p, rest_q = (np.maximum(1 - np.exp(logs).sum(-1), _LEAST) for logs in (log_p_LK, log_q_LK))
     divergence: np.ndarray = (p * (log_p_LK - log_q_LK)).sum(-1) + rest_p * np.log(rest_p / rest_q)
     return np.maximum(divergence, 0.0)

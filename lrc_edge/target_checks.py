@@ -13,19 +13,20 @@ from rich.table import Table
 from rich.text import Text
 
 from lrc_edge.artifact import Artifact
-from lrc_edge.build import BuildDir, write_atomically
+from lrc_edge.build import MANIFEST, BuildDir, write_atomically
 from lrc_edge.console import Task, running
 from lrc_edge.errors import UserError
 from lrc_edge.figures import NONE, figure, percent, visible
 from lrc_edge.machine import architecture, threads_for
 from lrc_edge.recipe import load_recipe
-from lrc_edge.report import REPORT, write_report
+from lrc_edge.report import REPORT, read_report, write_report
 from lrc_edge.report_targets import memory_text, speed_text
 from lrc_edge.stored_reference import REFERENCE_FILE, StoredReference
 from lrc_edge.targets import speed
-from lrc_edge.targets.device_check import Checked, check_artifact
-from lrc_edge.targets.profile import Profile, load_profile
-from lrc_edge.targets.runtimes import DeviceRuntime, runtimes_of
+from lrc_edge.targets.device_check import CHANGES, Checked, check_artifact
+from lrc_edge.targets.profile import Profile, load_profiles
+from lrc_edge.targets.runtimes import runtimes_of
+from lrc_edge.targets.worker import WorkerFailed, ended_by_signals
 
 TEACHER_FILE = "check/teacher.gguf"  # for speed beside it
 PASSED, FAILED, NOT_CHECKED = 0, 1, 3  # exit statuses
@@ -46,48 +47,63 @@ class BuildFacts:
         job, stages = build.manifest.get("job"), build.manifest["stages"]
         if job is None:
             raise UserError(f"{out}: no build here (no build.json); give the --out folder of a build or an export")
-        artifacts = tuple(Artifact.from_dict(table) for name in ("gguf", "onnx") if name in stages
-                          for table in stages[name]["result"])
+        try:
+            artifacts = tuple(Artifact.from_dict(table) for name in ("gguf", "onnx") if name in stages
+                              for table in stages[name]["result"])
+            recipe = load_recipe(None, (), **job["recipe"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{out / MANIFEST}: damaged ({error!r}); copy it again, or build again") from error
         reference = StoredReference.load(out / REFERENCE_FILE)
-        recipe = load_recipe(None, (), **job["recipe"])
         return cls(out, artifacts, Checked(out, reference, recipe, threads_for(reference.shape)))
+
+    def artifacts_for(self, profile: Profile) -> list[Artifact]:
+        """Those that the profile runs. Raises UserError when there are none, or when one is not where it was."""
+        wanted = [a for a in self.artifacts if _kind(a) in profile.format_names]
+        if not wanted:
+            raise UserError(f"{self.out}: holds none of what {profile.name} runs ({', '.join(profile.format_names)}); "
+                            f"build it with --target {profile.given}")
+        for artifact in wanted:
+            if not (self.out / artifact.path).exists():
+                raise UserError(f"{self.out / artifact.path}: missing, though the build wrote it; copy it here or "
+                                "build again")
+        return wanted
+
+
+def _kind(artifact: Artifact) -> str:
+    return f"{artifact.format}:{artifact.encoding}"
 
 
 def check_targets(out: Path, targets: Sequence[str], console: Console) -> int:
     """Check `out` on each target, print its table, add it to the report. Returns the exit status: what failed counts
-    before what could not be checked."""
-    profiles = [load_profile(name) for name in targets]
-    if not profiles:
+    before what could not be checked. What is wrong with the input is said before anything runs."""
+    if not targets:
         return PASSED
-    facts = BuildFacts.read(out)
-    results = [_check_target(facts, profile, console) for profile in profiles]
-    for result in results:
-        write_atomically(out / "check" / f"{result['target']}.json", json.dumps(result, indent=1) + "\n")
+    profiles, facts = load_profiles(targets), BuildFacts.read(out)
+    plans = [(profile, facts.artifacts_for(profile)) for profile in profiles]
+    report = read_report(out) if (out / REPORT).exists() else None
+    states = set()
+    for profile, artifacts in plans:
+        with ended_by_signals():
+            result = _check_target(facts, artifacts, profile, console)
+        write_atomically(out / "check" / f"{profile.name}.json", json.dumps(result, indent=1) + "\n")
         show(result, console)
-    _add_to_report(out, results)
-    states = {row["state"] for result in results for row in result["rows"]}
+        if report is not None:  # at once: what comes next may take an hour, and be interrupted
+            add_results(report, [result])
+            write_report(report, out)
+        states |= {row["state"] for row in result["rows"]}
     return FAILED if "failed" in states else NOT_CHECKED if "not checked" in states else PASSED
 
 
-def _check_target(facts: BuildFacts, profile: Profile, console: Console) -> dict[str, Any]:
-    wanted = [a for a in facts.artifacts if f"{a.format}:{a.encoding}" in profile.format_names]
-    if not wanted:
-        raise UserError(f"{facts.out}: holds none of what {profile.name} runs ({', '.join(profile.format_names)}); "
-                        f"build it with --target {profile.name}")
+def _check_target(facts: BuildFacts, artifacts: list[Artifact], profile: Profile, console: Console) -> dict[str, Any]:
     with running(console, profile.name) as task:
-        rows = [_check_row(facts, artifact, runtime, profile, task) for artifact in wanted
+        rows = [check_artifact(artifact, runtime, profile, facts.given, task.update) for artifact in artifacts
                 for runtime in runtimes_of(profile) if runtime.format == artifact.format]
         _add_speed(facts, profile, rows, task)
+    there = {_kind(artifact) for artifact in artifacts}
     return {"target": profile.name, "description": profile.description,
-            "sha256": {artifact.path: artifact.sha256 for artifact in wanted},
+            "absent": [name for name in profile.format_names if name not in there],
+            "sha256": {artifact.path: artifact.sha256 for artifact in artifacts},
             "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "machine": architecture(), "rows": rows}
-
-
-def _check_row(facts: BuildFacts, artifact: Artifact, runtime: DeviceRuntime, profile: Profile, task: Task
-               ) -> dict[str, Any]:
-    if not (facts.out / artifact.path).exists():
-        raise UserError(f"{facts.out / artifact.path}: missing, though the build wrote it; copy it here or build again")
-    return check_artifact(artifact, runtime, profile, facts.given, task.update)
 
 
 def _add_speed(facts: BuildFacts, profile: Profile, rows: list[dict[str, Any]], task: Task) -> None:
@@ -101,7 +117,12 @@ def _add_speed(facts: BuildFacts, profile: Profile, rows: list[dict[str, Any]], 
         files = {"teacher": (runtimes["llama.cpp"].start, teacher), **files}
     n_ctx = min(facts.given.reference.shape.max_position_embeddings, 2 * speed.DEPTH)
     prompt = facts.given.reference.long_prompt(n_ctx)
-    found = speed.measure(files, prompt, n_ctx, facts.given.threads, task.update) if timed else {}
+    try:
+        found = speed.measure(files, prompt, n_ctx, facts.given.threads, task.update) if timed else {}
+    except WorkerFailed as error:  # no reason to lose the rows
+        task.console.print(f"{profile.name}: speed was not measured: {visible(str(error))}", style="yellow",
+                           highlight=False, markup=False, soft_wrap=True)
+        return
     for name, row in timed.items():
         row["speed"] = found[name]
         for mine, theirs in zip(found[name], found.get("teacher", []), strict=False):
@@ -110,24 +131,23 @@ def _add_speed(facts: BuildFacts, profile: Profile, rows: list[dict[str, Any]], 
 
 
 def kept_results(out: Path, artifacts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Earlier results that are still of these artifacts."""
+    """Earlier results that are still of these artifacts. Raises UserError for a file that does not hold one."""
     now = {artifact["path"]: artifact["sha256"] for artifact in artifacts}
-    results = [json.loads(file.read_text()) for file in sorted((out / "check").glob("*.json"))]
-    return [result for result in results if result["sha256"].items() <= now.items()]
-
-
-def _add_to_report(out: Path, results: list[dict[str, Any]]) -> None:
-    """A report that is there gets these targets' rows and gates in place of older ones."""
-    file = out / REPORT
-    if not file.exists():
-        return
-    report = json.loads(file.read_text())
-    add_results(report, results)
-    write_report(report, out)
+    kept = []
+    for file in sorted((out / "check").glob("*.json")):
+        try:
+            result = json.loads(file.read_text())
+            gates = [gate for row in result["rows"] for gate in row["gates"]]
+            changed = any(gate["metric"] == CHANGES and not gate["passed"] for gate in gates)
+            if result["sha256"].items() <= now.items() and not changed:
+                kept.append(result)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{file}: damaged ({error!r}); delete it, and check that target again") from error
+    return kept
 
 
 def add_results(report: dict[str, Any], results: list[dict[str, Any]]) -> None:
-    """Put targets' results into a report's table."""
+    """Put targets' results into a report's table, in place of older ones."""
     names = {result["target"] for result in results}
     report["targets"] = [old for old in report.get("targets", []) if old["target"] not in names] + results
     report["gates"] = [gate for gate in report["gates"] if gate.get("target") not in names]
@@ -145,6 +165,9 @@ def show(result: dict[str, Any], console: Console) -> None:
     for row in result["rows"]:
         table.add_row(*_cells(row))
     console.print(table)
+    if result["absent"]:
+        console.print(f"not in this build: {', '.join(result['absent'])}", style="yellow", highlight=False,
+                      soft_wrap=True)
     # What keeps one row from being checked mostly keeps others, too.
     unchecked = dict.fromkeys(row["why"] for row in result["rows"] if row["state"] == "not checked")
     for why in unchecked:
@@ -176,7 +199,7 @@ def complaints(row: dict[str, Any]) -> list[str]:
     who = f"failed: {_who(row)}"
     told = [f"{who}: {visible(row['why'])}"] if row["state"] == "failed" and "why" in row else []
     for gate in row["gates"]:
-        if gate["metric"] == "changes" and not gate["passed"]:
+        if gate["metric"] == CHANGES and not gate["passed"]:
             told.append(f"{who}: the file is not what the build wrote (its SHA-256 differs)")
         elif gate["metric"] != "failures" and not gate["passed"]:
             told.append(f"{who}: {gate['name']}: {gate['metric']} {figure(gate['value'], 4)}, need {gate['relation']} "

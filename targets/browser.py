@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from lrc_edge.errors import UserError
 from lrc_edge.targets.kits import Kit, missing
@@ -40,7 +41,10 @@ def command(runtime: str, folder: Path) -> Iterator[Command]:
     mounts: Mounts = {"/page": PAGES, "/files/model": folder, "/wllama": WLLAMA.module("@wllama/wllama"),
                       "/transformers": TRANSFORMERS_JS.module("@huggingface/transformers"),
                       "/onnxruntime": TRANSFORMERS_JS.module("onnxruntime-web")}
-    with StaticServer(mounts) as server:
+    # Playwright's and Chromium's temporary folders: the worker is killed, and would leave them. Chromium ends a moment
+    # later than the worker.
+    with StaticServer(mounts) as server, TemporaryDirectory(prefix="lrc-edge-", ignore_cleanup_errors=True) as scratch:
         settings = {"playwright": str(PLAYWRIGHT.module("playwright-core")), "chromium": str(CHROMIUM.program),
                     "origin": server.origin, "page": MODULES[runtime], "folder": str(folder)}
-        yield Command((str(shutil.which("node")), str(NODE / "browser.mjs"), json.dumps(settings)))
+        yield Command((str(shutil.which("node")), str(NODE / "browser.mjs"), json.dumps(settings)),
+                      {"TMPDIR": scratch})

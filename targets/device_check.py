@@ -22,6 +22,7 @@ Progress = Callable[[str], None]
 SCORE_SECONDS = 20.0  # then no further row is begun, and no further part of the corpus
 TEXT_PARTS = 16  # of the corpus, one after the other while there is time: wllama takes a tenth of a second for a text
 SLOW_CONTEXT = 512  # tokens under emulation: llama.cpp's batch, where its matrix kernels are at work
+CHANGES = "changes"  # the metric of a file that is not what the build wrote
 LEFT = 8  # tokens between the long prompt and the end of the context
 SLOWEST_SECONDS = 3600.0  # of one answer: a row of a large model under emulation
 
@@ -43,14 +44,14 @@ def check_artifact(artifact: Artifact, runtime: DeviceRuntime, profile: Profile,
                            "encoding": artifact.encoding, "runtime": runtime.name, "emulated": runtime.emulated,
                            "label": runtime.name, "gates": []}
     if why := kits.missing(runtime.kits):
-        return {**row, "state": "not checked", "why": f"{why}; lrc-edge targets setup {profile.name}"}
+        return {**row, "state": "not checked", "why": f"{why}; lrc-edge targets setup {profile.given}"}
     check = _Check(artifact, runtime, profile, given, progress, row)
     try:
         check.run()
     except WorkerFailed as error:
         row["why"] = str(error)
     check.judge("device run", "failures", int("why" in row), 0, "==")
-    check.judge("file as built", "changes", int(not is_as_built(artifact, given.out)), 0, "==")
+    check.judge("file as built", CHANGES, int(not is_as_built(artifact, given.out)), 0, "==")
     row["gates"] = [{**gate.as_dict(), "target": profile.name} for gate in check.gates]
     row["state"] = "passed" if all(gate.passed for gate in check.gates) else "failed"
     return row
@@ -63,8 +64,9 @@ class _Check:
                  progress: Progress, row: dict[str, Any]):
         self._artifact, self._runtime, self._profile, self._given, self._row = artifact, runtime, profile, given, row
         self._progress = lambda text: progress(f"{artifact.path} in {runtime.name}: {text}")
-        self._n_ctx = min(given.reference.shape.max_position_embeddings, profile.context,
-                          SLOW_CONTEXT if runtime.emulated else profile.context)
+        planned = min(profile.context, SLOW_CONTEXT) if runtime.emulated else profile.context
+        row_len = given.reference.ids.shape[1]  # the reference's own rows must have room
+        self._n_ctx = min(given.reference.shape.max_position_embeddings, max(planned, row_len))
         self.gates: list[Gate] = []
 
     def judge(self, name: str, metric: str, value: float | None, limit: float, relation: Any) -> None:
@@ -102,8 +104,8 @@ class _Check:
                                       self._given.recipe.gates)
 
     def _token_ids(self, worker: Worker) -> None:
-        self._progress("token ids")
         """Of the texts that the context holds, from all over the corpus, as many as there is time for."""
+        self._progress("token ids")
         reference, started = self._given.reference, time.monotonic()
         asked = [(text, list(ids)) for text, ids in zip(reference.texts, reference.text_ids, strict=True)
                  if len(ids) < self._row["n_ctx"]]

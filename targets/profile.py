@@ -8,8 +8,8 @@ import datetime
 import difflib
 import math
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -48,6 +48,7 @@ class Profile:
     """One device. GB are 10^9 bytes."""
 
     name: str  # the file's
+    given: str = field(compare=False)  # what `load_profile` finds it by
     description: str
     architecture: str
     features: tuple[str, ...]
@@ -103,20 +104,33 @@ def load_profile(name_or_path: str) -> Profile:
     Raises UserError: an unknown name gets the nearest; a bad file its key, and what was needed.
     """
     if name_or_path in profile_names():
-        return _read(_folder() / f"{name_or_path}.toml", name_or_path)
+        return _read(_folder() / f"{name_or_path}.toml", name_or_path, name_or_path)
     path = Path(name_or_path).expanduser()
     if path.suffix == ".toml" or path.exists():
-        return _read(path, path.stem)
+        if path.stem in profile_names():
+            raise UserError(f"{path}: {path.stem} is a target that comes along; give the file another name")
+        return _read(path, path.stem, name_or_path)
     near = difflib.get_close_matches(name_or_path, profile_names(), n=1, cutoff=0.0)[0]
     raise UserError(f"target {name_or_path!r} is unknown; did you mean {near}? Known: {', '.join(profile_names())}; "
                     "or give a file like ./my-device.toml")
+
+
+def load_profiles(names_or_paths: Iterable[str]) -> list[Profile]:
+    """Each target once. Raises UserError also for two of one name, by which results are kept."""
+    profiles = list(dict.fromkeys(load_profile(name) for name in names_or_paths))
+    by_name: dict[str, Profile] = {}
+    for profile in profiles:
+        if (other := by_name.setdefault(profile.name, profile)) is not profile:
+            raise UserError(f"targets {other.given} and {profile.given}: both are called {profile.name}; give one of "
+                            "the files another name")
+    return profiles
 
 
 def _folder() -> Traversable:
     return files("lrc_edge.targets") / "profiles"
 
 
-def _read(file: Traversable | Path, name: str) -> Profile:
+def _read(file: Traversable | Path, name: str, given: str) -> Profile:
     try:
         table = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -128,7 +142,7 @@ def _read(file: Traversable | Path, name: str) -> Profile:
     _check_keys(table, _KINDS, where, "")
     figures = {key: _figure(table[key], where, key) for key in FIGURES}
     profile = Profile(
-        name=name, description=table["description"], architecture=table["architecture"],
+        name=name, given=given, description=table["description"], architecture=table["architecture"],
         features=tuple(table["features"]), emulate=table.get("emulate", ""), context=table["context"],
         runtimes=tuple(table["runtimes"]), recommended=table["recommended"],
         formats=tuple(_format(entry, where, i) for i, entry in enumerate(table["formats"])), **figures)

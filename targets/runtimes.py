@@ -91,4 +91,4 @@ def _elsewhere(profile: Profile) -> Unavailable:
 
 
 def _native(name: str) -> Start:
-    return lambda _: nullcontext(Command((sys.executable, "-m", "lrc_edge.targets.python_worker", name)))
+    return lambda _: nullcontext(Command((sys.executable, "-P", "-m", "lrc_edge.targets.python_worker", name)))

@@ -16,9 +16,9 @@ Start = Callable[[Path], AbstractContextManager[Command]]
 
 
 def depths(n_ctx: int) -> list[int]:
-    """Tokens in the cache before each measurement: 0, and DEPTH or what the context leaves."""
+    """Tokens in the cache before each measurement: 0, and DEPTH or what the context leaves; none where it is tiny."""
     deep = min(DEPTH, n_ctx - N_PROMPT - N_DECODE - 1)
-    return [0, deep] if deep > N_PROMPT else [0]
+    return [0, deep] if deep > N_PROMPT else [0] if deep >= 0 else []
 
 
 def measure(files: dict[str, tuple[Start, Path]], prompt: list[int], n_ctx: int, threads: int,

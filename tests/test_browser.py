@@ -51,8 +51,8 @@ def worker_of(runtime: str, folder: Path) -> Iterator[Worker]:
         yield worker
 
 
-# Single log-probabilities of quantized files differ from native ones by up to 0.18, the KL hardly (docs/LOG.md). Limits
-# are on means, which other weights exceed. Other rounding of activations in WebAssembly is our guess.
+# Single log-probabilities of quantized files differ from the native ones by up to 0.18, the KL hardly (docs/LOG.md).
+# The limits are on means, which other weights exceed. Other rounding of activations in WebAssembly is our guess.
 @runs_chromium
 @pytest.mark.parametrize(("name", "encoding", "within"), [
     ("storyteller", "f32", 4e-3), ("storyteller", "q4_0", 4e-2), ("qwen2", "f32", 4e-3), ("spm", "q8_0", 4e-2)])

@@ -21,7 +21,8 @@ from lrc_edge.targets.worker import Worker, WorkerFailed
 runs_node = pytest.mark.targets
 
 
-# Where activations are rounded to 8 bits, the last digit of another instruction set may turn one over (our guess).
+# Where activations are rounded to 8 bits, the last digit of another instruction set's sum may turn one over: our
+# guess.
 @runs_node
 @pytest.mark.parametrize(("name", "encoding", "within"), [
     ("storyteller", "f32", 5e-4), ("storyteller", "q8_0", 2e-2), ("storyteller", "q4_0", 2e-2), ("qwen2", "f32", 2e-3),

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from lrc_edge import parity
-from lrc_edge.parity import Gate, compare, gates_of_artifact, gates_of_grid, next_ids
+from lrc_edge.parity import Gate, compare, gates_of_artifact, gates_of_device, gates_of_grid, next_ids
 from lrc_edge.recipe import Gates
 
 RNG = np.random.default_rng(0)
@@ -103,3 +103,14 @@ def test_a_file_that_is_not_as_trained_fails() -> None:
 
 def test_labels() -> None:
     assert next_ids(np.array([4, 5, 6])).tolist() == [5, 6, -1]
+
+
+@pytest.mark.parametrize(("kind", "kl", "top1"), [
+    ("gguf:f32", 1e-4, 0.99), ("gguf:f16", 1e-4, 0.99), ("gguf:q8_0", 5e-3, 0.95), ("onnx:q8", 5e-3, 0.95),
+    ("gguf:q4_0", 0.15, 0.75), ("onnx:q4", 0.15, 0.75)])
+def test_limits_of_devices(kind: str, kl: float, top1: float) -> None:
+    good = gates_of_device("a", kind, {"kl_mean": kl, "top1": top1}, Gates())
+    assert [(g.metric, g.limit, g.passed) for g in good] == [("kl_mean", kl, True), ("top1", top1, True)]
+    bad = gates_of_device("a", kind, {"kl_mean": 1.01 * kl, "top1": top1 - 0.001}, Gates())
+    assert not any(g.passed for g in bad)
+    assert not any(g.passed for g in gates_of_device("a", kind, {"kl_mean": None, "top1": None}, Gates()))

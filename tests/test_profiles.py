@@ -99,3 +99,10 @@ def test_an_unknown_name_gets_the_nearest() -> None:
 def test_an_absent_file_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"absent\.toml: cannot read the profile"):
         load_profile(str(tmp_path / "absent.toml"))
+
+
+def test_a_file_named_like_a_target_that_comes_along_is_refused(own: Path, tmp_path: Path) -> None:
+    """Its results would stand for the other's."""
+    (same := tmp_path / "raspberry-pi-5.toml").write_text(own.read_text())
+    with pytest.raises(UserError, match="give the file another name"):
+        load_profile(str(same))

@@ -94,3 +94,10 @@ def test_every_field_is_documented() -> None:
     """A newcomer reads the dataclasses: each section says what it is about."""
     for field in dataclasses.fields(Recipe):
         assert type(getattr(Recipe(), field.name)).__doc__
+
+
+def test_a_targets_file_is_found_from_another_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.toml").write_text('[export]\ntargets = ["raspberry-pi-5", "./mine.toml"]\n')
+    targets = load_recipe("recipe.toml").export.targets
+    assert targets == ("raspberry-pi-5", str(tmp_path / "mine.toml"))

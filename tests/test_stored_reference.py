@@ -10,7 +10,7 @@ import torch
 from lrc_edge.errors import UserError
 from lrc_edge.parity import Comparison, next_ids
 from lrc_edge.shape import ModelShape
-from lrc_edge.stored_reference import TOP, DeviceComparison, StoredReference
+from lrc_edge.stored_reference import TOP, DeviceComparison, StoredReference, _divergence
 
 V, L = 500, 40
 SHAPE = ModelShape("llama", V, 64, 96, 2, 4, 2, 16, 128, True)
@@ -83,12 +83,42 @@ def test_a_small_vocabulary_is_kept_whole() -> None:
     assert answers(kept, rows).figures()["kl_max"] < 1e-6
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "text", "other"])
+def test_the_divergence_counts_all_others_together() -> None:
+    p, q = np.log([[0.4, 0.3]]), np.log([[0.3, 0.3]])
+    assert _divergence(p, q)[0] == pytest.approx(0.4 * np.log(0.4 / 0.3) + 0.3 * np.log(0.3 / 0.4))
+
+
+def test_what_is_no_distribution_is_no_figure(reference: StoredReference) -> None:
+    """Logits instead of log-probabilities: a sum without the normalizer would be negative, and pass as nothing."""
+    comparison = DeviceComparison(reference, near_tie=0.01)
+    row = logits(0)[0].astype(np.float64)
+    comparison.update(0, np.take_along_axis(row, reference.wanted(0), -1).tolist(), row.argmax(-1).tolist())
+    assert comparison.figures()["kl_mean"] is None
+
+
+def test_near_ties_are_not_judged(ids: np.ndarray) -> None:
+    """Only where the two best are closer than the limit may a device say the other one."""
+    for gap, top1, ties in ((0.02, 0.0, 0), (0.005, None, L)):
+        row = np.zeros((L, V), np.float32)
+        row[:, 3], row[:, 4] = 9 + gap, 9
+        kept = StoredReference.of(ids[:1], [row], [], [], SHAPE)
+        swapped = row.copy()
+        swapped[:, 3], swapped[:, 4] = 9, 9 + gap
+        figures = answers(kept, [swapped]).figures()
+        assert (figures["top1"], figures["near_ties"]) == (top1, ties)
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "text", "other", "bits"])
 def test_a_damaged_file_is_one_line(damage: str, reference: StoredReference, tmp_path: Path) -> None:
     file = tmp_path / "reference.npz"
     if damage == "truncated":
         reference.save(file)
         file.write_bytes(file.read_bytes()[:5000])
+    elif damage == "bits":  # in the compressed stream
+        reference.save(file)
+        data = bytearray(file.read_bytes())
+        data[len(data) // 3:len(data) // 3 + 40] = bytes(40)
+        file.write_bytes(data)
     elif damage == "text":
         file.write_text("not a table")
     elif damage == "other":

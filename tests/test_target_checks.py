@@ -1,11 +1,15 @@
 """`--target` on this machine's own runtimes: an export checked without PyTorch, and everything that must be noticed."""
 from __future__ import annotations
 
-import dataclasses
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +17,14 @@ import pytest
 from tiny_models import TEXT
 
 from lrc_edge.artifact import smallest_gguf
+from lrc_edge.errors import UserError
 from lrc_edge.machine import architecture
 from lrc_edge.stored_reference import REFERENCE_FILE, StoredReference
-from lrc_edge.target_checks import TEACHER_FILE
+from lrc_edge.target_checks import TEACHER_FILE, BuildFacts, kept_results
+from lrc_edge.targets.device_check import CHANGES, check_artifact
+from lrc_edge.targets.profile import load_profile
+from lrc_edge.targets.runtimes import runtimes_of
+from lrc_edge.targets.worker import Command
 
 FIGURE = 'value = {}\nsource = "this machine"\ndate = 2026-11-21\n'
 PROFILE = f"""
@@ -41,7 +50,7 @@ WITHOUT = ("import sys; sys.modules.update(dict.fromkeys(sys.argv.pop(1).split('
 
 
 def run(*args: object, without: str = "torch,transformers") -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", WITHOUT, without, *map(str, args)], capture_output=True, text=True,
+    return subprocess.run([sys.executable, "-P", "-c", WITHOUT, without, *map(str, args)], capture_output=True, text=True,
                           timeout=300)
 
 
@@ -95,8 +104,13 @@ def test_an_export_makes_what_the_target_runs_and_checks_it(exported: Path) -> N
     assert "This machine" in page and "onnxruntime" in page
 
 
-def test_a_check_needs_no_pytorch(out: Path, device: Path) -> None:
-    done = run("check", out, "--target", device)
+def test_a_check_needs_no_pytorch(out: Path, device: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor anything else that only a build has. Files where it is started from are not taken for modules."""
+    (tmp_path / "numpy.py").write_text("raise RuntimeError")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    done = run("check", out, "--target", device, without="torch,transformers,tokenizers,safetensors,gguf,onnx,"
+                                                         "huggingface_hub,datasets,pyarrow,packaging")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("pass ") == 2
     gates = json.loads((out / "report.json").read_text())["gates"]
@@ -107,7 +121,7 @@ def test_a_check_needs_no_pytorch(out: Path, device: Path) -> None:
 def test_a_missing_runtime_is_not_checked_and_not_passed(out: Path, device: Path) -> None:
     done = run("check", out, "--target", device, without="torch,transformers,llama_cpp")
     assert done.returncode == 3, done.stdout + done.stderr
-    assert "not checked" in done.stdout and "lrc-edge targets setup here" in done.stdout
+    assert "not checked" in done.stdout and f"lrc-edge targets setup {device}" in done.stdout
     rows = rows_of(out)
     assert rows["llama.cpp"]["state"] == "not checked" and rows["onnxruntime"]["state"] == "passed"
     assert "NOT CHECKED: here" in (out / "report.html").read_text()
@@ -118,12 +132,13 @@ def test_a_changed_file_fails(out: Path, device: Path) -> None:
     data = bytearray(file.read_bytes())
     data[-20_000:] = bytes(20_000)
     file.write_bytes(data)
-    done = run("check", out, "--target", device)
-    assert done.returncode == 1, done.stdout + done.stderr
+    done = run("check", out, "--target", device, without="torch,transformers,onnxruntime")
+    assert done.returncode == 1, "what failed counts before what was not checked: " + done.stdout + done.stderr
     assert "SHA-256 differs" in done.stdout
     rows = rows_of(out)
-    assert rows["llama.cpp"]["state"] == "failed" and rows["onnxruntime"]["state"] == "passed"
-    assert "FAILED" in (out / "report.html").read_text()
+    assert rows["llama.cpp"]["state"] == "failed" and rows["onnxruntime"]["state"] == "not checked"
+    page = (out / "report.html").read_text()
+    assert "FAILED" in page and "NOT CHECKED" in page
 
 
 @pytest.mark.parametrize("name", ["gguf/*.gguf", "onnx/onnx/*.onnx", "onnx/onnx/*.onnx_data"])
@@ -141,10 +156,10 @@ def test_wrong_ids_fail(out: Path, device: Path) -> None:
     """Of the text: token ids. Of the rows: another text's distributions."""
     file = out / REFERENCE_FILE
     reference = StoredReference.load(file)
-    dataclasses.replace(reference, text_ids=((5, 5), *reference.text_ids[1:])).save(file)
+    replace(reference, text_ids=((5, 5), *reference.text_ids[1:])).save(file)
     done = run("check", out, "--target", device)
     assert done.returncode == 1 and "mismatches 1" in done.stdout, done.stdout
-    dataclasses.replace(reference, ids=(reference.ids + 1) % 500).save(file)
+    replace(reference, ids=(reference.ids + 1) % 500).save(file)
     done = run("check", out, "--target", device)
     assert done.returncode == 1 and "kl_mean" in done.stdout, done.stdout
 
@@ -152,7 +167,7 @@ def test_wrong_ids_fail(out: Path, device: Path) -> None:
 def test_a_device_with_too_little_memory_fails(out: Path, tmp_path: Path) -> None:
     (tmp_path / "tiny.toml").write_text(PROFILE.replace("[usable_gb]\nvalue = 4", "[usable_gb]\nvalue = 0.01"))
     done = run("check", out, "--target", tmp_path / "tiny.toml")
-    assert done.returncode == 1 and "peak memory" in done.stdout, done.stdout
+    assert done.returncode == 1 and "peak memory" in done.stdout and "predicted memory" in done.stdout, done.stdout
 
 
 def test_a_build_is_timed_beside_its_teacher(tiny_llama: Path, device: Path, tmp_path: Path) -> None:
@@ -180,9 +195,94 @@ def test_a_build_is_timed_beside_its_teacher(tiny_llama: Path, device: Path, tmp
 def test_mistakes_are_one_line(out: Path, device: Path, tmp_path: Path) -> None:
     done = run("check", tmp_path / "nowhere", "--target", device)
     assert done.returncode == 2 and "no build here" in done.stderr and done.stderr.count("\n") == 1
-    (tmp_path / "other.toml").write_text(PROFILE.replace("q8_0", "q4_0").replace("onnx:q8", "onnx:q4"))
-    done = run("check", out, "--target", tmp_path / "other.toml")
-    assert done.returncode == 2 and "--target other" in done.stderr and done.stderr.count("\n") == 1
+    (other := tmp_path / "other.toml").write_text(PROFILE.replace("q8_0", "q4_0").replace("onnx:q8", "onnx:q4"))
+    done = run("check", out, "--target", other)
+    assert done.returncode == 2 and f"--target {other}" in done.stderr and done.stderr.count("\n") == 1
     (out / REFERENCE_FILE).write_bytes(b"PK")
     done = run("check", out, "--target", device)
     assert done.returncode == 2 and "damaged" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("build.json", '{"stages": {}, "hashes": {}, "job": {}}'),
+    ("build.json", '{"stages": {"gguf": {"result": [{"path": 1}]}}, "hashes": {}, "job": {"recipe": {}}}'),
+    ("report.json", '{"gates": ['), ("report.json", "[]")])
+def test_a_damaged_file_is_one_line_before_anything_runs(name: str, content: str, out: Path, device: Path) -> None:
+    (out / name).write_text(content)
+    done = run("check", out, "--target", device)
+    assert done.returncode == 2 and f"{name}: damaged" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert done.stdout == ""
+
+
+def test_two_targets_at_once(out: Path, device: Path, tmp_path: Path) -> None:
+    """Given twice is once; of one name is a mistake; what cannot run is told before the first runs."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "here.toml").write_text(PROFILE.replace("This machine", "Another"))
+    done = run("check", out, "--target", device, "--target", tmp_path / "other" / "here.toml")
+    assert done.returncode == 2 and "both are called here" in done.stderr and done.stdout == ""
+    (tmp_path / "four.toml").write_text(PROFILE.replace("q8_0", "q4_0").replace("onnx:q8", "onnx:q4"))
+    done = run("check", out, "--target", device, "--target", tmp_path / "four.toml")
+    assert done.returncode == 2 and "holds none of what four runs" in done.stderr and done.stdout == ""
+    (tmp_path / "short.toml").write_text(PROFILE.replace("context = 256", "context = 16").replace(
+        "formats = [", 'formats = [{name = "onnx:q4", why = "absent"}, '))
+    done = run("check", out, "--target", device, "--target", device, "--target", tmp_path / "short.toml",
+               without="torch,transformers,llama_cpp")
+    assert done.returncode == 3 and "not in this build: onnx:q4" in done.stdout, done.stdout + done.stderr
+    here, short = json.loads((out / "report.json").read_text())["targets"]
+    assert (here["target"], short["target"]) == ("here", "short") and len(here["rows"]) == 2
+    [row] = [row for row in short["rows"] if row["runtime"] == "onnxruntime"]
+    assert row["state"] == "passed" and row["n_ctx"] == 64, "the reference's rows have 64 tokens"
+    assert "not in this build: onnx:q4" in (out / "report.html").read_text()
+
+
+def test_results_are_kept_while_they_are_of_these_files(out: Path) -> None:
+    artifacts = json.loads((out / "report.json").read_text())["artifacts"]
+    file = out / "check" / "here.json"
+    result = json.loads(file.read_text())
+    assert [kept["target"] for kept in kept_results(out, artifacts)] == ["here"]
+    assert kept_results(out, [{**artifacts[0], "sha256": "0"}, *artifacts[1:]]) == []
+    for gate in (gate for row in result["rows"] for gate in row["gates"] if gate["metric"] == CHANGES):
+        gate["passed"] = False
+    file.write_text(json.dumps(result))
+    assert kept_results(out, artifacts) == [], "what was checked was another file"
+    file.write_text("[]")
+    with pytest.raises(UserError, match=r"here\.json: damaged"):
+        kept_results(out, artifacts)
+
+
+# A runtime that writes on where its context is full, as one does that forgets the beginning; and one that dies there.
+FAULTY = """
+import os, sys
+from lrc_edge.targets.python_worker import PythonWorker, answer_requests
+
+class Faulty(PythonWorker):
+    def generate(self, ids, n_tokens, stop):
+        return os.abort() if sys.argv[1] == "dies" else {"ids": [5] * n_tokens}
+
+answer_requests(Faulty("llama.cpp"))
+"""
+
+
+@pytest.mark.parametrize(("fault", "failed"), [("writes on", {"end of context"}), ("dies", {"device run"})])
+def test_a_runtime_that_fails_at_the_end_of_its_context(fault: str, failed: set[str], out: Path, device: Path) -> None:
+    facts, profile = BuildFacts.read(out), load_profile(str(device))
+    command = Command((sys.executable, "-c", FAULTY, fault))
+    faulty = replace(runtimes_of(profile)[0], start=lambda _: nullcontext(command))
+    row = check_artifact(facts.artifacts_for(profile)[0], faulty, profile, facts.given, lambda _: None)
+    assert row["state"] == "failed" and row["kl_mean"] < 5e-3
+    assert {gate["name"] for gate in row["gates"] if not gate["passed"]} == failed
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_no_worker_outlives_a_check_that_is_ended(sent: signal.Signals, out: Path, device: Path) -> None:
+    check = subprocess.Popen([sys.executable, "-m", "lrc_edge", "check", str(out), "--target", str(device)],
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    children = Path(f"/proc/{check.pid}/task/{check.pid}/children")
+    deadline = time.monotonic() + 60
+    while not (workers := children.read_text().split()):
+        assert time.monotonic() < deadline and check.poll() is None
+        time.sleep(0.02)
+    os.kill(int(workers[0]), signal.SIGSTOP)  # it would not notice that nobody asks it any more
+    check.send_signal(sent)
+    assert check.wait(30) == 128 + sent
+    assert not Path(f"/proc/{workers[0]}").exists()
