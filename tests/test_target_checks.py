@@ -50,8 +50,8 @@ WITHOUT = ("import sys; sys.modules.update(dict.fromkeys(sys.argv.pop(1).split('
 
 
 def run(*args: object, without: str = "torch,transformers") -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-P", "-c", WITHOUT, without, *map(str, args)], capture_output=True, text=True,
-                          timeout=300)
+    argv = [sys.executable, "-P", "-c", WITHOUT, without, *map(str, args)]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
