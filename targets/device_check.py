@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lrc_edge.artifact import Artifact, sha256_of
+from lrc_edge.errors import UserError
 from lrc_edge.parity import Gate, gates_of_device
 from lrc_edge.recipe import Recipe
 from lrc_edge.stored_reference import DeviceComparison, StoredReference
@@ -16,7 +17,7 @@ from lrc_edge.targets import kits
 from lrc_edge.targets.memory import memory_of
 from lrc_edge.targets.profile import Profile
 from lrc_edge.targets.runtimes import DeviceRuntime
-from lrc_edge.targets.worker import Worker, WorkerFailed
+from lrc_edge.targets.worker import Worker
 
 Progress = Callable[[str], None]
 SCORE_SECONDS = 20.0  # then no further row is begun, and no further part of the corpus
@@ -48,7 +49,7 @@ def check_artifact(artifact: Artifact, runtime: DeviceRuntime, profile: Profile,
     check = _Check(artifact, runtime, profile, given, progress, row)
     try:
         check.run()
-    except WorkerFailed as error:
+    except UserError as error:  # of the worker, or an answer of the wrong shape
         row["why"] = str(error)
     check.judge("device run", "failures", int("why" in row), 0, "==")
     check.judge("file as built", CHANGES, int(not is_as_built(artifact, given.out)), 0, "==")
