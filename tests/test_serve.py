@@ -20,7 +20,8 @@ from lrc_edge.targets.serve import page_server
 runs_chromium = pytest.mark.targets
 
 NO_TORCH = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
 sys.modules |= dict.fromkeys(("torch", "transformers", "llama_cpp", "onnxruntime"))  # as if not installed
 from lrc_edge.cli import main
 sys.argv[1:] = ["serve", {path!r}, "--port", "0"]

@@ -77,9 +77,11 @@ def test_a_kill_between_the_last_step_and_the_record(where: object, what: str, w
     same_as(whole, tmp_path / "out")
 
 
-# From itself: a busy machine might not let us look before all is over.
+# From itself: a busy machine might not let us look before all is over. What a shell starts in the background ignores
+# SIGINT, and so would its children.
 SIGNALLED_AT_STEP_5 = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from lrc_edge.cli import main
 from lrc_edge.train.trainer import Trainer
 
