@@ -276,7 +276,9 @@ def test_a_runtime_that_fails_at_the_end_of_its_context(fault: str, failed: set[
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_no_worker_outlives_a_check_that_is_ended(sent: signal.Signals, out: Path, device: Path) -> None:
     check = subprocess.Popen([sys.executable, "-m", "lrc_edge", "check", str(out), "--target", str(device)],
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                             # A background job of a shell ignores it.
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     children = Path(f"/proc/{check.pid}/task/{check.pid}/children")
     deadline = time.monotonic() + 60
     while not (workers := children.read_text().split()):
