@@ -18,12 +18,13 @@ from lrc_edge.console import Task, running
 from lrc_edge.errors import UserError
 from lrc_edge.figures import NONE, figure, percent, visible
 from lrc_edge.machine import architecture, threads_for
+from lrc_edge.parity import CHANGES
 from lrc_edge.recipe import load_recipe
 from lrc_edge.report import REPORT, read_report, write_report
-from lrc_edge.report_targets import memory_text, speed_text
+from lrc_edge.report_targets import failures, memory_text, speed_text
 from lrc_edge.stored_reference import REFERENCE_FILE, StoredReference
 from lrc_edge.targets import speed
-from lrc_edge.targets.device_check import CHANGES, Checked, check_artifact
+from lrc_edge.targets.device_check import Checked, check_artifact
 from lrc_edge.targets.profile import Profile, load_profiles
 from lrc_edge.targets.runtimes import runtimes_of
 from lrc_edge.targets.worker import WorkerFailed, ended_by_signals
@@ -173,8 +174,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     for why in unchecked:
         console.print(f"not checked: {visible(why)}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     for row in result["rows"]:
-        for line in complaints(row):
-            console.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
+        for reason in failures(row):
+            console.print(f"failed: {_who(row)}: {reason}", style="red", highlight=False, markup=False, soft_wrap=True)
         for rates in row.get("speed", []):
             console.print(_speed_line(row, rates), highlight=False, markup=False, soft_wrap=True)
 
@@ -192,19 +193,6 @@ def _cells(row: dict[str, Any]) -> list[Text]:
 def _who(row: dict[str, Any]) -> str:
     emulated = f", emulated {row['emulated']}" if row["emulated"] else ""
     return f"{row['format']}:{row['encoding']} in {row['runtime']}{emulated}"
-
-
-def complaints(row: dict[str, Any]) -> list[str]:
-    """Why a row failed: what the runtime said, and the gates that it missed."""
-    who = f"failed: {_who(row)}"
-    told = [f"{who}: {visible(row['why'])}"] if row["state"] == "failed" and "why" in row else []
-    for gate in row["gates"]:
-        if gate["metric"] == CHANGES and not gate["passed"]:
-            told.append(f"{who}: the file is not what the build wrote (its SHA-256 differs)")
-        elif gate["metric"] != "failures" and not gate["passed"]:
-            told.append(f"{who}: {gate['name']}: {gate['metric']} {figure(gate['value'], 4)}, need {gate['relation']} "
-                        f"{figure(gate['limit'], 4)}")
-    return told
 
 
 def _speed_line(row: dict[str, Any], rates: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lrc_edge.artifact import Artifact, sha256_of
 from lrc_edge.errors import UserError
-from lrc_edge.parity import Gate, gates_of_device
+from lrc_edge.parity import CHANGES, Gate, gates_of_device
 from lrc_edge.recipe import Recipe
 from lrc_edge.stored_reference import DeviceComparison, StoredReference
 from lrc_edge.targets import kits
@@ -23,7 +23,6 @@ Progress = Callable[[str], None]
 SCORE_SECONDS = 20.0  # then no further row is begun, and no further part of the corpus
 TEXT_PARTS = 16  # of the corpus, one after the other while there is time: wllama takes a tenth of a second for a text
 SLOW_CONTEXT = 512  # tokens under emulation: llama.cpp's batch, where its matrix kernels are at work
-CHANGES = "changes"  # the metric of a file that is not what the build wrote
 LEFT = 8  # tokens between the long prompt and the end of the context
 SLOWEST_SECONDS = 3600.0  # of one answer: a row of a large model under emulation
 

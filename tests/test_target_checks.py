@@ -19,9 +19,10 @@ from tiny_models import TEXT
 from lrc_edge.artifact import smallest_gguf
 from lrc_edge.errors import UserError
 from lrc_edge.machine import architecture
+from lrc_edge.parity import CHANGES
 from lrc_edge.stored_reference import REFERENCE_FILE, StoredReference
 from lrc_edge.target_checks import TEACHER_FILE, BuildFacts, kept_results
-from lrc_edge.targets.device_check import CHANGES, check_artifact
+from lrc_edge.targets.device_check import check_artifact
 from lrc_edge.targets.profile import load_profile
 from lrc_edge.targets.runtimes import runtimes_of
 from lrc_edge.targets.worker import Command
@@ -134,7 +135,7 @@ def test_a_changed_file_fails(out: Path, device: Path) -> None:
     file.write_bytes(data)
     done = run("check", out, "--target", device, without="torch,transformers,onnxruntime")
     assert done.returncode == 1, "what failed counts before what was not checked: " + done.stdout + done.stderr
-    assert "SHA-256 differs" in done.stdout
+    assert "SHA-256 differs" in done.stdout and "SHA-256 differs" in (out / "report.html").read_text()
     rows = rows_of(out)
     assert rows["llama.cpp"]["state"] == "failed" and rows["onnxruntime"]["state"] == "not checked"
     page = (out / "report.html").read_text()
