@@ -14,7 +14,8 @@ from lrc_edge.targets.kits import Kit, Pip, Unavailable
 from lrc_edge.targets.profile import Profile, load_profile
 from lrc_edge.targets.worker import Command
 
-Start = Callable[[Path], AbstractContextManager[Command]]  # given the folder of the format, gguf/ or onnx/
+# Given a folder that the artifact, and in a browser all that belongs to it, lies below.
+Start = Callable[[Path], AbstractContextManager[Command]]
 
 PYTHON = {  # name -> what it reads, whether it has a tokenizer, where it comes from
     "llama.cpp": ("gguf", True, Pip("llama-cpp-python", "llama_cpp", "0.3.36")),

@@ -2,17 +2,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from lrc_edge.targets.worker import Command, Worker
+from lrc_edge.targets.runtimes import Start
+from lrc_edge.targets.worker import Worker
 
 N_PROMPT, N_DECODE = 128, 64  # tokens read and written at each depth
 DEPTH = 1024  # tokens in the cache before the second measurement, where the context has room for them
 ROUNDS = 3  # each file once a round, so that what slows one slows all; the best of a file counts
-
-Start = Callable[[Path], AbstractContextManager[Command]]
 
 
 def depths(n_ctx: int) -> list[int]:

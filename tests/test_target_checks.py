@@ -258,13 +258,14 @@ from lrc_edge.targets.python_worker import PythonWorker, answer_requests
 
 class Faulty(PythonWorker):
     def generate(self, ids, n_tokens, stop):
-        return os.abort() if sys.argv[1] == "dies" else {"ids": [5] * n_tokens}
+        return os.abort() if sys.argv[1] == "dies" else {"ids": [5] * (n_tokens * (sys.argv[1] == "writes on"))}
 
 answer_requests(Faulty("llama.cpp"))
 """
 
 
-@pytest.mark.parametrize(("fault", "failed"), [("writes on", {"end of context"}), ("dies", {"device run"})])
+@pytest.mark.parametrize(("fault", "failed"), [
+    ("writes on", {"end of context"}), ("writes nothing", {"end of context"}), ("dies", {"device run"})])
 def test_a_runtime_that_fails_at_the_end_of_its_context(fault: str, failed: set[str], out: Path, device: Path) -> None:
     facts, profile = BuildFacts.read(out), load_profile(str(device))
     command = Command((sys.executable, "-c", FAULTY, fault))
