@@ -82,20 +82,13 @@ def llama3_rope_factors(checkpoint: DenseCheckpoint) -> torch.Tensor | None:
     return (1 / ((1 - share) / scaling["factor"] + share)).float()
 
 
-def context_length(checkpoint: DenseCheckpoint) -> int:
-    """Tokens for which llama.cpp computes what PyTorch does: it has no sliding window for these architectures, and
-    up to the window's length there is no difference."""
-    longest = checkpoint.shape.max_position_embeddings
-    return min(longest, checkpoint.sliding_window or longest)
-
-
 def write_hyperparameters(writer: GGUFWriter, checkpoint: DenseCheckpoint, encoding: Encoding) -> None:
     shape = checkpoint.shape
     writer.add_type("model")
     writer.add_quantization_version(GGML_QUANT_VERSION)
     writer.add_file_type(encoding.ftype)
     writer.add_vocab_size(shape.vocab_size)
-    writer.add_context_length(context_length(checkpoint))
+    writer.add_context_length(checkpoint.context_length)
     writer.add_embedding_length(shape.hidden_size)
     writer.add_feed_forward_length(shape.intermediate_size)
     writer.add_block_count(shape.num_hidden_layers)

@@ -84,6 +84,13 @@ class DenseCheckpoint:
             return self.config.get("sliding_window", 4096)  # transformers' default, should the field be missing
         return self.config.get("sliding_window") if self.config.get("use_sliding_window") else None
 
+    @property
+    def context_length(self) -> int:
+        """Tokens for which every runtime computes what PyTorch does: llama.cpp has no sliding window for these
+        architectures, and up to the window's length there is no difference."""
+        longest = self.shape.max_position_embeddings
+        return min(longest, self.sliding_window or longest)
+
     def weights(self) -> Iterator[Weight]:
         return weights_of(self.shape)
 
@@ -115,6 +122,15 @@ class DenseCheckpoint:
         except Exception as error:  # the libraries raise many types for a broken file
             raise UserError(f"{self.path}: the tokenizer does not load ({_one_line(error)}); "
                             "copy the model's tokenizer files again") from error
+
+    def stop_ids(self, tokenizer: PreTrainedTokenizerBase | None = None) -> tuple[int, ...]:
+        tokenizer = tokenizer or self.tokenizer()
+        file = self.path / "generation_config.json"
+        found: list[int] = []
+        for source in (json.loads(file.read_text()) if file.exists() else {}, self.config, {"eos_token_id": tokenizer.eos_token_id}):
+            ids = source.get("eos_token_id")
+            found += ids if isinstance(ids, list) else [] if ids is None else [ids]
+        return tuple(dict.fromkeys(found))
 
     def model(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """The transformers model on the CPU, in evaluation mode; in float32, every artifact is judged against it.

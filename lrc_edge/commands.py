@@ -17,10 +17,11 @@ from lrc_edge.artifact import Artifact, smallest_gguf
 from lrc_edge.build import MANIFEST, BuildDir
 from lrc_edge.checkpoint import DenseCheckpoint, resolve_model
 from lrc_edge.errors import UserError
+from lrc_edge.figures import visible
 from lrc_edge.machine import processors
 from lrc_edge.pipeline import Pipeline
 from lrc_edge.recipe import Recipe, load_recipe
-from lrc_edge.report import gate_table, read_report, verdict, write_report
+from lrc_edge.report import failure_lines, gate_table, read_report, verdict, write_report
 from lrc_edge.stages import Teacher
 from lrc_edge.target_checks import check_targets
 from lrc_edge.training import ON_GRID
@@ -178,6 +179,10 @@ def show_verdict(report: dict[str, Any], out: Path, console: Console) -> None:
                           soft_wrap=True)
     console.print()
     console.print(gate_table(report))
+    for line in failure_lines(report):
+        console.print(f"failed: {line}", style="red", highlight=False, markup=False, soft_wrap=True)
+    for note in report.get("notes") or []:
+        console.print(f"note: {visible(note)}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     passed = all(gate["passed"] for gate in report["gates"])
     unchecked = any(row["state"] == "not checked" for target in report.get("targets", []) for row in target["rows"])
     style = "bold red" if not passed else "bold yellow" if unchecked else "bold green"

@@ -97,8 +97,8 @@ class Pipeline(TrainingStages, CalibrationStages):
             from lrc_edge.targets.prove import prove
 
             teacher = self.teacher.checkpoint if self.teacher else None
-            proof = prove(artifacts, self.out, student, on_grid, self.held_out_rows(student), self._prompts(student),
-                          self.recipe, threads_for(student.shape), teacher, task.update)
+            proof = prove(artifacts, self.out, student, on_grid, self.proof_text(student), self.recipe,
+                          threads_for(student.shape), teacher, task)
             gates = self._gates(proof.gates)
             table = {key: value for key, value in vars(proof).items() if key != "gates"}
             return {**table, "gates": gates}, f"{sum(g['passed'] for g in gates)} of {len(gates)} gates passed"
@@ -130,7 +130,8 @@ class Pipeline(TrainingStages, CalibrationStages):
         if not self._stage_work and (self.out / REPORT).exists() and (self.out / "report.html").exists():
             stage_line(self.console, "report", "unchanged, nothing to do")
             return read_report(self.out)
-        table = report_table(self.dir, student, self.teacher.checkpoint if self.teacher else None, self._curve())
+        table = report_table(self.dir.manifest["stages"], self.recipe, student,
+                             self.teacher.checkpoint if self.teacher else None, self._curve())
         add_results(table, kept_results(self.out, table["artifacts"]))
         write_report(table, self.out)
         return table

@@ -38,8 +38,9 @@ def verdict(report: Report) -> str:
     missed = f"; NOT CHECKED: {_few(unchecked)}" if unchecked else ""
     if not failed:
         return ("The one gate passed" if len(gates) == 1 else f"All {len(gates)} gates passed") + missed
-    told = [f"{g['artifact']} {g['name']}: {g['metric']} {g['value']} {g['relation']} {g['limit']}"
-            for g in failed]
+    told = list(dict.fromkeys(
+        f"{g['artifact']} {g['name']}: " + (g["why"] or f"{g['metric']} {g['value']} {g['relation']} {g['limit']}")
+        for g in failed))
     return f"{len(failed)} of {len(gates)} gates FAILED: {_few(told)}{missed}"
 
 
@@ -68,6 +69,13 @@ def gate_table(report: Report) -> Table:
     return table
 
 
+def failure_lines(report: Report) -> list[str]:
+    """Why gates failed, where there is more to say than their figures: one line a reason, with the file's name."""
+    names = Names(report)
+    cells = (gate_cells(gate, names) for gate in ordered_gates(report) if "target" not in gate)
+    return list(dict.fromkeys(f"{c['artifact']}: {c['why']}" for c in cells if c["why"] and not c["passed"]))
+
+
 def render_report(report: Report) -> str:
     """One HTML page that needs nothing beside it. Every text in it is escaped."""
     names = Names(report)
@@ -81,6 +89,8 @@ def render_report(report: Report) -> str:
         artifacts=view.artifact_rows(report, names), targets=target_tables(report, names), reference_top=TOP,
         loss_charts=charts.loss_charts(report), kl_chart=charts.kl_chart(report, names),
         size_chart=charts.size_chart(report, names), samples=view.sample_rows(report, names),
+        caches=view.cache_rows(report, names), cache_advice=view.cache_advice_rows(report, names),
+        notes=[visible(note) for note in report.get("notes") or []],
         fallbacks=view.fallback_groups(report, names), tokenizer=view.tokenizer_rows(report, names),
         templates=view.template_rows(report, names),
         gates=[gate_cells(gate, names) for gate in ordered_gates(report)], facts=view.build_facts(report))

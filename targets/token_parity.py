@@ -3,12 +3,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lrc_edge.targets.awkward_text import awkward_strings
-from lrc_edge.targets.runtime import TextRuntime
 
 SHOWN = 10  # examples kept for the report
 
@@ -37,7 +36,13 @@ class TokenParity:
         return 1 - self.n_mismatches / self.n_strings if self.n_strings else 1.0
 
 
-def compare_token_ids(tokenizer: PreTrainedTokenizerBase, runtime: TextRuntime,
+class Tokenizes(Protocol):
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, as a user's prompt: with the BOS/EOS that the model asks for, special tokens parsed."""
+        ...
+
+
+def compare_token_ids(tokenizer: PreTrainedTokenizerBase, runtime: Tokenizes,
                       strings: Sequence[str] | None = None) -> TokenParity:
     """Compare ids on `strings`, or on `corpus_of` the tokenizer.
 
@@ -50,14 +55,13 @@ def compare_token_ids(tokenizer: PreTrainedTokenizerBase, runtime: TextRuntime,
     """
     if strings is None:
         strings = corpus_of(tokenizer)
-    normalized = 0
+    composed = [normalize(tokenizer, text) for text in strings]
     wrong: list[TokenMismatch] = []
-    for text in strings:
-        composed = normalize(tokenizer, text)
-        normalized += composed != text
-        expected, got = list(tokenizer.encode(text, verbose=False)), list(runtime.tokenize(composed))
+    for text, got in zip(strings, runtime.tokenize(composed), strict=True):
+        expected = list(tokenizer.encode(text, verbose=False))
         if expected != got:
             wrong.append(TokenMismatch(text, expected, got))
+    normalized = sum(text != other for text, other in zip(strings, composed, strict=True))
     return TokenParity(len(strings), normalized, len(wrong), tuple(wrong[:SHOWN]))
 
 
