@@ -8,20 +8,16 @@ from typing import Any
 
 from lrc_edge import __version__
 from lrc_edge.checkpoint import DenseCheckpoint
-from lrc_edge.kv_advice import kv_cache_advice
 from lrc_edge.machine import processors
-from lrc_edge.recipe import Recipe
-from lrc_edge.targets.profile import all_profiles, load_profiles
 
 
-def report_table(stages: dict[str, Any], recipe: Recipe, student: DenseCheckpoint, teacher: DenseCheckpoint | None,
+def report_table(stages: dict[str, Any], student: DenseCheckpoint, teacher: DenseCheckpoint | None,
                  curve: list[dict[str, Any]]) -> dict[str, Any]:
     """What lrc_edge.report renders. `stages`: as build.json records them; "check" is among them. `curve`: the rows of
     metrics.jsonl; empty where nothing was trained."""
     check = stages["check"]["result"]
     training = stages["train"]["result"] if "train" in stages else None
     gates = [gate for stage in ("identity", "fold") if stage in stages for gate in stages[stage]["result"]]
-    profiles = load_profiles(recipe.export.targets) or all_profiles()
     table: dict[str, Any] = {
         "lrc_edge": __version__, "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "versions": {name: version(name) for name in ("torch", "transformers", "gguf", "llama-cpp-python", "onnx",
@@ -29,7 +25,6 @@ def report_table(stages: dict[str, Any], recipe: Recipe, student: DenseCheckpoin
         "machine": f"{processors()} processors",
         "teacher": _describe(teacher) if teacher else None,
         "student": _describe(student), "artifacts": check["artifacts"], "gates": gates + check["gates"],
-        "kv_cache_advice": kv_cache_advice(check["artifacts"], student.shape, profiles, recipe.gates.gguf_q8_0_kl),
         "calibration": stages["imatrix"]["result"] if "imatrix" in stages else None,
         "grid": stages["quantize"]["result"] if "quantize" in stages else None,
         "allocation": _allocation(stages["allocate"]["result"], check["artifacts"]) if "allocate" in stages else None,

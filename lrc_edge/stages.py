@@ -103,16 +103,6 @@ class Stages:
     def held_out_rows(self, model: DenseCheckpoint) -> Any:
         return self._held_out(model).rows(self._row_len(model), self.recipe.parity.positions, self._bos(model))
 
-    def proof_text(self, model: DenseCheckpoint) -> Any:
-        """What the proof reads: the rows, longer ones as far as the model's context goes, and prompts."""
-        from lrc_edge.targets.prove import ProofText
-
-        rows, longest = self.held_out_rows(model), model.context_length
-        held_out, bos = self._held_out(model), self._bos(model)
-        lengths = sorted({min(wanted or longest, longest) for wanted in self.recipe.parity.long_rows})
-        return ProofText(rows, tuple(held_out.long_row(length, bos) for length in lengths if length > rows.shape[1]),
-                         tuple(self._prompts(model)))
-
     @staticmethod
     def _bos(model: DenseCheckpoint) -> int | None:
         """The BOS, where the tokenizer writes it before a text."""
