@@ -1,7 +1,6 @@
 """Everything in a GGUF file but its tensors: hyperparameters, RoPE, identity and lineage, vocabulary."""
 from __future__ import annotations
 
-import json
 import math
 import re
 from typing import Any
@@ -162,13 +161,12 @@ def _write_base_models(writer: GGUFWriter, checkpoint: DenseCheckpoint) -> None:
 
 
 def _write_sampling(writer: GGUFWriter, checkpoint: DenseCheckpoint) -> None:
-    file = checkpoint.path / "generation_config.json"
-    advice: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    advice = checkpoint.generation
     if advice.get("do_sample") is False:
         return
     for field, key in _SAMPLING.items():
         add = getattr(writer, f"add_sampling_{key}", None)  # older gguf packages have no such keys
-        if add and isinstance(advice.get(field), int | float):
+        if add and advice.get(field) is not None:
             add(advice[field])
 
 
