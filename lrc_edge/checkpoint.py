@@ -160,15 +160,6 @@ class DenseCheckpoint:
         return tuple(dict.fromkeys([*ids_of(self.generation, "eos_token_id"), *ids_of(self.config, "eos_token_id"),
                                     *own]))
 
-    def stop_ids(self, tokenizer: PreTrainedTokenizerBase | None = None) -> tuple[int, ...]:
-        tokenizer = tokenizer or self.tokenizer()
-        file = self.path / "generation_config.json"
-        found: list[int] = []
-        for source in (json.loads(file.read_text()) if file.exists() else {}, self.config, {"eos_token_id": tokenizer.eos_token_id}):
-            ids = source.get("eos_token_id")
-            found += ids if isinstance(ids, list) else [] if ids is None else [ids]
-        return tuple(dict.fromkeys(found))
-
     def model(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """The transformers model on the CPU, in evaluation mode; in float32, every artifact is judged against it.
 
