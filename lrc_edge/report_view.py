@@ -46,16 +46,17 @@ def ordered_gates(report: Report) -> list[dict[str, Any]]:
 def gate_cells(gate: dict[str, Any], names: Names) -> dict[str, Any]:
     passed, metric = gate.get("passed") is True, str(gate["metric"])
     asked, missed = RELATIONS.get(gate["relation"], (visible(gate["relation"]),) * 2)
+    why = visible(gate.get("why") or "")
     return {"passed": passed, "name": visible(gate["name"]), "artifact": names(gate["artifact"]),
             "path": visible(gate["artifact"]), "metric": METRIC_NAMES.get(metric, visible(metric)),
-            "value": _judged(metric, gate["value"]), "why": visible(gate.get("why") or ""),
+            "value": "none" if gate["value"] is None and why else _judged(metric, gate["value"]), "why": why,
             "exact": visible(gate["value"]), "asked": asked,
             "relation": asked if passed else missed, "limit": _judged(metric, gate["limit"], whole=True)}
 
 
 def _judged(metric: str, value: Any, whole: bool = False) -> str:
     if value is None:
-        return "none"
+        return "not a number"
     if metric not in SHARES:
         return figure(value, 4)
     return f"{100 * value:.10g} %" if whole else percent(value)

@@ -333,7 +333,7 @@ class _Prover:
         self._advance(f"{artifact.path}: token ids and chat template")
         gate = Gate("token ids", artifact.path, "mismatches", None, 0, "==")
         with self._failing(lambda why: [gate.because(why)]):
-            found = compare_token_ids(self._tokenizer, runtime)
+            found = compare_token_ids(self._tokenizer, runtime.tokenize)
             self.proof.tokenizer.append({"artifact": artifact.path, "n_strings": found.n_strings,
                                          "n_mismatches": found.n_mismatches, "n_normalized": found.n_normalized,
                                          "examples": [example.as_dict() for example in found.examples]})

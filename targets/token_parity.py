@@ -1,9 +1,9 @@
 """Does a runtime read text as the Hugging Face tokenizer does? Token ids and rendered chats, string by string."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -36,18 +36,12 @@ class TokenParity:
         return 1 - self.n_mismatches / self.n_strings if self.n_strings else 1.0
 
 
-class Tokenizes(Protocol):
-    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, as a user's prompt: with the BOS/EOS that the model asks for, special tokens parsed."""
-        ...
-
-
-def compare_token_ids(tokenizer: PreTrainedTokenizerBase, runtime: Tokenizes,
+def compare_token_ids(tokenizer: PreTrainedTokenizerBase, tokenize: Callable[[Sequence[str]], list[list[int]]],
                       strings: Sequence[str] | None = None) -> TokenParity:
     """Compare ids on `strings`, or on `corpus_of` the tokenizer.
 
-    The counterpart of a runtime's tokenize() is `tokenizer.encode(text)`: BOS and EOS as the model adds them, special
-    tokens in the text parsed.
+    `tokenize`: a runtime's, of many texts. Its counterpart is `tokenizer.encode(text)`: BOS and EOS as the model adds
+    them, special tokens in the text parsed.
 
     Runtimes tokenize text as it comes. A tokenizer with a Unicode normalizer (Qwen's NFC) reads a decomposed "é" as
     the composed one, and no GGUF can say so; for such a string the runtime is given the normalized text, and the
@@ -57,7 +51,7 @@ def compare_token_ids(tokenizer: PreTrainedTokenizerBase, runtime: Tokenizes,
         strings = corpus_of(tokenizer)
     composed = [normalize(tokenizer, text) for text in strings]
     wrong: list[TokenMismatch] = []
-    for text, got in zip(strings, runtime.tokenize(composed), strict=True):
+    for text, got in zip(strings, tokenize(composed), strict=True):
         expected = list(tokenizer.encode(text, verbose=False))
         if expected != got:
             wrong.append(TokenMismatch(text, expected, got))
