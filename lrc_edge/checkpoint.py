@@ -19,15 +19,14 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lrc_edge.config_file import (
     PROVENANCE_FILE,
-    TOKENIZER_TABLES,
     check_stop_id,
+    check_tokenizer_tables,
     check_values,
     front_matter,
     ids_of,
     one_line,
     read_config,
     read_generation,
-    read_optional,
     read_provenance,
     read_table,
     shape_of,
@@ -82,8 +81,7 @@ class DenseCheckpoint:
         if not any((path / file).exists() for file in TOKENIZER_FILES):
             raise UserError(f"{path}: no tokenizer (looked for {' and '.join(TOKENIZER_FILES)}); "
                             "copy the model's tokenizer files there")
-        for table in TOKENIZER_TABLES:
-            read_optional(path / table)
+        check_tokenizer_tables(path)
         return cls(path, config, shape, files, name)
 
     @property
@@ -133,7 +131,7 @@ class DenseCheckpoint:
         """
         try:
             tokenizer = self._load_tokenizer()
-            tokenizer("a")
+            tokenizer("a", verbose=False)
         except Exception as error:  # the libraries raise many types for a broken file
             raise UserError(f"{self.path}: the tokenizer does not load ({one_line(error)}); "
                             "copy the model's tokenizer files again") from error

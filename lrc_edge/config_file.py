@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from lrc_edge.errors import UserError
+from lrc_edge.figures import visible
 from lrc_edge.roles import FAMILIES, UNSUPPORTED_SWITCHES
 from lrc_edge.shape import ModelShape
 
@@ -20,7 +21,8 @@ TOKENIZER_TABLES = ("tokenizer_config.json", "special_tokens_map.json", "added_t
 # Of a RoPE table; the other fields are text, switches and numbers that are compared only.
 _ROPE_NUMBERS = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "attention_factor")
 _SAMPLING_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
-_LARGEST = 1e30  # far below float32's, and above every "no limit"
+_LARGEST = 1e37  # float32 holds it, and "no limit" is 1e30
+_LONGEST_NAME = 120  # characters; files are named after it
 
 
 def read_table(file: Path) -> dict[str, Any]:
@@ -43,7 +45,8 @@ def read_optional(file: Path) -> dict[str, Any]:
 
 
 def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """Its text without line breaks, control characters and great length; its type where it has none."""
+    return visible(" ".join(str(error).split()))[:200] or type(error).__name__
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -103,8 +106,15 @@ def read_provenance(where: Path) -> dict[str, str]:
     """What lrc-edge noted about a student that it made, {} when there is no such file. Raises UserError."""
     table = read_optional(where)
     for key in table:
-        _field(table, key, where, "text", lambda value: isinstance(value, str) and value)
-    return table
+        _field(table, key, where, "text", lambda value: isinstance(value, str))
+    _field(table, "name", where, f"1 to {_LONGEST_NAME} characters", lambda value: 0 < len(value) <= _LONGEST_NAME)
+    return {key: value for key, value in table.items() if value is not None}
+
+
+def check_tokenizer_tables(path: Path) -> None:
+    """Raise UserError unless the tables beside tokenizer.json are tables, and the longest text a count of tokens."""
+    for name in TOKENIZER_TABLES:
+        _field(read_optional(path / name), "model_max_length", path / name, "a positive number", _is_positive)
 
 
 def front_matter(readme: Path) -> dict[str, Any]:
