@@ -155,8 +155,9 @@ def tiny_model() -> bytes:
                                                               "ffn_up", "ffn_down")}}
     vectors = ("output_norm.weight", "blk.0.attn_norm.weight", "blk.0.ffn_norm.weight")
     # Both encodings: the FFN in Q4_0, which x86 repacks, the rest in Q8_0, which only AMX and Arm do.
-    tensors = [(name, (WIDTH, rows), *(_q4_0(rng, rows) if "ffn" in name else _q8_0(rng, rows)))
-               for name, rows in matrices.items()]
+    tensors: list[tuple[str, tuple[int, ...], int, bytes]] = [
+        (name, (WIDTH, rows), *(_q4_0(rng, rows) if "ffn" in name else _q8_0(rng, rows)))
+        for name, rows in matrices.items()]
     tensors += [(name, (WIDTH,), 0, np.ones(WIDTH, np.float32).tobytes()) for name in vectors]
     header = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(metadata))
     header += b"".join(_string(key) + _value(value) for key, value in metadata)

@@ -155,7 +155,7 @@ class LlamaCpp:
             batch.token[i] = token
             batch.pos[i] = position
             batch.n_seq_id[i] = 1
-            batch.seq_id[i][0] = sequence
+            batch.seq_id[i][0] = sequence  # type: ignore[call-overload]
             batch.logits[i] = False
         for i in kept:
             batch.logits[i] = True
@@ -225,7 +225,7 @@ class LlamaCpp:
 
     def _apply_template(self, messages: list[dict[str, str]]) -> str:
         texts = [(message["role"].encode(), message["content"].encode()) for message in messages]
-        chat = (llama_cpp.llama_chat_message * len(texts))(*texts)
+        chat = (llama_cpp.llama_chat_message * len(texts))(*texts)  # type: ignore[misc]
         size = 2 * sum(len(content) for _, content in texts) + 1024
         while True:
             buffer = ctypes.create_string_buffer(size)

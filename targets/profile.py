@@ -197,8 +197,8 @@ def _check(profile: Profile, where: str) -> None:
     _check_one_of(profile.recommended, tuple(profile.format_names), f"{where}: recommended")
     for name in profile.format_names:
         if not set(runtimes_of_format(name)) & set(profile.runtimes):
-            known = ", ".join(runtimes_of_format(name))
-            raise UserError(f"{where}: formats has {name}, and none of its runtimes ({known}) is among runtimes; add "
+            readers = ", ".join(runtimes_of_format(name))
+            raise UserError(f"{where}: formats has {name}, and none of its runtimes ({readers}) is among runtimes; add "
                             "one or remove the format")
     if profile.context < 1:
         raise UserError(f"{where}: context = {profile.context}: need 1 or more")

@@ -130,7 +130,7 @@ def _send_logits(rows: Iterator[np.ndarray], fd: int) -> dict[str, Any]:
     """Write (P, V) logits of each row, one after the other, from the beginning of the file."""
     offset, shape = 0, ()
     for logits in rows:
-        data = memoryview(np.ascontiguousarray(logits, dtype=np.float32)).cast("B")
+        data = memoryview(np.ascontiguousarray(logits, dtype=np.float32)).cast("B")  # type: ignore[arg-type]
         shape = logits.shape
         while data:
             written = os.pwrite(fd, data, offset)

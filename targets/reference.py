@@ -81,7 +81,7 @@ def _use_onednn(model: nn.Module) -> None:
 
     for module in model.modules():
         if type(module) is nn.Linear:
-            module.forward = linear(module)  # type: ignore[method-assign]
+            module.forward = linear(module)  # type: ignore[method-assign, assignment]
 
 
 @contextmanager
@@ -124,7 +124,7 @@ class HeldOutRows:
         for row in ids:
             logits = reference.prefill(row, positions)
             shape = logits.shape
-            file.write(memoryview(np.ascontiguousarray(logits)).cast("B"))
+            file.write(np.ascontiguousarray(logits))
             if progress:
                 progress(len(row))
         file.flush()

@@ -108,7 +108,5 @@ def _native(name: str) -> Start:
 
 def native_command(name: str) -> Command:
     """A worker with one of PYTHON's runtimes on this machine. Raises KeyError for another name."""
-    flags = ()
-    if name == "llama.cpp" and not extra_buffers().usable:
-        flags = (PLAIN_BUFFERS,)
+    flags = (PLAIN_BUFFERS,) if name == "llama.cpp" and not extra_buffers().usable else ()
     return Command((sys.executable, "-P", "-m", "lrc_edge.targets.python_worker", PYTHON[name].name, *flags))

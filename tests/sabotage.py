@@ -1,6 +1,7 @@
 """Faults in a runtime, from outside: a sitecustomize on PYTHONPATH that every Python process of a run imports.
 
-`wrap(function, code)` replaces a function of llama.cpp's library by Python code, in which `call(*args)` is the real one.
+Code puts a function into `_wrapped` under the name of one of llama.cpp's: it is called instead, with the real one as
+its first argument.
 """
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ def test_too_little_memory_fails_the_row(files: dict[str, Path], tmp_path: Path,
         resource.setrlimit(resource.RLIMIT_AS, (used + (8 << 20),) * 2)
         bytearray(64 << 20)
         """), monkeypatch)
-    with opened("llama.cpp", files) as runtime, pytest.raises(WorkerFailed, match="llama.cpp, prefill: .*MemoryError"):
+    with opened("llama.cpp", files) as runtime, pytest.raises(WorkerFailed, match=r"llama.cpp, prefill: .*MemoryError"):
         runtime.prefill(ROWS)
 
 
