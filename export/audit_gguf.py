@@ -1,7 +1,7 @@
 """Proof that a GGUF file, whoever wrote it, describes the model of a Hugging Face directory; without running it.
 
-The file is not trusted: hyperparameters, RoPE, tokenizer, chat template and tensors are compared by what llama.cpp makes
-of them. A key that is left out counts as llama.cpp's default; notes name differences that change nothing.
+The file is not trusted: hyperparameters, RoPE, tokenizer, chat template and tensors are compared by what llama.cpp
+makes of them. A key that is left out counts as llama.cpp's default; notes name differences that change nothing.
 """
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tensors of a GGUF file against those of a checkpoint: names, shapes, values, and the order of the rows of q and k.
+"""The tensors of a GGUF file against those of a checkpoint: names, shapes, values, and the row order of q and k.
 
 Of a tensor of more than WHOLE values, SAMPLE rows are compared: one drawn from each of SAMPLE equal stretches, so that
 no pattern of the rows escapes, and any that is damaged over more than a stretch is seen. 1.5B parameters take seconds.
@@ -39,9 +39,11 @@ LIMITS = {
     QType.IQ3_S: 0.42, QType.IQ3_XXS: 0.5, QType.Q2_K: 0.55, QType.IQ2_S: 0.8, QType.IQ2_XS: 0.8, QType.IQ2_XXS: 0.9,
     QType.IQ1_S: 0.95, QType.IQ1_M: 0.95}
 LARGEST_LIMIT = 1.1
-_FLOATS = {QType.F16: np.dtype("<f2"), QType.F32: np.dtype("<f4"), QType.F64: np.dtype("<f8")}
-_BITS = {QType.F16: ("<u2", 0x7c00), QType.BF16: ("<u2", 0x7f80), QType.F32: ("<u4", 0x7f800000)}  # and the exponent's
+_FLOATS: dict[QType, np.dtype] = {QType.F16: np.dtype("<f2"), QType.F32: np.dtype("<f4"), QType.F64: np.dtype("<f8")}
+_BITS: dict[QType, tuple[str, int]] = {  # integers of the same size, and the exponent's bits
+    QType.F16: ("<u2", 0x7c00), QType.BF16: ("<u2", 0x7f80), QType.F32: ("<u4", 0x7f800000)}
 _HALVES = (torch.bfloat16, torch.float16)
+_UNREADABLE = " is not readable here: judged by its logits only"
 _HEAD_TENSOR = gguf_name(Weight(HEAD.weight, HEAD, None, ()))
 _ROTATED = ("attn_q", "attn_k", "attn_q_bias", "attn_k_bias")
 
@@ -74,7 +76,7 @@ class _Tensors:
 
     def problems(self) -> Iterator[_Problem]:
         unused = set(self.stored)
-        for name, weight in self.weights.items():
+        for weight in self.weights.values():
             tensor, first_row = self._place(weight)
             if tensor is None:
                 instead = "; llama.cpp would use token_embd instead" if weight.role is HEAD else ""
@@ -111,12 +113,11 @@ class _Tensors:
             return
         if tensor.type is None or f"{tensor.name.removesuffix('.weight')}.scale" in self.stored:
             kind = f"type {tensor.type_id}" if tensor.type is None else f"{tensor.type.name} with a scale of its own"
-            yield self._problem("tensor type", weight, f"{kind} is not readable here: judged by its logits only", "note")
+            yield self._problem("tensor type", weight, kind + _UNREADABLE, "note")
             return
         finite = self._finite(tensor)
         if finite is None:
-            yield self._problem("tensor type", weight, f"type {tensor.type.name} is not readable here: "
-                                "judged by its logits only", "note")
+            yield self._problem("tensor type", weight, tensor.type.name + _UNREADABLE, "note")
         elif not finite:
             yield self._problem("tensor not finite", weight, "holds NaN or infinity")
         else:
@@ -208,7 +209,7 @@ class _Tensors:
         if tensor.name == _HEAD_TENSOR:
             twin = Weight(EMBEDDING.weight, HEAD, None, (self.shape.vocab_size, self.shape.hidden_size))
             found = [problem for problem in self._judge(twin, tensor, 0) if problem.severity == "fault"]
-            yield from found or [_Problem("tied head", tensor.name, None, "the embedding is stored a second time", "note")]
+            yield from found or [_Problem("tied head", tensor.name, None, "stores the embedding again", "note")]
             return
         zeros = tensor.name.endswith(".bias") and tensor.type is not None and self._zero(tensor)
         text = "is all zeros, which changes nothing" if zeros else f"is not a tensor of this {self.shape.family}"
@@ -246,7 +247,7 @@ def _all_finite(data: np.ndarray, type: GGMLQuantizationType) -> bool | None:
     """Whether stored bytes hold neither NaN nor infinity; None for a type that cannot be read."""
     if type in _BITS:
         bits, exponent = _BITS[type]
-        return not (data.view(bits) & np.array(exponent, bits) == exponent).any()
+        return not bool((data.view(np.dtype(bits)) & exponent == exponent).any())
     values = _values(data, type)
     return None if values is None else bool(np.isfinite(values).all())
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 from gguf import TokenType
@@ -15,7 +16,7 @@ from lrc_edge.errors import UserError
 from lrc_edge.export.audit_template import audit_template
 from lrc_edge.export.gguf_header import GgufHeader
 from lrc_edge.export.tokenizer import Vocabulary, merge_scores, read_vocabulary
-from lrc_edge.finding import Finding, differs, shown
+from lrc_edge.finding import Finding, Severity, differs, shown
 
 _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2",
                  "jina-v5-nano")
@@ -91,18 +92,19 @@ class _Vocabularies:
         found = self._key("token_type")
         found = found if isinstance(found, list) else []
         found = [*found, *[int(TokenType.NORMAL)] * (len(self.expected.types) - len(found))]
-        wrong, other = [], []
+        wrong: list[int] = []
+        other: list[int] = []
         for i in sorted(self.known & set(range(len(self.expected.types)))):
             if (kind := self.expected.types[i]) != found[i]:
                 same_use = kind in _FOUND_IN_TEXT and found[i] in _FOUND_IN_TEXT
                 ends = self.expected.tokens[i] in ENDS_BY_TEXT  # whose type llama.cpp corrects
                 (other if same_use or ends else wrong).append(i)
+        severity: Severity
         for ids, severity in ((wrong, "fault"), (other, "note")):
             if ids:
                 i = ids[0]
                 yield differs("token types", _type_name(found[i]), _type_name(self.expected.types[i]),
-                              f"token {i}, {shown(self.expected.tokens[i])}{_more(len(ids))}",
-                              "fault" if severity == "fault" else "note")
+                              f"token {i}, {shown(self.expected.tokens[i])}{_more(len(ids))}", severity)
 
     def _merges(self) -> Iterator[Finding]:
         found, expected = self._key("merges"), self.expected.merges or []
@@ -111,8 +113,9 @@ class _Vocabularies:
         elif found != expected:
             first = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b),
                          min(len(found), len(expected)))
-            pair = [table[first] if first < len(table) else None for table in (found, expected)]
-            yield differs("merges", *pair, f"merge {first}; the file has {len(found):,}, the model {len(expected):,}")
+            there, here = (table[first] if first < len(table) else None for table in (found, expected))
+            yield differs("merges", there, here,
+                          f"merge {first}; the file has {len(found):,}, the model {len(expected):,}")
         yield from self._pre()
 
     def _pre(self) -> Iterator[Finding]:
@@ -132,16 +135,16 @@ class _Vocabularies:
             return
         last = min(expected, default=0.0)  # of tokens that no merge makes
         order = sorted((i for i in range(len(expected)) if expected[i] > last), key=lambda i: -expected[i])
-        pairs = list(zip(order, order[1:], strict=False))
+        pairs = list(pairwise(order))
         equal = [pair for pair in pairs if found[pair[0]] == found[pair[1]]]
         wrong = [pair for pair in pairs if not found[pair[0]] >= found[pair[1]]]
         if len(equal) > _FEW * len(pairs):
             wrong = [*wrong, *equal]
         if wrong:
             first, second = wrong[0]
-            yield differs("token scores", f"{found[first]:g} and {found[second]:g}",
-                          f"the first above the second: tokens {first} and {second} are merged in this order",
-                          f"{len(wrong):,} of {len(pairs):,} pairs are out of order")
+            yield Finding("token scores", f"token scores: token {first} has {found[first]:g}, token {second} "
+                          f"{found[second]:g}, but is merged after it; {len(wrong):,} of {len(pairs):,} neighbours are "
+                          "out of order")
         elif equal:
             yield differs("token scores", f"{len(equal)} equal pairs", "none", severity="note")
         prefix = self._key("add_space_prefix")
@@ -161,7 +164,8 @@ class _Vocabularies:
         bos = self._special_id("bos", kind)
         if bos != ids.get("bos") and (self.expected.add_bos or self._declared("bos") is not None):
             used = self.expected.add_bos or self._key("bos_token_id") is not None
-            yield differs("BOS token", self._text(bos), self._text(ids.get("bos")), severity="fault" if used else "note")
+            yield differs("BOS token", self._text(bos), self._text(ids.get("bos")),
+                          severity="fault" if used else "note")
         yield from self._ends(kind)
         for name, key in (("unk", "unknown_token_id"), ("pad", "padding_token_id")):
             found = self._key(key)

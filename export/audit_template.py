@@ -26,11 +26,11 @@ def audit_template(found: Any, checkpoint: DenseCheckpoint) -> Iterator[Finding]
     elif not isinstance(found, str):
         yield differs("chat template", found, expected)
     elif _plain(found) != _plain(expected):
-        different = [number for number, (messages, prompt) in enumerate(CONVERSATIONS, 1)
-                     if _rendered(tokenizer, found, messages, prompt) != _rendered(tokenizer, expected, messages, prompt)]
+        different = sum(_rendered(tokenizer, found, *conversation) != _rendered(tokenizer, expected, *conversation)
+                        for conversation in CONVERSATIONS)
         if different:
             yield differs("chat template", found, expected,
-                          f"{len(different)} of {len(CONVERSATIONS)} conversations are rendered otherwise")
+                          f"{different} of {len(CONVERSATIONS)} conversations are rendered otherwise")
         else:
             yield differs("chat template", found, expected, "renders the same conversations", "note")
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 Severity = Literal["fault", "note"]
 
-SHOWN = 60  # characters of one value in a text
+SHOWN = 90  # characters of one value in a text
 
 
 @dataclass(frozen=True)
