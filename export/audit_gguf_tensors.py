@@ -1,13 +1,11 @@
 """The tensors of a GGUF file against those of a checkpoint: names, shapes, values, and the row order of q and k.
 
-Of a tensor of more than WHOLE values, SAMPLE rows are compared: one drawn from each of SAMPLE equal stretches, so that
-no pattern of the rows escapes, and any that is damaged over more than a stretch is seen. 1.5B parameters take seconds.
-NaN and infinity are looked for in all values.
+Of a large tensor, 256 rows are compared (audit_values.py), so that 1.5B parameters take seconds. NaN and infinity are
+looked for in all values.
 """
 from __future__ import annotations
 
 import re
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +14,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from lrc_edge.checkpoint import DenseCheckpoint
+from lrc_edge.export.audit_values import relative_error, rounded_before, sample_rows
 from lrc_edge.export.gguf_header import GgufHeader, StoredTensor
 from lrc_edge.export.gguf_metadata import llama3_rope_factors
 from lrc_edge.export.quantize import dequantize
@@ -25,8 +24,6 @@ from lrc_edge.roles import EMBEDDING, HEAD, Weight
 
 QType = GGMLQuantizationType
 
-WHOLE = 1 << 18  # values up to which all rows of a tensor are compared
-SAMPLE = 256  # rows of a larger one
 SEARCH_ROWS = 8  # rows by which the tensor is found that a place holds instead of its own
 PIECE = 1 << 20  # values that are looked at for NaN at once
 # The largest relative RMS error that rounding to a type may cost: about 1.5 times what llama.cpp's quantizer costs on
@@ -42,7 +39,6 @@ LARGEST_LIMIT = 1.1
 _FLOATS: dict[QType, np.dtype] = {QType.F16: np.dtype("<f2"), QType.F32: np.dtype("<f4"), QType.F64: np.dtype("<f8")}
 _BITS: dict[QType, tuple[str, int]] = {  # integers of the same size, and the exponent's bits
     QType.F16: ("<u2", 0x7c00), QType.BF16: ("<u2", 0x7f80), QType.F32: ("<u4", 0x7f800000)}
-_HALVES = (torch.bfloat16, torch.float16)
 _UNREADABLE = " is not readable here: judged by its logits only"
 _HEAD_TENSOR = gguf_name(Weight(HEAD.weight, HEAD, None, ()))
 _ROTATED = ("attn_q", "attn_k", "attn_q_bias", "attn_k_bias")
@@ -139,17 +135,16 @@ class _Tensors:
 
     def _compare(self, weight: Weight, tensor: StoredTensor, first_row: int) -> Iterator[_Problem]:
         assert tensor.type is not None
-        rows = _sample(gguf_name(weight), weight.shape)
+        rows = sample_rows(gguf_name(weight), weight.shape)
         found = self._rows(tensor, rows + first_row, weight.shape)
         limit = LIMITS.get(tensor.type, LARGEST_LIMIT)
         expected = self._expected(weight, rows, self.permuted)
-        error = _relative_error(found, expected)
+        error = relative_error(found, expected)
         if error <= limit:
             return
-        if tensor.type in _FLOATS and any(_relative_error(found, expected.to(half).float()) <= limit / 10
-                                          for half in _HALVES):
+        if tensor.type in _FLOATS and rounded_before(found, expected, limit / 10):
             yield self._problem("tensor rounding", weight, f"{tensor.type.name}, but rounded to 16 bits before", "note")
-        elif weight.role.name in _ROTATED and _relative_error(found, self._expected(weight, rows, not self.permuted)
+        elif weight.role.name in _ROTATED and relative_error(found, self._expected(weight, rows, not self.permuted)
                                                               ) <= limit:
             text = "rows are not permuted" if self.permuted else "rows are permuted"
             yield self._problem("tensor rows", weight, f"{text} for the rotary embedding, as this architecture "
@@ -191,7 +186,7 @@ class _Tensors:
         """Another weight of this shape that these rows are of."""
         for other in self.weights.values():
             if other.shape == weight.shape and other is not weight:
-                if _relative_error(found, self._expected(other, rows, self.permuted)) <= limit:
+                if relative_error(found, self._expected(other, rows, self.permuted)) <= limit:
                     return other
         return None
 
@@ -263,22 +258,6 @@ def _values(data: np.ndarray, type: GGMLQuantizationType | None) -> np.ndarray |
         return (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
     block, block_bytes = GGML_QUANT_SIZES[type]
     return dequantize(data, type, data.nbytes // block_bytes * block)
-
-
-def _sample(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Rows to compare, in order; the same on every call. (1,) zeros for a vector."""
-    if len(shape) == 1:
-        return np.zeros(1, int)
-    if shape[0] <= SAMPLE or shape[0] * shape[1] <= WHOLE:
-        return np.arange(shape[0])
-    edges = np.linspace(0, shape[0], SAMPLE + 1).astype(int)
-    return np.random.default_rng(zlib.crc32(name.encode())).integers(edges[:-1], edges[1:])
-
-
-def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """RMS of the difference in units of the expected values' RMS; 0 when both are zero."""
-    error, size = float((found - expected).double().square().sum()), float(expected.double().square().sum())
-    return (error / size) ** 0.5 if size else float("inf") if error else 0.0
 
 
 def _grouped(problems: Iterator[_Problem]) -> list[Finding]:

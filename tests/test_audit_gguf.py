@@ -23,7 +23,7 @@ from tiny_models import make_tiny
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
-from lrc_edge.export import audit_gguf_tensors
+from lrc_edge.export import audit_values
 from lrc_edge.export.audit_gguf import audit_gguf
 from lrc_edge.export.quantize import ENCODINGS, dequantize, quantize_file, quantize_matrix
 from lrc_edge.export.to_gguf import export_gguf
@@ -67,8 +67,8 @@ def test_every_encoding_passes(encoding: str, tmp_path: Path) -> None:
 
 def test_a_quantized_file_of_large_tensors_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its rows are compared in part, and still none is taken for another."""
-    monkeypatch.setattr(audit_gguf_tensors, "WHOLE", 0)
-    monkeypatch.setattr(audit_gguf_tensors, "SAMPLE", 16)
+    monkeypatch.setattr(audit_values, "WHOLE", 0)
+    monkeypatch.setattr(audit_values, "SAMPLE", 16)
     checkpoint = DenseCheckpoint.open(make_tiny(tmp_path / "model"))
     file = exported(checkpoint, tmp_path, "q4_0")
     read: list[int] = []
