@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from gguf import TokenType
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
@@ -57,7 +58,7 @@ class _Vocabularies:
         try:
             self.expected = read_vocabulary(checkpoint)
         except UserError as error:
-            self.problem, self.expected = error, _partial(checkpoint)
+            self.problem, self.expected = error, _partial(checkpoint, self.tokenizer)
         self.tokens = _strings(self._key("tokens"))
 
     def _key(self, name: str) -> Any:
@@ -74,7 +75,7 @@ class _Vocabularies:
             yield from self._types()
             yield from self._scores() if kind == "llama" else self._merges()
         yield from self._special_tokens()
-        yield from audit_template(self.metadata.get("tokenizer.chat_template"), self.checkpoint)
+        yield from audit_template(self.metadata.get("tokenizer.chat_template"), self.tokenizer)
 
     def _tokens(self) -> Iterator[Finding]:
         expected = self.expected.tokens
@@ -175,7 +176,8 @@ class _Vocabularies:
     def _ends(self, kind: str) -> Iterator[Finding]:
         """EOS, and every other token that ends a text or a turn."""
         ids = self.expected.special_ids
-        ends = declared_ends(self.checkpoint) | {ids[name] for name in ("eos", "eot", "eom") if name in ids}
+        ends = declared_ends(self.checkpoint, self.tokenizer)
+        ends |= {ids[name] for name in ("eos", "eot", "eom") if name in ids}
         eos = self._special_id("eos", kind)
         stops = {eos, self._key("eot_token_id"), self._key("eom_token_id")}
         stops |= {i for i, token in enumerate(self.tokens) if token in ENDS_BY_TEXT}
@@ -208,7 +210,7 @@ class _Vocabularies:
         return self.tokens[token] if 0 <= token < len(self.tokens) else f"id {token}"
 
 
-def declared_ends(checkpoint: DenseCheckpoint) -> set[int]:
+def declared_ends(checkpoint: DenseCheckpoint, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Every id that generation_config.json, config.json or the tokenizer names as an end."""
     file = checkpoint.path / "generation_config.json"
     try:
@@ -217,15 +219,13 @@ def declared_ends(checkpoint: DenseCheckpoint) -> set[int]:
         raise UserError(f"{file}: not JSON ({error}); get an intact copy or delete it") from error
     generation = generation if isinstance(generation, dict) else {}
     found: set[int] = set()
-    for value in (generation.get("eos_token_id"), checkpoint.config.get("eos_token_id"),
-                  checkpoint.tokenizer().eos_token_id):
+    for value in (generation.get("eos_token_id"), checkpoint.config.get("eos_token_id"), tokenizer.eos_token_id):
         found |= {item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int)}
     return found
 
 
-def _partial(checkpoint: DenseCheckpoint) -> Vocabulary:
+def _partial(checkpoint: DenseCheckpoint, tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     """What is comparable of a tokenizer that read_vocabulary refuses: no types, no splitting rule."""
-    tokenizer = checkpoint.tokenizer()
     backend = getattr(tokenizer, "backend_tokenizer", None)
     model = json.loads(backend.to_str())["model"] if backend is not None else {"type": "none"}
     by_id = {i: token for token, i in tokenizer.get_vocab().items()}

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
 from lrc_edge.checkpoint import DenseCheckpoint, Rope, rope_of
 from lrc_edge.describe_files import read_json
 from lrc_edge.errors import UserError
@@ -35,7 +37,7 @@ def audit_onnx(path: Path, checkpoint: DenseCheckpoint) -> list[Finding]:
     `path`: an .onnx file, or a folder with one. Its sidecars are in its folder or the one above. Raises UserError when
     there is no such file, the graph is corrupt, or a data file is missing or truncated.
     """
-    model = _model_file(path)
+    model, tokenizer = _model_file(path), checkpoint.tokenizer()
     folder = next((place for place in (model.parent, model.parent.parent)
                    if any((place / name).is_file() for name in SIDECARS)), model.parent)
     tables: dict[str, dict[str, Any]] = {}
@@ -48,13 +50,13 @@ def audit_onnx(path: Path, checkpoint: DenseCheckpoint) -> list[Finding]:
             findings.append(Finding("damaged file", f"damaged file: {error}"))
     findings += _missing_files(folder)
     if tables["config.json"]:
-        findings += _audit_config(tables["config.json"], checkpoint)
+        findings += _audit_config(tables["config.json"], checkpoint, tokenizer)
     genai = tables["genai_config.json"]
     if genai:
-        findings += _audit_genai(genai, checkpoint, folder)
-    findings += _audit_ends(tables, checkpoint)
-    findings += audit_tokenizer_json(folder, checkpoint)
-    findings += _audit_templates(folder, tables["tokenizer_config.json"], checkpoint)
+        findings += _audit_genai(genai, checkpoint, tokenizer, folder)
+    findings += _audit_ends(tables, declared_ends(checkpoint, tokenizer))
+    findings += audit_tokenizer_json(folder, tokenizer)
+    findings += _audit_templates(folder, tables["tokenizer_config.json"], tokenizer)
     return [*findings, *audit_graph(model, checkpoint, _names(genai))]
 
 
@@ -90,7 +92,8 @@ def _missing_files(folder: Path) -> Iterator[Finding]:
         yield Finding("missing file", f"missing file: tokenizer_config.json is not in {folder}")
 
 
-def _audit_config(table: Mapping[str, Any], checkpoint: DenseCheckpoint) -> Iterator[Finding]:
+def _audit_config(table: Mapping[str, Any], checkpoint: DenseCheckpoint, tokenizer: PreTrainedTokenizerBase
+                  ) -> Iterator[Finding]:
     shape = checkpoint.shape
     if table.get("model_type") != shape.family:
         yield differs("architecture", table.get("model_type"), shape.family, "model_type in config.json")
@@ -108,17 +111,17 @@ def _audit_config(table: Mapping[str, Any], checkpoint: DenseCheckpoint) -> Iter
     yield from _audit_rope(table, checkpoint.rope)
     if bool(table.get("tie_word_embeddings", False)) != shape.tied:
         yield differs("tied head", table.get("tie_word_embeddings"), shape.tied, "in config.json", "note")
-    yield from _audit_bos(table.get("bos_token_id"), checkpoint, "config.json")
+    yield from _audit_bos(table.get("bos_token_id"), checkpoint, tokenizer, "config.json")
 
 
 def _audit_rope(table: Mapping[str, Any], expected: Rope) -> Iterator[Finding]:
-    """Each form that the config has: transformers 5 reads one, other programs the other."""
-    forms = {"rope_parameters": {"rope_parameters": table.get("rope_parameters")},
-             "rope_theta": {key: table.get(key) for key in ("rope_theta", "rope_scaling")}}
-    present = {name: form for name, form in forms.items() if any(value is not None for value in form.values())}
-    for name, form in (present or {"rope_theta": forms["rope_theta"]}).items():
-        if name == "rope_parameters" and isinstance(form[name], dict) and "rope_theta" not in form[name]:
-            form = form | {"rope_theta": table.get("rope_theta")}
+    """Each form that the config has: transformers 5 reads rope_parameters, other programs rope_theta."""
+    forms: dict[str, dict[str, Any]] = {}
+    if table.get("rope_parameters") is not None:
+        forms["rope_parameters"] = dict(table)
+    if table.get("rope_theta") is not None or not forms:
+        forms["rope_theta"] = {key: table.get(key) for key in ("rope_theta", "rope_scaling")}
+    for name, form in forms.items():
         try:
             found = rope_of(form)
         except (TypeError, ValueError, AttributeError) as error:
@@ -135,22 +138,24 @@ def _plain(scaling: Mapping[str, Any] | None) -> dict[str, Any]:
             for key, value in (scaling or {}).items() if value is not None}
 
 
-def _audit_bos(found: Any, checkpoint: DenseCheckpoint, where: str) -> Iterator[Finding]:
-    declared = [token for token in (checkpoint.config.get("bos_token_id"), checkpoint.tokenizer().bos_token_id)
+def _audit_bos(found: Any, checkpoint: DenseCheckpoint, tokenizer: PreTrainedTokenizerBase, where: str
+               ) -> Iterator[Finding]:
+    declared = [token for token in (checkpoint.config.get("bos_token_id"), tokenizer.bos_token_id)
                 if token is not None]
     if declared and found not in declared:
         yield differs("BOS token", found, declared[0], f"bos_token_id in {where}",
                       "note" if found is None else "fault")
 
 
-def _audit_genai(table: Mapping[str, Any], checkpoint: DenseCheckpoint, folder: Path) -> Iterator[Finding]:
+def _audit_genai(table: Mapping[str, Any], checkpoint: DenseCheckpoint, tokenizer: PreTrainedTokenizerBase, folder: Path
+                 ) -> Iterator[Finding]:
     settings, decoder = _section(table, "model"), _section(table, "model", "decoder")
     for fields, section in ((_GENAI_DECODER, decoder), (_GENAI_MODEL, settings)):
         for key, field in fields.items():
             expected = getattr(checkpoint.shape, field)
             if section.get(key) != expected:
                 yield differs(FIELDS[field], section.get(key), expected, f"{key} in genai_config.json")
-    yield from _audit_bos(settings.get("bos_token_id"), checkpoint, "genai_config.json")
+    yield from _audit_bos(settings.get("bos_token_id"), checkpoint, tokenizer, "genai_config.json")
     name = decoder.get("filename")
     if not isinstance(name, str) or not (folder / name).is_file():
         yield Finding("missing file", f"missing file: genai_config.json names the graph {str(name)[:60]}, which is not "
@@ -161,9 +166,8 @@ def _audit_genai(table: Mapping[str, Any], checkpoint: DenseCheckpoint, folder: 
                       "search.max_length in genai_config.json")
 
 
-def _audit_ends(tables: Mapping[str, Mapping[str, Any]], checkpoint: DenseCheckpoint) -> Iterator[Finding]:
-    """The tokens at which programs stop: each reads one of these files."""
-    ends = declared_ends(checkpoint)
+def _audit_ends(tables: Mapping[str, Mapping[str, Any]], ends: set[int]) -> Iterator[Finding]:
+    """The tokens at which programs stop: each reads one of these files. `ends`: the model's."""
     places = {"genai_config.json": _section(tables["genai_config.json"], "model"),
               "generation_config.json": tables["generation_config.json"], "config.json": tables["config.json"]}
     for name, table in places.items():
@@ -179,13 +183,14 @@ def _audit_ends(tables: Mapping[str, Mapping[str, Any]], checkpoint: DenseCheckp
                           f"{min(missing)}")
 
 
-def _audit_templates(folder: Path, config: Mapping[str, Any], checkpoint: DenseCheckpoint) -> Iterator[Finding]:
+def _audit_templates(folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+                     ) -> Iterator[Finding]:
     """chat_template.jinja and the field of tokenizer_config.json: programs read either."""
     file = folder / "chat_template.jinja"
     found: list[Any] = [file.read_text(encoding="utf-8", errors="replace")] if file.is_file() else []
     found += [config["chat_template"]] if config.get("chat_template") else []
     for template in found or [None]:
-        yield from audit_template(template, checkpoint)
+        yield from audit_template(template, tokenizer)
 
 
 def _names(genai: Mapping[str, Any]) -> dict[str, str]:

@@ -113,7 +113,7 @@ class _Graph:
                     yield differs(name, there, value, "in the graph")
             if found.get("do_rotary") and found.get("rotary_interleaved") and "rope pairs" not in seen:
                 seen.add("rope pairs")
-                yield Finding("rope pairs", "rope pairs: the graph rotates neighbouring rows of q and k, Hugging Face the "
+                yield Finding("rope pairs", "rope pairs: the graph rotates neighbouring rows of q and k, Hugging Face "
                               "two halves of a head; sound only if the weights are permuted: see the logits", "note")
 
     def _rope(self) -> Iterator[Finding]:
@@ -136,8 +136,8 @@ class _Graph:
                 error = np.abs(np.asarray(found[:n, :half], np.float32) - wanted[:n].numpy())
                 if not (error <= _ANGLE).all():
                     position = int((~(error <= _ANGLE)).any(1).argmax())
-                    yield Finding("rope tables", f"rope tables: {name[:60]} differs from position {position} on, by up to "
-                                  f"{error.max():.3g}: another RoPE base or scaling than the model's "
+                    yield Finding("rope tables", f"rope tables: {name[:60]} differs from position {position} on, by up "
+                                  f"to {error.max():.3g}: another RoPE base or scaling than the model's "
                                   f"({self.checkpoint.rope.theta:g}, {self.checkpoint.rope.scaling or 'none'})")
 
     def _epsilon(self) -> Iterator[Finding]:

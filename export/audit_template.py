@@ -4,7 +4,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from lrc_edge.checkpoint import DenseCheckpoint
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
 from lrc_edge.finding import Finding, differs
 
 _USER, _ASSISTANT = {"role": "user", "content": " Hello, 世界! "}, {"role": "assistant", "content": "Hi."}
@@ -14,9 +15,8 @@ CONVERSATIONS: tuple[tuple[list[dict[str, str]], bool], ...] = (
     ([_USER], True), ([_USER, _ASSISTANT, _USER], True), ([_SYSTEM, _USER], True), ([_USER, _ASSISTANT], False))
 
 
-def audit_template(found: Any, checkpoint: DenseCheckpoint) -> Iterator[Finding]:
-    """`found`: the file's template, None when it has none. Templates are rendered in Jinja's sandbox."""
-    tokenizer = checkpoint.tokenizer()
+def audit_template(found: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
+    """`found`: the file's template, None when it has none; `tokenizer`: the model's. Renders in Jinja's sandbox."""
     expected = tokenizer.chat_template
     if isinstance(expected, dict):  # several; programs take this one
         expected = expected.get("default")

@@ -7,24 +7,25 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.finding import Finding, differs, shown
 
 # Parts of tokenizer.json whose structure may differ without effect: decided by the ids of PROBES.
 _STEPS = {"normalizer": "normalizer", "pre_tokenizer": "pre-tokenizer", "post_processor": "post-processor",
           "decoder": "decoder", "truncation": "truncation", "padding": "padding"}
 PROBES = ("Hello, world! It's 3.14159.", "  two  spaces\n\n\tand tabs ", "naïve café — 世界 🙂",
-          "don't WON'T I'LL 12345678", "x" * 40, "def f(a, b):\n    return a + b\n", "", " ", "é e\u0301 ﬁ", "<s> </s> <|im_start|>user<|im_end|>")
+          "don't WON'T I'LL 12345678", "x" * 40, "def f(a, b):\n    return a + b\n", "", " ",
+          "é e\u0301 ﬁ", "<s> </s> <|im_start|>user<|im_end|>")
 
 
-def audit_tokenizer_json(folder: Path, checkpoint: DenseCheckpoint) -> Iterator[Finding]:
-    """Tokens, merges, added tokens and steps of folder/tokenizer.json against the checkpoint's tokenizer."""
+def audit_tokenizer_json(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
+    """Tokens, merges, added tokens and steps of folder/tokenizer.json against the model's tokenizer."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         yield Finding("missing file", f"missing file: {file.name} is not in {folder}")
         return
-    backend = getattr(checkpoint.tokenizer(), "backend_tokenizer", None)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         yield Finding("tokenizer", "tokenizer: the model's has no fast form; only comparable in a runtime", "note")
         return

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lrc_edge.figures import visible
+
 Severity = Literal["fault", "note"]
 
 SHOWN = 90  # characters of one value in a text
@@ -22,6 +24,9 @@ class Finding:
     severity: Severity = "fault"
     found: Any = None
     expected: Any = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", visible(" ".join(self.text.split())))  # which quotes files that others made
 
 
 def differs(name: str, found: Any, expected: Any, why: str = "", severity: Severity = "fault") -> Finding:
