@@ -1,7 +1,6 @@
 """The command line: verbs only. It parses, calls and prints; heavy imports wait until a command runs."""
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from lrc_edge import __version__
-from lrc_edge.errors import UserError
+from lrc_edge.errors import UserError, shortage
 
 INTERRUPTED = 130  # exit status, as shells give it to what Ctrl-C ended
 
@@ -250,8 +249,10 @@ def _exit(status: bool | int) -> None:
     """Whether everything passed, or the status itself."""
     raise typer.Exit(int(not status) if isinstance(status, bool) else status)
 
+
 def main() -> None:
-    """Entry point. A user's mistake is one line and status 2; a bug keeps its traceback."""
+    """Entry point. A user's mistake, a full disk and too little memory are one line and status 2; a bug keeps its
+    traceback."""
     try:
         app()
     except UserError as error:
@@ -262,11 +263,10 @@ def main() -> None:
             raise
         print("\nlrc-edge: interrupted; the same command continues", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+    except Exception as error:
+        if (told := shortage(error)) is None:
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        sys.exit(_complain(f"{where}{error.strerror}; finished stages are kept: mend that, then run the command again"))
+        sys.exit(_complain(told))
 
 
 def _complain(text: str) -> int:

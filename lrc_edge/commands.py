@@ -20,7 +20,7 @@ from lrc_edge.errors import UserError
 from lrc_edge.machine import processors
 from lrc_edge.pipeline import Pipeline
 from lrc_edge.recipe import Recipe, load_recipe
-from lrc_edge.report import gate_table, read_report, verdict, write_report
+from lrc_edge.report import gate_table, read_report, sample_lines, verdict, write_report
 from lrc_edge.stages import Teacher
 from lrc_edge.target_checks import check_targets
 from lrc_edge.training import ON_GRID
@@ -169,13 +169,10 @@ def check(out: Path, console: Console) -> bool:
 
 
 def show_verdict(report: dict[str, Any], out: Path, console: Console) -> None:
-    runtimes = {a["path"]: f"{a['format']}:{a['encoding']} in {a['runtime']}" for a in report["artifacts"]}
-    for sample in report["samples"][:1]:
-        console.print(f"\n{sample['prompt']} ...", style="bold", highlight=False, markup=False)
-        for output in sample["outputs"]:
-            text = " ".join(output["text"].split())
-            console.print(f"  {runtimes.get(output['who'], output['who'])}: {text}", highlight=False, markup=False,
-                          soft_wrap=True)
+    for prompt, lines in sample_lines(report):
+        console.print(f"\n{prompt} ...", style="bold", highlight=False, markup=False)
+        for line in lines:
+            console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
     console.print()
     console.print(gate_table(report))
     passed = all(gate["passed"] for gate in report["gates"])

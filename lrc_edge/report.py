@@ -3,12 +3,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Environment, StrictUndefined, Template, TemplateError
 from markupsafe import Markup
 from rich.table import Table
 from rich.text import Text
@@ -87,16 +89,34 @@ def render_report(report: Report) -> str:
 
 
 def read_report(out: Path) -> Report:
-    """What out/report.json holds. Raises UserError when it is missing or damaged."""
+    """What out/report.json holds. Raises UserError when it is missing or damaged: when it cannot be rendered."""
     file = out / REPORT
     if not file.exists():
         raise UserError(f"{out}: no {REPORT}; run lrc-edge build, export or check first")
-    try:
-        report: Report = json.loads(file.read_text())
-        report["gates"], report["artifacts"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: damaged ({error!r}); delete it, and lrc-edge check writes it anew") from error
+    with damage_reported(file, "delete it, then run lrc-edge check to write it again"):
+        report: Report = json.loads(file.read_text(encoding="utf-8"))
+        render_report(report)
+        gate_table(report)
+        sample_lines(report)
     return report
+
+
+@contextmanager
+def damage_reported(file: Path, advice: str) -> Iterator[None]:
+    """Raise UserError for whatever the reading of one of our own files trips over, as it was whole when written."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, OSError,
+            TemplateError) as error:
+        raise UserError(f"{file}: damaged ({error!r:.200}); {advice}") from error
+
+
+def sample_lines(report: Report) -> list[tuple[str, list[str]]]:
+    """(prompt, "who: text" of each model and artifact) of the first sample text; empty where there is none."""
+    runtimes = {a["path"]: f"{a['format']}:{a['encoding']} in {a['runtime']}" for a in report["artifacts"]}
+    return [(str(sample["prompt"]),
+             [f"{runtimes.get(output['who'], output['who'])}: {' '.join(str(output['text']).split())}"
+              for output in sample["outputs"]]) for sample in report["samples"][:1]]
 
 
 def write_report(report: Report, out: Path) -> None:

@@ -13,7 +13,7 @@ from faults.bench import Bench
 from faults.limits import limited_build
 from faults.runs import Stage
 
-LEAST, MOST = 2**20, 2**29  # bytes above what the process has as the stage begins
+LEAST, MOST = 2**16, 2**26  # bytes above what the process has as the stage begins; freed memory comes on top
 
 
 def case(bench: Bench, rng: random.Random, folder: Path, stage: Stage) -> tuple[str, list[str]]:

@@ -17,7 +17,7 @@ from faults.runs import Ended, lrc_edge, run
 MEMORY = 6 * 2**30  # bytes above what the process has: a file of 200 kB needs no more
 CPU_SECONDS = 120
 LIMIT = 600.0  # seconds of wall time: machines are shared
-SMALL_PROOF = ["--set", "parity.positions=16", "--set", "parity.row_len=16", "--set", "parity.generate_tokens=2",
+SMALL_PROOF = ["--set", "parity.positions=64", "--set", "parity.row_len=64", "--set", "parity.generate_tokens=2",
                "--set", "export.calibration_tokens=0"]
 
 
