@@ -35,8 +35,8 @@ def _shortage(error: BaseException) -> str | None:
     kept = "finished stages are kept"
     text = str(error)
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or _NO_MEMORY.search(text):
-        return (f"out of memory ({_one_line(error)}); {kept}: free some memory, or lower train.micro_batch if it ended in "
-                "training, then run the command again")
+        return (f"out of memory ({_one_line(error)}); {kept}: free some memory, or lower train.micro_batch if training "
+                "needed it, then run the command again")
     if isinstance(error, OSError) and error.errno in _DISK:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}; {kept}: fix that, then run the command again"

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from faults.runs import Ended, Stage, artifacts, lrc_edge, run, watch_stages
@@ -112,7 +113,7 @@ class Bench:
         bench.expected, bench.whole_seconds = artifacts(bench.built), ended.seconds
         bench.writes = json.loads(counts.read_text())
         times = [*ended.stages, ("", ended.seconds)]
-        bench.seconds = {name: following[1] - at for (name, at), following in zip(times, times[1:], strict=False)}
+        bench.seconds = {name: following[1] - at for (name, at), following in pairwise(times)}
         if missing := set(STAGES) - set(bench.seconds):
             raise RuntimeError(f"the undisturbed build has no stage {', '.join(missing)}")
         return bench

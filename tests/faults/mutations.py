@@ -75,6 +75,7 @@ EXPORT = command("export", "{folder}", "--out", "{new}", "--formats", "gguf:q8_0
                  *SMALL_PROOF)
 CHECK, REPORT = command("check", "{folder}"), command("report", "{folder}")
 CHECK_DEVICE = command("check", "{folder}", "--target", "{device}")
+OF_A_FILE = ((0.6, INSPECT), (0.38, command("inspect", "--tensors", "{file}")), (0.02, CHECK))
 OF_A_MODEL = ((0.7, INSPECT_ALL), (0.25, FIT), (0.05, EXPORT))
 OF_A_BUILD = ((0.4, command("inspect", "{folder}")), (0.3, REPORT), (0.2, FIT), (0.05, command("fold", "{folder}")),
               (0.03, CHECK_DEVICE), (0.02, CHECK))
@@ -86,8 +87,8 @@ INPUTS = (
     Input(1, "inputs/teacher", "*.safetensors", OF_A_MODEL),
     Input(0.5, "built/student", "*.[mj][di]*", OF_A_MODEL),  # model card, chat template
     Input(0.7, "inputs/sharded", "*.index.json", OF_A_MODEL),
-    Input(2, "built", "gguf/*.gguf", ((0.6, INSPECT), (0.38, command("inspect", "--tensors", "{file}")), (0.02, CHECK))),
-    Input(2, "built", "onnx/onnx/*", ((0.6, INSPECT), (0.38, command("inspect", "--tensors", "{file}")), (0.02, CHECK))),
+    Input(2, "built", "gguf/*.gguf", OF_A_FILE),
+    Input(2, "built", "onnx/onnx/*", OF_A_FILE),
     Input(0.3, "built", "onnx/*.json", ((0.9, command("inspect", "{folder}/onnx")), (0.1, CHECK))),
     Input(1, "built", "imatrix/*", ((0.3, INSPECT), (0.7, read_importance))),
     Input(2, "inputs", "recipe.toml", ((0.5, command("recipe", "--recipe", "{file}")), (0.5, command(
