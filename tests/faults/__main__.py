@@ -48,7 +48,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--same", type=int, default=0, help="builds elsewhere that must have the same bytes")
     parser.add_argument("--seed", type=int, default=1, help="every case follows from the seed and its number")
     parser.add_argument("--replay", action="append", default=[], metavar="KIND:NUMBER", help="only this case, verbose")
-    parser.add_argument("--log", type=Path, help="JSON lines, one a case; cases that are in it are not run again")
+    parser.add_argument("--log", type=Path, help="JSON lines, one a case; cases that passed in it are not run again")
     parser.add_argument("--keep", type=Path, help="a folder for what --replay leaves; default: nothing is kept")
     return parser.parse_args()
 
@@ -85,12 +85,12 @@ def run_case(bench: Bench, options: argparse.Namespace, kind: str, number: int, 
 
 
 def earlier(log: Path | None, seed: int) -> dict[tuple[str, int], Result]:
-    """The results in the log, of this seed."""
+    """The cases of this seed that passed, by the log."""
     if log is None or not log.exists():
         return {}
     rows = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
     return {(row["kind"], row["number"]): Result(**{k: v for k, v in row.items() if k != "seed"})
-            for row in rows if row["seed"] == seed}
+            for row in rows if row["seed"] == seed and not row["problems"]}
 
 
 def main() -> int:
@@ -112,6 +112,7 @@ def main() -> int:
         for result in run_all(bench, options, left, Path(folder) / "case"):
             results.append(result)
             if options.log:
+                options.log.parent.mkdir(parents=True, exist_ok=True)
                 with options.log.open("a") as log:
                     log.write(json.dumps({"seed": options.seed, **asdict(result)}) + "\n")
     wanted = set(cases)
