@@ -62,8 +62,7 @@ def run(teacher: DenseCheckpoint, name: str, rows: torch.Tensor, args: argparse.
             break
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / 8) * (1 - step / args.steps)
-        losses = clone(train[order[(step * args.batch) % (len(train) - args.batch):][:args.batch]])
-        (losses.lm + losses.kl + 0.2 * losses.clone).backward()
+        clone(train[order[(step * args.batch) % (len(train) - args.batch):][:args.batch]]).total.backward()
         clone.pull_back_()
         torch.nn.utils.clip_grad_norm_(clone.trainable().values(), 1.0)
         optimizer.step()

@@ -22,7 +22,10 @@ def genai_config(checkpoint: DenseCheckpoint, tokenizer: PreTrainedTokenizerBase
     out, onnxruntime-genai takes half of the processors: one thread on two cores. og.Config.overlay sets another.
     """
     shape = checkpoint.shape
-    eos = eos_ids(checkpoint, tokenizer, generation)
+    eos = checkpoint.stop_ids(tokenizer)
+    if not eos:
+        raise UserError(f"{checkpoint.path}: no eos_token_id in config.json, generation_config.json or the tokenizer: "
+                        "onnxruntime-genai needs one; add it to config.json or leave the onnx formats out")
     bos = _first(generation.get("bos_token_id"), checkpoint.config.get("bos_token_id"), tokenizer.bos_token_id, eos[0])
     pad = _first(generation.get("pad_token_id"), checkpoint.config.get("pad_token_id"), tokenizer.pad_token_id, eos[0])
     search = {key: _first(generation.get(key), default) for key, default in SAMPLING_DEFAULTS.items()}
@@ -30,7 +33,7 @@ def genai_config(checkpoint: DenseCheckpoint, tokenizer: PreTrainedTokenizerBase
         "model": {
             "type": shape.family,
             "bos_token_id": bos,
-            "eos_token_id": eos if len(eos) > 1 else eos[0],
+            "eos_token_id": list(eos) if len(eos) > 1 else eos[0],
             "pad_token_id": pad,
             "context_length": shape.max_position_embeddings,
             "vocab_size": shape.vocab_size,
@@ -52,22 +55,6 @@ def genai_config(checkpoint: DenseCheckpoint, tokenizer: PreTrainedTokenizerBase
         "search": {**search, "max_length": min(shape.max_position_embeddings, DEFAULT_MAX_LENGTH), "min_length": 0,
                    "num_beams": 1, "num_return_sequences": 1, "past_present_share_buffer": True},
     }
-
-
-def eos_ids(checkpoint: DenseCheckpoint, tokenizer: PreTrainedTokenizerBase, generation: dict[str, Any]) -> list[int]:
-    """Every id that ends a text or a turn: chat models often name only one of them in config.json.
-
-    Raises UserError when there is none.
-    """
-    ids: list[int] = []
-    for source in (generation.get("eos_token_id"), checkpoint.config.get("eos_token_id"), tokenizer.eos_token_id):
-        for token in source if isinstance(source, list) else [source]:
-            if token is not None and int(token) not in ids:
-                ids.append(int(token))
-    if not ids:
-        raise UserError(f"{checkpoint.path}: no eos_token_id in config.json, generation_config.json or the tokenizer: "
-                        "onnxruntime-genai needs one; add it to config.json or leave the onnx formats out")
-    return ids
 
 
 def _first(*values: Any) -> Any:

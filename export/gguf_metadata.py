@@ -1,7 +1,6 @@
 """Everything in a GGUF file but its tensors: hyperparameters, RoPE, identity and lineage, vocabulary."""
 from __future__ import annotations
 
-import json
 import math
 import re
 from typing import Any
@@ -82,20 +81,13 @@ def llama3_rope_factors(checkpoint: DenseCheckpoint) -> torch.Tensor | None:
     return (1 / ((1 - share) / scaling["factor"] + share)).float()
 
 
-def context_length(checkpoint: DenseCheckpoint) -> int:
-    """Tokens for which llama.cpp computes what PyTorch does: it has no sliding window for these architectures, and
-    up to the window's length there is no difference."""
-    longest = checkpoint.shape.max_position_embeddings
-    return min(longest, checkpoint.sliding_window or longest)
-
-
 def write_hyperparameters(writer: GGUFWriter, checkpoint: DenseCheckpoint, encoding: Encoding) -> None:
     shape = checkpoint.shape
     writer.add_type("model")
     writer.add_quantization_version(GGML_QUANT_VERSION)
     writer.add_file_type(encoding.ftype)
     writer.add_vocab_size(shape.vocab_size)
-    writer.add_context_length(context_length(checkpoint))
+    writer.add_context_length(checkpoint.context_length)
     writer.add_embedding_length(shape.hidden_size)
     writer.add_feed_forward_length(shape.intermediate_size)
     writer.add_block_count(shape.num_hidden_layers)
@@ -169,13 +161,12 @@ def _write_base_models(writer: GGUFWriter, checkpoint: DenseCheckpoint) -> None:
 
 
 def _write_sampling(writer: GGUFWriter, checkpoint: DenseCheckpoint) -> None:
-    file = checkpoint.path / "generation_config.json"
-    advice: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    advice = checkpoint.generation
     if advice.get("do_sample") is False:
         return
     for field, key in _SAMPLING.items():
         add = getattr(writer, f"add_sampling_{key}", None)  # older gguf packages have no such keys
-        if add and isinstance(advice.get(field), int | float):
+        if add and advice.get(field) is not None:
             add(advice[field])
 
 

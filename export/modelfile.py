@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from gguf import TokenType
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lrc_edge.checkpoint import DenseCheckpoint
@@ -12,6 +13,8 @@ from lrc_edge.export.tokenizer import Vocabulary
 
 # The file that a user most likely wants, first: small, and close to the original at any model size.
 PREFERRED = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "f16", "bf16", "f32")
+# Types of tokens whose text in the vocabulary is the text itself; at others Ollama stops by the GGUF's ids alone.
+_WRITTEN_OUT = (TokenType.CONTROL, TokenType.USER_DEFINED)
 _PROBES = (
     [{"role": "user", "content": "Hello"}],
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"},
@@ -42,14 +45,17 @@ def write_modelfile(checkpoint: DenseCheckpoint, vocabulary: Vocabulary, files: 
     """Write Modelfile beside the files (encoding -> path) for the preferred one. Returns its path."""
     file = next((files[name] for name in PREFERRED if name in files), next(iter(files.values())))
     lines = [f"FROM ./{file.name}"]
-    template = go_template(checkpoint.tokenizer())
+    tokenizer = checkpoint.tokenizer()
+    template = go_template(tokenizer)
     if template is not None:
         lines.append(f'TEMPLATE """{template}"""')
     elif vocabulary.chat_template is not None:
         lines.append("# No TEMPLATE: this chat template has no checked Go form; Ollama may know it from the GGUF.")
     ids = vocabulary.special_ids
-    for token in dict.fromkeys(ids[name] for name in ("eos", "eot") if name in ids):
-        lines.append(f'PARAMETER stop "{_quoted(vocabulary.tokens[token])}"')
+    stops = (*(ids[name] for name in ("eos", "eot") if name in ids), *checkpoint.stop_ids(tokenizer))
+    for token in dict.fromkeys(stops):
+        if vocabulary.types[token] in _WRITTEN_OUT:
+            lines.append(f'PARAMETER stop "{_quoted(vocabulary.tokens[token])}"')
     if licence := _licence(checkpoint):
         lines.append(f'LICENSE """{licence}"""')
     path = file.with_name("Modelfile")

@@ -14,6 +14,7 @@ from gguf import TokenType
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lrc_edge.checkpoint import DenseCheckpoint
+from lrc_edge.config_file import ids_of
 from lrc_edge.errors import UserError
 
 _LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -33,6 +34,9 @@ PRE_TOKENIZERS: dict[tuple[tuple[tuple[Any, ...], ...], bool], str] = {
 # Texts of tokens that end a turn, the most telling first. llama.cpp looks for the same ones, in hash order.
 _END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<end_of_utterance>", "<EOT>")
 _END_OF_MESSAGE = ("<|eom_id|>",)
+# Texts of tokens at which llama.cpp ends a generation without being told: those that it has known the longest
+# (special_eog_ids in src/llama-vocab.cpp), because other programs hold older versions of it.
+_KNOWN_ENDS = frozenset((*_END_OF_TURN, *_END_OF_MESSAGE, "<|endoftext|>", "<|end_of_text|>"))
 _SPACE = "▁"  # SentencePiece's mark of a space
 _BYTE_TOKENS = {f"<0x{byte:02X}>" for byte in range(256)}
 
@@ -128,14 +132,14 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase, checkpoint: DenseCheckpoint
     config = checkpoint.config
 
     def declared(name: str) -> int | None:
-        for found in (getattr(tokenizer, f"{name}_token_id", None), config.get(f"{name}_token_id")):
-            if found is not None:
-                return int(found[0] if isinstance(found, list) else found)
-        return None
+        own = getattr(tokenizer, f"{name}_token_id", None)
+        return own if own is not None else next(iter(ids_of(config, f"{name}_token_id")), None)
 
-    ids = {name: declared(name) for name in ("bos", "eos", "unk", "pad")}
+    stops = checkpoint.stop_ids(tokenizer)
+    ids = {name: declared(name) for name in ("bos", "unk", "pad")}
     ids["bos"] = prefix[0] if prefix else ids["bos"]
-    ids["eos"] = suffix[0] if suffix else ids["eos"]
+    # Chat templates write the tokenizer's eos_token, so that one comes before the other stop tokens.
+    ids["eos"] = next((i for i in (*suffix, tokenizer.eos_token_id, *stops) if i is not None), None)
     if ids["eos"] is None:
         raise UserError(f"{where} names no eos_token; without one llama.cpp would stop at an arbitrary token: "
                         "set eos_token in tokenizer_config.json")
@@ -145,7 +149,21 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase, checkpoint: DenseCheckpoint
     by_text = {text: i for i, text in by_id.items()}
     for name, texts in (("eot", _END_OF_TURN), ("eom", _END_OF_MESSAGE)):
         ids[name] = next((by_text[text] for text in texts if text in by_text), None)
-    return {name: int(i) for name, i in ids.items() if i is not None and i in by_id}
+    ids |= _places_of_stops(ids, [i for i in stops if i != ids["eos"] and by_id.get(i) not in _KNOWN_ENDS], where)
+    return {name: int(i) for name, i in ids.items() if i is not None and (i in by_id or i in stops)}
+
+
+def _places_of_stops(ids: dict[str, int | None], unknown: list[int], where: str) -> dict[str, int]:
+    """Where llama.cpp finds the tokens that end a generation without being its EOS or known to it by their text.
+
+    It also ends at the EOT and the EOM, and knows those that `ids` holds by their text: they can give up their places.
+    """
+    places = sorted(("eot", "eom"), key=lambda name: ids[name] is not None)
+    if len(unknown) > len(places):
+        raise UserError(f"{where} and generation_config.json name {len(unknown) + 1} tokens that end a generation and "
+                        f"that llama.cpp does not know ({', '.join(map(str, (ids['eos'], *unknown)))}); GGUF holds "
+                        f"{len(places) + 1}: remove some from eos_token_id, or leave gguf out of --formats")
+    return dict(zip(places, unknown, strict=False))
 
 
 def _pre_tokenizer_name(table: dict[str, Any], where: str) -> str:

@@ -17,8 +17,8 @@ MANIFEST = "build.json"
 DIGEST = "sha256"  # key of the manifest: of all else in it
 PARTIAL = ".partial"  # what a stage has not finished; emptied when a build starts
 # Part of each fingerprint. Raise a stage's number when it makes different files of the same inputs.
-STAGE_VERSIONS = {"weights": 1, "data": 2, "identity": 1, "train": 2, "fold": 1, "quantize": 1, "imatrix": 2,
-                  "sensitivity": 1, "allocate": 1, "gguf": 2, "onnx": 2, "check": 2, "teacher": 1}
+STAGE_VERSIONS = {"weights": 1, "data": 2, "identity": 2, "train": 2, "fold": 2, "quantize": 1, "imatrix": 2,
+                  "sensitivity": 1, "allocate": 1, "gguf": 2, "onnx": 2, "check": 3, "teacher": 1}
 
 
 class BuildDir:

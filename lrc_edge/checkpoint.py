@@ -4,7 +4,6 @@ Teacher, student and any foreign model come through this door, so every later st
 """
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +11,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-import yaml
+from jinja2 import TemplateSyntaxError
 from packaging.version import Version
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lrc_edge.config_file import PROVENANCE_FILE, read_config, shape_of
+from lrc_edge.config_file import (
+    PROVENANCE_FILE,
+    check_stop_id,
+    check_tokenizer_tables,
+    check_values,
+    front_matter,
+    ids_of,
+    one_line,
+    read_config,
+    read_generation,
+    read_provenance,
+    read_table,
+    shape_of,
+)
 from lrc_edge.errors import UserError
 from lrc_edge.roles import HEAD, Weight, weights_of
 from lrc_edge.shape import ModelShape
@@ -44,29 +56,33 @@ class Rope:
 class DenseCheckpoint:
     """A dense decoder on disk. Build it with `open`."""
 
-    def __init__(self, path: Path, config: dict[str, Any], shape: ModelShape, files: dict[str, Path], name: str):
-        self.path, self.config, self.shape, self.name = path, config, shape, name
+    def __init__(self, path: Path, config: dict[str, Any], shape: ModelShape, files: dict[str, Path],
+                 name: str | None):
+        self.path, self.config, self.shape = path, config, shape
         self._files = files  # tensor name -> safetensors file
-        self.card = _front_matter(path / "README.md")
-        provenance = path / PROVENANCE_FILE
-        self.provenance: dict[str, str] = json.loads(provenance.read_text()) if provenance.exists() else {}
+        self.generation = read_generation(path / "generation_config.json", shape)  # {} without the file
+        self.card = front_matter(path / "README.md")
+        self.provenance = read_provenance(path / PROVENANCE_FILE)
+        self.name = self.provenance.get("name") or name or path.resolve().name
 
     @classmethod
     def open(cls, path: Path | str, name: str | None = None) -> DenseCheckpoint:
-        """Check the directory's config, tensor names, shapes and types, and its tokenizer's presence.
+        """Check the directory's JSON tables, tensor names, shapes and types, and its tokenizer's presence.
 
         Reads headers only, no weights. Raises UserError.
         """
         path = Path(path)
         config = read_config(path)
         shape = shape_of(config, path / "config.json")
+        check_values(config, shape, path / "config.json")
         _check_rope_form(config, path / "config.json")
         files = _tensor_files(path)
         _check_tensors(shape, files, path)
         if not any((path / file).exists() for file in TOKENIZER_FILES):
             raise UserError(f"{path}: no tokenizer (looked for {' and '.join(TOKENIZER_FILES)}); "
                             "copy the model's tokenizer files there")
-        return cls(path, config, shape, files, _recorded_name(path) or name or path.resolve().name)
+        check_tokenizer_tables(path)
+        return cls(path, config, shape, files, name)
 
     @property
     def rope(self) -> Rope:
@@ -83,6 +99,13 @@ class DenseCheckpoint:
         if self.shape.family == "mistral":
             return self.config.get("sliding_window", 4096)  # transformers' default, should the field be missing
         return self.config.get("sliding_window") if self.config.get("use_sliding_window") else None
+
+    @property
+    def context_length(self) -> int:
+        """Tokens for which every runtime computes what PyTorch does: llama.cpp has no sliding window for these
+        architectures, and up to the window's length there is no difference."""
+        longest = self.shape.max_position_embeddings
+        return min(longest, self.sliding_window or longest)
 
     def weights(self) -> Iterator[Weight]:
         return weights_of(self.shape)
@@ -104,17 +127,36 @@ class DenseCheckpoint:
         """The tokenizer as tokenizer.json says it; without that file, as transformers converts tokenizer.model.
 
         Not through AutoTokenizer: transformers 5's family classes (LlamaTokenizer) replace parts of the file by their
-        own, so that ids depend on the version and no runtime that reads the file can agree.
+        own, so that ids depend on the version and no runtime that reads the file can agree. Raises UserError.
         """
         try:
-            if (self.path / "tokenizer.json").exists():
-                return PreTrainedTokenizerFast.from_pretrained(self.path)
-            from transformers import AutoTokenizer
-
-            return AutoTokenizer.from_pretrained(self.path)
+            tokenizer = self._load_tokenizer()
+            tokenizer("a", verbose=False)
         except Exception as error:  # the libraries raise many types for a broken file
-            raise UserError(f"{self.path}: the tokenizer does not load ({_one_line(error)}); "
+            raise UserError(f"{self.path}: the tokenizer does not load ({one_line(error)}); "
                             "copy the model's tokenizer files again") from error
+        _check_template(tokenizer, self.path)
+        return tokenizer
+
+    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
+        if (self.path / "tokenizer.json").exists():
+            return PreTrainedTokenizerFast.from_pretrained(self.path)
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.path)
+
+    def stop_ids(self, tokenizer: PreTrainedTokenizerBase | None = None) -> tuple[int, ...]:
+        """Every token that ends a text or a turn: generation_config.json's, then config.json's, then the tokenizer's.
+
+        All of them count, as chat models often name only one in config.json. Empty when none is named. `tokenizer`:
+        this checkpoint's own, if it is loaded already. Raises UserError for an id outside the vocabulary.
+        """
+        tokenizer = tokenizer or self.tokenizer()
+        own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        for token in own:
+            check_stop_id(token, self.shape.vocab_size, f"{self.path}: the tokenizer's eos_token_id")
+        return tuple(dict.fromkeys([*ids_of(self.generation, "eos_token_id"), *ids_of(self.config, "eos_token_id"),
+                                    *own]))
 
     def model(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """The transformers model on the CPU, in evaluation mode; in float32, every artifact is judged against it.
@@ -123,8 +165,19 @@ class DenseCheckpoint:
         """
         from transformers import AutoModelForCausalLM
 
+        self.check_config()
         model = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype, attn_implementation="sdpa")
         return model.eval()
+
+    def check_config(self) -> None:
+        """Raise UserError if transformers refuses a value of config.json. Imports much more of it than `open` does."""
+        from transformers import AutoConfig
+
+        try:
+            AutoConfig.from_pretrained(self.path)
+        except Exception as error:  # each field has its own check, which may raise any type
+            raise UserError(f"{self.path / 'config.json'}: transformers {transformers.__version__} refuses it "
+                            f"({one_line(error)}); get an intact copy") from error
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
@@ -155,32 +208,25 @@ def resolve_model(source: str) -> tuple[Path, str, str]:
         path = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja",
                                                               "README.md", "LICENSE*"]))
     except Exception as error:  # offline, gated, misspelt: the hub client raises many types
-        raise UserError(f"{source}: no such directory, and the hub did not give it ({_one_line(error)}); "
+        raise UserError(f"{source}: no such directory, and the hub did not give it ({one_line(error)}); "
                         "give a local model directory or a hub id that you can download") from error
     return path, source.rsplit("/", 1)[-1], path.name
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _front_matter(readme: Path) -> dict[str, Any]:
-    """The YAML block at the top of a model card; {} when there is none or it is not YAML."""
-    if not readme.exists():
-        return {}
-    parts = readme.read_text(errors="replace").split("---\n", 2)
-    if len(parts) < 3 or parts[0].strip():
-        return {}
-    try:
-        table = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
-        return {}
-    return table if isinstance(table, dict) else {}
-
-
-def _recorded_name(path: Path) -> str | None:
-    file = path / PROVENANCE_FILE
-    return json.loads(file.read_text()).get("name") if file.exists() else None
+def _check_template(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Raise UserError for a chat template that is not text or not Jinja."""
+    template = tokenizer.chat_template
+    for text in template.values() if isinstance(template, dict) else [template] if template else []:
+        if not isinstance(text, str):
+            raise UserError(f"{path}: the chat template is a {type(text).__name__}, need text; fix "
+                            "tokenizer_config.json")
+        try:
+            tokenizer.apply_chat_template([{"role": "user", "content": "a"}], chat_template=text, tokenize=False)
+        except TemplateSyntaxError as error:
+            raise UserError(f"{path}: the chat template is not Jinja (line {error.lineno}: {one_line(error)}); fix "
+                            "chat_template.jinja, or tokenizer_config.json where that is missing") from error
+        except Exception:  # it may refuse this conversation
+            continue
 
 
 def _check_rope_form(config: dict[str, Any], where: Path) -> None:
@@ -194,12 +240,13 @@ def _tensor_files(path: Path) -> dict[str, Path]:
     """Tensor name -> file, from the index or the single file. Opens every file, which checks that it is whole."""
     index, single = path / "model.safetensors.index.json", path / "model.safetensors"
     if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{index}: not a weight index ({error!r}); get an intact copy") from error
+        weight_map = read_table(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise UserError(f"{index}: not a weight index (weight_map must name a file for each tensor); "
+                            "get an intact copy")
+        names = sorted(set(weight_map.values()))
         if outside := [name for name in names if Path(name).name != name]:
-            raise UserError(f"{index}: names a file outside its directory: {outside[0]!r}; get an intact copy")
+            raise UserError(f"{index}: names a file outside its directory: {outside[0]!r:.80}; get an intact copy")
     elif single.exists():
         names = [single.name]
     else:
@@ -209,15 +256,16 @@ def _tensor_files(path: Path) -> dict[str, Path]:
                             "need model.safetensors: convert the model with transformers' save_pretrained")
         raise UserError(f"{path}: no weights (looked for {single.name} and {index.name}); get the whole model")
     files: dict[str, Path] = {}
+    there = {file.name for file in path.iterdir()}
     for name in names:
         file = path / name
-        if not file.exists():
-            raise UserError(f"{file}: missing, though {index.name} names it; get the whole model")
+        if name not in there:
+            raise UserError(f"{path / index.name}: names {name!r:.80}, which is missing; get the whole model")
         try:
             with safe_open(file, framework="pt") as handle:
                 files |= dict.fromkeys(handle.keys(), file)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: truncated or corrupt ({_one_line(error)}; {file.stat().st_size:,} bytes); "
+            raise UserError(f"{file}: truncated or corrupt ({one_line(error)}; {file.stat().st_size:,} bytes); "
                             "download it again") from error
     return files
 

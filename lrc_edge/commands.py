@@ -20,7 +20,7 @@ from lrc_edge.errors import UserError
 from lrc_edge.machine import processors
 from lrc_edge.pipeline import Pipeline
 from lrc_edge.recipe import Recipe, load_recipe
-from lrc_edge.report import gate_table, read_report, sample_lines, verdict, write_report
+from lrc_edge.report import read_report, show_verdict, write_report
 from lrc_edge.stages import Teacher
 from lrc_edge.target_checks import check_targets
 from lrc_edge.training import ON_GRID
@@ -166,20 +166,6 @@ def check(out: Path, console: Console) -> bool:
     report = pipeline.report(student)
     show_verdict(report, out, console)
     return all(gate["passed"] for gate in report["gates"])
-
-
-def show_verdict(report: dict[str, Any], out: Path, console: Console) -> None:
-    for prompt, lines in sample_lines(report):
-        console.print(f"\n{prompt} ...", style="bold", highlight=False, markup=False)
-        for line in lines:
-            console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
-    console.print()
-    console.print(gate_table(report))
-    passed = all(gate["passed"] for gate in report["gates"])
-    unchecked = any(row["state"] == "not checked" for target in report.get("targets", []) for row in target["rows"])
-    style = "bold red" if not passed else "bold yellow" if unchecked else "bold green"
-    console.print(verdict(report), style=style, soft_wrap=True, markup=False)
-    console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True, markup=False)
 
 
 def fold(out: Path, console: Console) -> bool:

@@ -1,15 +1,52 @@
-"""config.json of a Hugging Face directory: whether it is there, whether this project can handle it, and its shape."""
+"""The small files beside the weights of a Hugging Face directory: JSON tables and the model card, checked when read.
+
+They are the input that people edit by hand and that downloads cut off, so each mistake in them is one line.
+"""
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lrc_edge.errors import UserError
+from lrc_edge.figures import visible
 from lrc_edge.roles import FAMILIES, UNSUPPORTED_SWITCHES
 from lrc_edge.shape import ModelShape
 
 PROVENANCE_FILE = "lrc_edge.json"  # in the folder of a student that was made here: of whom, and how
+# Read by transformers, which reports damage in many ways or ignores it.
+TOKENIZER_TABLES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+# Of a RoPE table; the other fields are text, switches and numbers that are compared only.
+_ROPE_NUMBERS = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "attention_factor")
+_SAMPLING_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
+_LARGEST = 1e37  # float32 holds it, and "no limit" is 1e30
+_LONGEST_NAME = 120  # characters; files are named after it
+
+
+def read_table(file: Path) -> dict[str, Any]:
+    """The table in a JSON file. Raises UserError when there is none."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        table = json.loads(text)
+        if "\\ud" in text.lower():  # half a surrogate pair can be neither printed nor written
+            json.dumps(table, ensure_ascii=False).encode()
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not readable as JSON ({one_line(error)}); get an intact copy") from error
+    if not isinstance(table, dict):
+        raise UserError(f"{file}: holds a {type(table).__name__}, need a table; get an intact copy")
+    return table
+
+
+def read_optional(file: Path) -> dict[str, Any]:
+    """The table in a JSON file, {} when there is no such file. Raises UserError when it holds anything else."""
+    return read_table(file) if file.exists() else {}
+
+
+def one_line(error: BaseException) -> str:
+    """Its text without line breaks, control characters and great length; its type where it has none."""
+    return visible(" ".join(str(error).split()))[:200] or type(error).__name__
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -19,25 +56,120 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.exists():
         raise UserError(f"{path}: no config.json; give a Hugging Face model directory")
-    try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error}); get an intact copy") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{file}: holds a {type(config).__name__}, need a table; get an intact copy")
-    return config
+    return read_table(file)
 
 
 def shape_of(config: dict[str, Any], where: Path) -> ModelShape:
     """The shape, of a family that is supported. Raises UserError naming `where`."""
     family = config.get("model_type")
-    if family not in FAMILIES:
-        raise UserError(f"{where}: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise UserError(f"{where}: model_type {family!r:.80} is not supported; supported: {', '.join(FAMILIES)}")
     for switch in UNSUPPORTED_SWITCHES[family]:
         if config.get(switch):
             raise UserError(f"{where}: {switch} = true is not supported for {family}; only plain {family} models are")
     if config.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{where}: hidden_act {config['hidden_act']!r} is not supported; need 'silu'")
+        raise UserError(f"{where}: hidden_act {config['hidden_act']!r:.80} is not supported; need 'silu'")
     if config.get("quantization_config"):
         raise UserError(f"{where}: the checkpoint is quantized already; give the unquantized model")
     return ModelShape.from_config(config, str(where))
+
+
+def check_values(config: dict[str, Any], shape: ModelShape, where: Path) -> None:
+    """Raise UserError unless the fields that are not counts are what they should be: RoPE, epsilon, window, ids."""
+    for field in ("rope_parameters", "rope_scaling"):
+        table = _field(config, field, where, "a table", lambda value: isinstance(value, dict)) or {}
+        for kind in ("rope_type", "type"):
+            _field(table, kind, f"{where}: {field}", "text", lambda value: isinstance(value, str))
+        for number in _ROPE_NUMBERS:
+            _field(table, number, f"{where}: {field}", "a positive number", _is_positive)
+        _field(table, "original_max_position_embeddings", f"{where}: {field}", "a positive integer",
+               lambda value: _is_positive(value) and isinstance(value, int))
+    for field in ("rope_theta", "rms_norm_eps"):
+        _field(config, field, where, "a positive number", _is_positive)
+    if shape.family == "mistral" or config.get("use_sliding_window"):
+        _field(config, "sliding_window", where, "a number of tokens", lambda value: _is_integer(value) and value >= 0)
+    _check_ids(config, shape.vocab_size, where)
+
+
+def read_generation(where: Path, shape: ModelShape) -> dict[str, Any]:
+    """The table of a generation_config.json, {} when there is none. Raises UserError."""
+    table = read_optional(where)
+    for field in _SAMPLING_NUMBERS:
+        _field(table, field, where, "a number", lambda value: _is_number(value) and abs(value) < _LARGEST)
+    _field(table, "top_k", where, "an integer", lambda value: _is_integer(value) and abs(value) < 2**31)
+    _field(table, "do_sample", where, "true or false", lambda value: isinstance(value, bool))
+    _check_ids(table, shape.vocab_size, where)
+    return table
+
+
+def read_provenance(where: Path) -> dict[str, str]:
+    """What lrc-edge noted about a student that it made, {} when there is no such file. Raises UserError."""
+    table = read_optional(where)
+    for key in table:
+        _field(table, key, where, "text", lambda value: isinstance(value, str))
+    _field(table, "name", where, f"1 to {_LONGEST_NAME} characters", lambda value: 0 < len(value) <= _LONGEST_NAME)
+    return {key: value for key, value in table.items() if value is not None}
+
+
+def check_tokenizer_tables(path: Path) -> None:
+    """Raise UserError unless the tables beside tokenizer.json are tables, and the longest text a count of tokens."""
+    for name in TOKENIZER_TABLES:
+        _field(read_optional(path / name), "model_max_length", path / name, "a positive number", _is_positive)
+
+
+def front_matter(readme: Path) -> dict[str, Any]:
+    """Scalars, and lists of them, of the YAML block at the top of a model card; {} without one that is YAML."""
+    if not readme.is_file():
+        return {}
+    parts = readme.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return {}
+    try:
+        table = yaml.safe_load(parts[1])
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: the 31st of February
+        return {}
+    if not isinstance(table, dict):
+        return {}
+    return {key: value for key, value in table.items()
+            if not any(isinstance(item, list | dict) for item in (value if isinstance(value, list) else [value]))}
+
+
+def ids_of(table: dict[str, Any], field: str) -> list[int]:
+    """The token ids of a field that may hold one, several or none."""
+    value = table.get(field)
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _check_ids(table: dict[str, Any], vocab_size: int, where: Path) -> None:
+    for field in ("bos_token_id", "pad_token_id"):  # not always in the vocabulary: -1 stands for none in some
+        for token in ids_of(table, field):
+            if not _is_integer(token) or abs(token) >= 2**31:
+                raise UserError(f"{where}: {field} = {token!r:.80}, need a token id; fix the file")
+    for token in ids_of(table, "eos_token_id"):
+        check_stop_id(token, vocab_size, f"{where}: eos_token_id")
+
+
+def check_stop_id(token: Any, vocab_size: int, where: str) -> None:
+    """Raise UserError unless `token` is an id of the vocabulary: no runtime would ever stop at another one."""
+    if not _is_integer(token) or not 0 <= token < vocab_size:
+        raise UserError(f"{where} = {token!r:.80}, need token ids from 0 to {vocab_size - 1:,}; fix the file")
+
+
+def _field(table: dict[str, Any], name: str, where: Path | str, wanted: str, is_valid: Any) -> Any:
+    """The value, None where it is missing or null. Raises UserError unless `is_valid` of it."""
+    value = table.get(name)
+    if value is not None and not is_valid(value):
+        raise UserError(f"{where}: {name} = {value!r:.80}, need {wanted}; fix the file")
+    return value
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_integer(value) or isinstance(value, float)
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and 0 < value < _LARGEST

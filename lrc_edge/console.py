@@ -27,6 +27,11 @@ class Task:
             self._id = self._live.add_task(name, total=total, detail="")
             self._live.start()
 
+    def expect(self, total: int, unit: str = "") -> None:
+        self.total = total
+        if self._live is not None:
+            self._live.update(self._id, total=total)
+
     def update(self, detail: str, completed: int | None = None) -> None:
         if self._began is None and completed is not None:
             self._began = time.monotonic(), completed

@@ -93,6 +93,11 @@ class HeldOut:
         rows = self.ids[: n_rows * body].reshape(n_rows, body)
         return rows if bos is None else np.concatenate([np.full((n_rows, 1), bos), rows], axis=1)
 
+    def long_row(self, n_tokens: int, bos: int | None) -> np.ndarray:
+        """(n_tokens,) ids from the beginning, over again where the text is shorter, behind the BOS if there is one."""
+        start = [] if bos is None else [bos]
+        return np.concatenate([start, np.resize(self.ids, n_tokens - len(start))]).astype(np.int64)
+
 
 @dataclass(frozen=True)
 class Calibration:

@@ -1,12 +1,12 @@
 """What a Hugging Face directory, a GGUF file and a build directory hold; headers only, no weights."""
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
 from typing import Any
 
+from lrc_edge.config_file import PROVENANCE_FILE, front_matter, one_line, read_optional, read_provenance, read_table
 from lrc_edge.errors import UserError
 from lrc_edge.roles import FAMILIES
 from lrc_edge.shape import ModelShape
@@ -19,42 +19,31 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
 
     `problem` says in a line why lrc-edge cannot compile it, None when it can.
     """
-    config = read_json(path / "config.json")
+    config = read_table(path / "config.json")
     tensors = _safetensors(path)
     onnx_files = sorted(str(file.relative_to(path)) for file in path.rglob("*.onnx"))
     problem = _problem(path)
     if not tensors and not onnx_files:
         raise UserError(problem or f"{path}: no weights; get the whole model")
-    shape = ModelShape.from_config(config, str(path / "config.json")) if config.get("model_type") in FAMILIES else None
+    family = str(config.get("model_type"))
+    shape = ModelShape.from_config(config, str(path / "config.json")) if family in FAMILIES else None
     stored = sum(math.prod(t["shape"]) for t in tensors)
     n_bytes = sum(t["bytes"] for t in tensors)
-    provenance = path / "lrc_edge.json"
     return {
-        "kind": "huggingface", "path": str(path), "name": path.resolve().name, "family": config.get("model_type"),
+        "kind": "huggingface", "path": str(path), "name": path.resolve().name, "family": family,
         "config": config, "shape": shape.as_dict() if shape else None,
         "n_params": shape.n_params if shape else stored or None, "bytes": n_bytes,
         "bits_per_weight": 8 * n_bytes / stored if stored else None, "tensors": tensors, "onnx_files": onnx_files,
         "tokenizer": _tokenizer(path), "chat_template": _has_chat_template(path),
         "license": _license(path / "README.md"),
-        "provenance": read_json(provenance) if provenance.exists() else {}, "problem": problem if tensors else None}
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON table. Raises UserError when the file is none."""
-    try:
-        table = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not readable as JSON ({' '.join(str(error).split())}); get an intact copy") from error
-    if not isinstance(table, dict):
-        raise UserError(f"{file}: holds a {type(table).__name__}, need a table; get an intact copy")
-    return table
+        "provenance": read_provenance(path / PROVENANCE_FILE), "problem": problem if tensors else None}
 
 
 def _problem(path: Path) -> str | None:
     from lrc_edge.checkpoint import DenseCheckpoint
 
     try:
-        DenseCheckpoint.open(path)
+        DenseCheckpoint.open(path).tokenizer()
     except UserError as error:
         return str(error)
     return None
@@ -84,14 +73,17 @@ def _tensor(name: str, dtype: str, shape: list[int]) -> dict[str, Any]:
 
 def _tokenizer(path: Path) -> dict[str, Any] | None:
     """Type, and size with added tokens; from tokenizer.json, else the SentencePiece file."""
-    if (path / "tokenizer.json").exists():
-        table = read_json(path / "tokenizer.json")
-        model = table.get("model") or {}
-        vocab = model.get("vocab") or {}
-        added = table.get("added_tokens") or []
-        known = set(vocab) if isinstance(vocab, dict) else {piece[0] for piece in vocab}
-        known |= {token["content"] for token in added}
-        return {"file": "tokenizer.json", "type": str(model.get("type")), "size": len(known)}
+    file = path / "tokenizer.json"
+    if file.exists():
+        table = read_table(file)
+        try:
+            model, added = table["model"], table.get("added_tokens") or []
+            vocab = model["vocab"]
+            known = set(vocab) if isinstance(vocab, dict) else {piece[0] for piece in vocab}
+            known |= {token["content"] for token in added}
+            return {"file": file.name, "type": str(model.get("type")), "size": len(known)}
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise UserError(f"{file}: not a tokenizer ({one_line(error)}); copy it again") from error
     if (path / "tokenizer.model").exists():
         from sentencepiece import SentencePieceProcessor
 
@@ -106,17 +98,11 @@ def _tokenizer(path: Path) -> dict[str, Any] | None:
 def _has_chat_template(path: Path) -> bool:
     if (path / "chat_template.jinja").exists():
         return True
-    file = path / "tokenizer_config.json"
-    return file.exists() and bool(read_json(file).get("chat_template"))
+    return bool(read_optional(path / "tokenizer_config.json").get("chat_template"))
 
 
 def _license(card: Path) -> str | None:
-    from huggingface_hub import metadata_load
-
-    try:
-        value = (metadata_load(card) or {}).get("license") if card.exists() else None
-    except ValueError:  # front matter that is no YAML table states no licence
-        return None
+    value = front_matter(card).get("license")
     return ", ".join(map(str, value)) if isinstance(value, list) else value and str(value)
 
 
@@ -148,8 +134,8 @@ def describe_gguf(path: Path) -> dict[str, Any]:
 
 def describe_build(path: Path) -> dict[str, Any]:
     """Describe the --out directory of a build or an export: its stages, and its report when it has one."""
-    manifest = read_json(path / "build.json") if (path / "build.json").exists() else {}
-    report = read_json(path / "report.json") if (path / "report.json").exists() else None
+    manifest = read_optional(path / "build.json")
+    report = read_table(path / "report.json") if (path / "report.json").exists() else None
     stages, job = manifest.get("stages", {}), manifest.get("job", {})
     if not isinstance(stages, dict) or not isinstance(job, dict):
         raise UserError(f"{path / 'build.json'}: not a build manifest; delete it to build anew")

@@ -6,7 +6,7 @@ some logit at a KL divergence of 2e-9. Shapes: N positions, V vocabulary.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -122,6 +122,13 @@ class Gate:
     value: float | None
     limit: float
     relation: Literal["<=", ">=", "=="]
+    why: str = ""  # why it has no value, or what the value means: for people
+
+    def judged(self, value: float | None) -> Gate:
+        return replace(self, value=value)
+
+    def because(self, why: str) -> Gate:
+        return replace(self, why=why)
 
     @property
     def passed(self) -> bool:
@@ -134,41 +141,50 @@ class Gate:
         return {**asdict(self), "passed": self.passed}
 
 
-def gates_of_fold(metrics: Metrics, limits: Gates) -> list[Gate]:
-    table = metrics.as_dict()
-    return [Gate("folded vs clone", "student", "max_abs", table["max_abs"], limits.fold_max_abs, "<="),
-            Gate("folded vs clone", "student", "top1", table["top1"], limits.fold_top1, ">=")]
+def _table(metrics: Metrics | None) -> dict[str, Any]:
+    """The figures; None, of a model that did not answer, passes no gate."""
+    return dict.fromkeys(field.name for field in fields(Metrics)) if metrics is None else metrics.as_dict()
 
 
-def gates_of_identity(metrics: Metrics, limits: Gates) -> list[Gate]:
-    table = metrics.as_dict()
-    return [Gate("identity vs teacher", "teacher", "max_abs", table["max_abs"], limits.identity_max_abs, "<="),
-            Gate("identity vs teacher", "teacher", "top1", table["top1"], limits.fold_top1, ">=")]
+def gates_of_copy(name: str, artifact: str, metrics: Metrics, limits: Gates, rounding: float) -> list[Gate]:
+    """Of a model that must compute what its original does. rounding: PyTorch's own, of the original's logits."""
+    table = _table(metrics)
+    return [Gate(name, artifact, "max_abs", table["max_abs"], limits.max_abs_rounding * rounding, "<="),
+            Gate(name, artifact, "top1", table["top1"], limits.copy_top1, ">=")]
 
 
-def gates_of_grid(artifact: str, identical_blocks: float, metrics: Metrics, limits: Gates) -> list[Gate]:
+def gates_of_grid(artifact: str, identical_blocks: float, metrics: Metrics | None, limits: Gates, why: str = ""
+                  ) -> list[Gate]:
     """Of a file made of a student that was trained on its grid: it holds the trained weights and says what they say."""
     return [Gate(AS_TRAINED, artifact, "identical_blocks", identical_blocks, limits.identical_blocks, ">="),
-            Gate(AS_TRAINED, artifact, "kl_mean", metrics.as_dict()["kl_mean"], limits.on_grid_kl, "<=")]
+            Gate(AS_TRAINED, artifact, "kl_mean", _table(metrics)["kl_mean"], limits.on_grid_kl, "<=", why)]
 
 
-def gates_of_artifact(artifact: str, kind: str, mode: str, metrics: Metrics, limits: Gates) -> list[Gate]:
-    """`kind` is "gguf:q8_0", "onnx:fp32", ...; `mode` is "prefill" or "decode"."""
-    table = metrics.as_dict()
+def gates_of_artifact(artifact: str, kind: str, mode: str, metrics: Metrics | None, limits: Gates,
+                      rounding: float | None, why: str = "") -> list[Gate]:
+    """`kind` is "gguf:q8_0", "onnx:fp32", ...; `mode` is "prefill" or "decode"; `rounding` PyTorch's own."""
+    table = _table(metrics)
 
     def gate(metric: str, limit: float, relation: Literal["<=", ">="] = "<=") -> Gate:
-        return Gate(f"{mode} vs student", artifact, metric, table[metric], limit, relation)
+        return Gate(f"{mode} vs student", artifact, metric, table[metric], limit, relation, why)
 
     if kind == "gguf:f32":
         return [gate("kl_mean", limits.gguf_f32_kl), gate("top1", limits.gguf_f32_top1, ">=")]
     if kind == "onnx:fp32":
-        return [gate("kl_mean", limits.onnx_fp32_kl), gate("max_abs", limits.onnx_fp32_max_abs)]
+        return [gate("kl_mean", limits.onnx_fp32_kl), gate("max_abs", limits.max_abs_rounding * (rounding or 0.0))]
     return [gate("kl_mean", _kl_limit(kind, limits))]
 
 
+def gates_of_length(artifact: str, kind: str, name: str, metrics: Metrics | None, limits: Gates, why: str = ""
+                    ) -> list[Gate]:
+    """Of some positions of a long row: their mean KL has the limit of all the others."""
+    return [Gate(name, artifact, "kl_mean", _table(metrics)["kl_mean"], _kl_limit(kind, limits), "<=", why)]
+
+
 def _kl_limit(kind: str, limits: Gates) -> float:
-    by_kind = {"gguf:f16": limits.gguf_f16_kl, "gguf:bf16": limits.gguf_bf16_kl, "gguf:q8_0": limits.gguf_q8_0_kl,
-               "onnx:fp16": limits.onnx_fp16_kl, "onnx:q8": limits.onnx_q8_kl}
+    by_kind = {"gguf:f32": limits.gguf_f32_kl, "gguf:f16": limits.gguf_f16_kl, "gguf:bf16": limits.gguf_bf16_kl,
+               "gguf:q8_0": limits.gguf_q8_0_kl, "onnx:fp32": limits.onnx_fp32_kl, "onnx:fp16": limits.onnx_fp16_kl,
+               "onnx:q8": limits.onnx_q8_kl}
     return by_kind.get(kind, limits.quantized_kl)
 
 

@@ -6,7 +6,7 @@ the run that left them.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lrc_edge import preflight
 from lrc_edge.artifact import Artifact
@@ -19,9 +19,13 @@ from lrc_edge.report import REPORT, read_report, write_report
 from lrc_edge.report_table import report_table
 from lrc_edge.stored_reference import REFERENCE_FILE
 from lrc_edge.target_checks import TEACHER_FILE, add_results, kept_results
-from lrc_edge.targets.profile import load_profile
+from lrc_edge.targets.kv_advice import kv_cache_advice
+from lrc_edge.targets.profile import all_profiles, load_profile, load_profiles
 from lrc_edge.targets.runtimes import is_here
 from lrc_edge.training import TrainingStages
+
+if TYPE_CHECKING:
+    from lrc_edge.targets.prove import ProofText
 
 
 class Pipeline(TrainingStages, CalibrationStages):
@@ -97,8 +101,8 @@ class Pipeline(TrainingStages, CalibrationStages):
             from lrc_edge.targets.prove import prove
 
             teacher = self.teacher.checkpoint if self.teacher else None
-            proof = prove(artifacts, self.out, student, on_grid, self.held_out_rows(student), self._prompts(student),
-                          self.recipe, threads_for(student.shape), teacher, task.update)
+            proof = prove(artifacts, self.out, student, on_grid, self.proof_text(student), self.recipe,
+                          threads_for(student.shape), teacher, task)
             gates = self._gates(proof.gates)
             table = {key: value for key, value in vars(proof).items() if key != "gates"}
             return {**table, "gates": gates}, f"{sum(g['passed'] for g in gates)} of {len(gates)} gates passed"
@@ -106,6 +110,16 @@ class Pipeline(TrainingStages, CalibrationStages):
         self._stage("check", [[a.as_dict() for a in artifacts], self._check_settings(),
                               [self._hashes(model) for model in (student, on_grid) if model]],
                     [self.out / REFERENCE_FILE], work)
+
+    def proof_text(self, model: DenseCheckpoint) -> ProofText:
+        """What the proof reads: the rows, longer ones as far as the model's context goes, and prompts."""
+        from lrc_edge.targets.prove import ProofText
+
+        rows, longest = self.held_out_rows(model), model.context_length
+        held_out, bos = self._held_out(model), self._bos(model)
+        lengths = sorted({min(wanted or longest, longest) for wanted in self.recipe.parity.long_rows})
+        return ProofText(rows, tuple(held_out.long_row(length, bos) for length in lengths if length > rows.shape[1]),
+                         tuple(self._prompts(model)))
 
     def teacher_gguf(self) -> None:
         """The teacher in 4 bits, where a target is a machine like this one: how much faster is the student?"""
@@ -130,7 +144,11 @@ class Pipeline(TrainingStages, CalibrationStages):
         if not self._stage_work and (self.out / REPORT).exists() and (self.out / "report.html").exists():
             stage_line(self.console, "report", "unchanged, nothing to do")
             return read_report(self.out)
-        table = report_table(self.dir, student, self.teacher.checkpoint if self.teacher else None, self._curve())
+        table = report_table(self.dir.manifest["stages"], student, self.teacher.checkpoint if self.teacher else None,
+                             self._curve())
+        profiles = load_profiles(self.recipe.export.targets) or all_profiles()
+        table["kv_cache_advice"] = kv_cache_advice(table["artifacts"], student.shape, profiles,
+                                                   self.recipe.gates.gguf_q8_0_kl)
         add_results(table, kept_results(self.out, table["artifacts"]))
         write_report(table, self.out)
         return table

@@ -151,6 +151,7 @@ def _check_sources(recipe: Recipe) -> None:
 
 def _check_runtimes(model: DenseCheckpoint, recipe: Recipe, formats: list[tuple[str, str]]) -> None:
     """Whether the runtimes of the wanted formats can say what this model, or a student of it, says."""
+    model.check_config()
     rows = len(model.tokenizer())
     if rows > model.shape.vocab_size:
         raise UserError(f"{model.path}: the tokenizer has {rows} tokens, the embedding {model.shape.vocab_size} rows; "

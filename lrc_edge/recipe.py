@@ -133,6 +133,11 @@ class Parity:
 
     positions: int = 2048  # teacher-forced, prefill and decode each; fewer only where the held-out text is shorter
     row_len: int = 256  # tokens of one teacher-forced row
+    # One row of each of these lengths, too, as far as the model's context goes; 0: the whole context.
+    long_rows: tuple[int, ...] = (4096, 0)
+    long_positions: int = 64  # of each long row, spread over it, prefill and decode each
+    long_seconds: float = 60.0  # a row that PyTorch would read for longer is cut
+    kv_cache_positions: int = 1024  # for each type of llama.cpp's KV cache (f16, q8_0, q4_0)
     near_tie: float = 0.01  # top-1 is not judged where the reference's two best logits are closer than this
     generate_tokens: int = 64  # of each sample text
     prompts: tuple[str, ...] = ()  # empty: the beginnings of held-out documents
@@ -142,9 +147,10 @@ class Parity:
 class Gates:
     """Limits of the proof, for a trained student. KL in nats a token."""
 
-    fold_max_abs: float = 1e-4
-    fold_top1: float = 1.0
-    identity_max_abs: float = 1e-4
+    # The largest difference of a logit where the weights are the same (fold, P = I, ONNX fp32), in units of PyTorch's
+    # own rounding: the largest difference between its float32 and its float64 logits. A larger model has larger logits.
+    max_abs_rounding: float = 16.0
+    copy_top1: float = 1.0  # of the fold, and of P = I
     gguf_f32_kl: float = 1e-6
     gguf_f32_top1: float = 0.999
     gguf_f16_kl: float = 1e-4
@@ -156,7 +162,6 @@ class Gates:
     identical_blocks: float = 0.99
     on_grid_kl: float = 0.01
     onnx_fp32_kl: float = 1e-8
-    onnx_fp32_max_abs: float = 1e-4
     onnx_fp16_kl: float = 1e-4
     onnx_q8_kl: float = 5e-3
     # On devices the same limits of KL, and of the share of equal argmax: of 16 and 32 bits, of 8 bits, of every other.
@@ -281,15 +286,15 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
 def _convert_list(value: Any, kind: type, where: str) -> tuple[Any, ...]:
     """A list, or its items between commas, or one number."""
     items = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
-    if kind is float and isinstance(items, int | float):
+    if kind is not str and isinstance(items, int | float):
         items = [items]
-    allowed = (str, int, float) if kind is float else str
+    allowed = {float: (str, int, float), int: (str, int), str: (str,)}[kind]
     if isinstance(items, list | tuple) and all(isinstance(i, allowed) and not isinstance(i, bool) for i in items):
         try:
             return tuple(kind(item) for item in items)
         except ValueError:
             pass  # a word among the numbers
-    raise UserError(f"{where} = {value!r}: need a list of {'numbers' if kind is float else 'strings'}")
+    raise UserError(f"{where} = {value!r}: need a list of {'strings' if kind is str else 'numbers'}")
 
 
 def _check_data(recipe: Recipe) -> None:
@@ -313,7 +318,8 @@ def _check(recipe: Recipe) -> None:
                   "train.checkpoint_every": t.checkpoint_every, "train.log_every": t.log_every,
                   "train.keep_checkpoints": t.keep_checkpoints,
                   "parity.positions": p.positions, "parity.row_len": p.row_len,
-                  "parity.generate_tokens": p.generate_tokens}
+                  "parity.generate_tokens": p.generate_tokens, "parity.long_positions": p.long_positions,
+                  "parity.kv_cache_positions": p.kv_cache_positions}
     above_0: dict[str, float] = {"train.kl_temperature": t.kl_temperature,
                                  "train.max_grad_norm": t.max_grad_norm}
     not_negative: dict[str, float] = {"train.tokens": t.tokens, "train.batch_tokens": t.batch_tokens,
@@ -328,7 +334,9 @@ def _check(recipe: Recipe) -> None:
                                       "export.bits_per_weight": recipe.export.bits_per_weight,
                                       "student.hidden_size": recipe.student.hidden_size,
                                       "train.kl_weight": t.kl_weight, "train.lm_weight": t.lm_weight,
-                                      "train.warmup_share": t.warmup_share, "parity.near_tie": p.near_tie}
+                                      "train.warmup_share": t.warmup_share, "parity.near_tie": p.near_tie,
+                                      "parity.long_seconds": p.long_seconds,
+                                      "parity.long_rows": min(p.long_rows, default=0)}
     for name, count in at_least_1.items():
         if count < 1:
             raise UserError(f"recipe: {name} = {count}: need at least 1")

@@ -12,6 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined, Template, TemplateError
 from markupsafe import Markup
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -40,8 +41,9 @@ def verdict(report: Report) -> str:
     missed = f"; NOT CHECKED: {_few(unchecked)}" if unchecked else ""
     if not failed:
         return ("The one gate passed" if len(gates) == 1 else f"All {len(gates)} gates passed") + missed
-    told = [f"{g['artifact']} {g['name']}: {g['metric']} {g['value']} {g['relation']} {g['limit']}"
-            for g in failed]
+    told = list(dict.fromkeys(
+        f"{g['artifact']} {g['name']}: " + (g["why"] or f"{g['metric']} {g['value']} {g['relation']} {g['limit']}")
+        for g in failed))
     return f"{len(failed)} of {len(gates)} gates FAILED: {_few(told)}{missed}"
 
 
@@ -70,6 +72,35 @@ def gate_table(report: Report) -> Table:
     return table
 
 
+def failure_lines(report: Report) -> list[str]:
+    """Why gates failed, where there is more to say than their figures: one line a reason, with the file's name."""
+    names = Names(report)
+    cells = (gate_cells(gate, names) for gate in ordered_gates(report) if "target" not in gate)
+    return list(dict.fromkeys(f"{c['artifact']}: {c['why']}" for c in cells if c["why"] and not c["passed"]))
+
+
+def show_verdict(report: Report, out: Path, console: Console) -> None:
+    """Print the first sample text, the gates, why some failed, notes, the verdict and where the page is."""
+    runtimes = {a["path"]: f"{a['format']}:{a['encoding']} in {a['runtime']}" for a in report["artifacts"]}
+    for sample in report["samples"][:1]:
+        console.print(f"\n{sample['prompt']} ...", style="bold", highlight=False, markup=False)
+        for output in sample["outputs"]:
+            text = " ".join(output["text"].split())
+            console.print(f"  {runtimes.get(output['who'], output['who'])}: {text}", highlight=False, markup=False,
+                          soft_wrap=True)
+    console.print()
+    console.print(gate_table(report))
+    for line in failure_lines(report):
+        console.print(f"failed: {line}", style="red", highlight=False, markup=False, soft_wrap=True)
+    for note in report.get("notes") or []:
+        console.print(f"note: {visible(note)}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+    passed = all(gate["passed"] for gate in report["gates"])
+    unchecked = any(row["state"] == "not checked" for target in report.get("targets", []) for row in target["rows"])
+    style = "bold red" if not passed else "bold yellow" if unchecked else "bold green"
+    console.print(verdict(report), style=style, soft_wrap=True, markup=False)
+    console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True, markup=False)
+
+
 def render_report(report: Report) -> str:
     """One HTML page that needs nothing beside it. Every text in it is escaped."""
     names = Names(report)
@@ -83,6 +114,8 @@ def render_report(report: Report) -> str:
         artifacts=view.artifact_rows(report, names), targets=target_tables(report, names), reference_top=TOP,
         loss_charts=charts.loss_charts(report), kl_chart=charts.kl_chart(report, names),
         size_chart=charts.size_chart(report, names), samples=view.sample_rows(report, names),
+        caches=view.cache_rows(report, names), cache_advice=view.cache_advice_rows(report, names),
+        notes=[visible(note) for note in report.get("notes") or []],
         fallbacks=view.fallback_groups(report, names), tokenizer=view.tokenizer_rows(report, names),
         templates=view.template_rows(report, names),
         gates=[gate_cells(gate, names) for gate in ordered_gates(report)], facts=view.build_facts(report))
@@ -96,8 +129,7 @@ def read_report(out: Path) -> Report:
     with damage_reported(file, "delete it, then run lrc-edge check to write it again"):
         report: Report = json.loads(file.read_text(encoding="utf-8"))
         render_report(report)
-        gate_table(report)
-        sample_lines(report)
+        show_verdict(report, out, Console(quiet=True))
     return report
 
 
@@ -109,14 +141,6 @@ def damage_reported(file: Path, advice: str) -> Iterator[None]:
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, OSError,
             TemplateError) as error:
         raise UserError(f"{file}: damaged ({error!r:.200}); {advice}") from error
-
-
-def sample_lines(report: Report) -> list[tuple[str, list[str]]]:
-    """(prompt, "who: text" of each model and artifact) of the first sample text; empty where there is none."""
-    runtimes = {a["path"]: f"{a['format']}:{a['encoding']} in {a['runtime']}" for a in report["artifacts"]}
-    return [(str(sample["prompt"]),
-             [f"{runtimes.get(output['who'], output['who'])}: {' '.join(str(output['text']).split())}"
-              for output in sample["outputs"]]) for sample in report["samples"][:1]]
 
 
 def write_report(report: Report, out: Path) -> None:

@@ -7,16 +7,15 @@ from importlib.metadata import version
 from typing import Any
 
 from lrc_edge import __version__
-from lrc_edge.build import BuildDir
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.machine import processors
 
 
-def report_table(build: BuildDir, student: DenseCheckpoint, teacher: DenseCheckpoint | None,
+def report_table(stages: dict[str, Any], student: DenseCheckpoint, teacher: DenseCheckpoint | None,
                  curve: list[dict[str, Any]]) -> dict[str, Any]:
-    """What lrc_edge.report renders. `curve`: the rows of metrics.jsonl; empty where nothing was trained."""
-    check = build.result("check")
-    stages = build.manifest["stages"]
+    """What lrc_edge.report renders. `stages`: as build.json records them; "check" is among them. `curve`: the rows of
+    metrics.jsonl; empty where nothing was trained."""
+    check = stages["check"]["result"]
     training = stages["train"]["result"] if "train" in stages else None
     gates = [gate for stage in ("identity", "fold") if stage in stages for gate in stages[stage]["result"]]
     table: dict[str, Any] = {
@@ -29,6 +28,7 @@ def report_table(build: BuildDir, student: DenseCheckpoint, teacher: DenseCheckp
         "calibration": stages["imatrix"]["result"] if "imatrix" in stages else None,
         "grid": stages["quantize"]["result"] if "quantize" in stages else None,
         "allocation": _allocation(stages["allocate"]["result"], check["artifacts"]) if "allocate" in stages else None,
+        "rounding": check["rounding"], "lengths": check["lengths"], "notes": check["notes"],
         "tokenizer": check["tokenizer"], "chat_template": check["chat_template"], "samples": check["samples"]}
     if table["teacher"]:
         table["teacher"]["proof_perplexity"] = check["teacher_perplexity"]

@@ -46,9 +46,11 @@ def ordered_gates(report: Report) -> list[dict[str, Any]]:
 def gate_cells(gate: dict[str, Any], names: Names) -> dict[str, Any]:
     passed, metric = gate.get("passed") is True, str(gate["metric"])
     asked, missed = RELATIONS.get(gate["relation"], (visible(gate["relation"]),) * 2)
+    why = visible(gate.get("why") or "")
     return {"passed": passed, "name": visible(gate["name"]), "artifact": names(gate["artifact"]),
             "path": visible(gate["artifact"]), "metric": METRIC_NAMES.get(metric, visible(metric)),
-            "value": _judged(metric, gate["value"]), "exact": visible(gate["value"]), "asked": asked,
+            "value": "none" if gate["value"] is None and why else _judged(metric, gate["value"]), "why": why,
+            "exact": visible(gate["value"]), "asked": asked,
             "relation": asked if passed else missed, "limit": _judged(metric, gate["limit"], whole=True)}
 
 
@@ -272,8 +274,21 @@ def template_rows(report: Report, names: Names) -> list[dict[str, Any]]:
         expected, got = prose(t["expected"]), prose(t["got"])
         same, differs, rest = split_at_difference(got, expected)
         rows.append({"artifact": names(t["artifact"]), "equal": t["equal"], "expected": expected, "same": same,
-                     "differs": differs, "rest": rest})
+                     "differs": differs, "rest": rest,
+                     "engines": [(name, prose(answer)) for name, answer in (t.get("engines") or {}).items()]})
     return rows
+
+
+def cache_rows(report: Report, names: Names) -> list[dict[str, Any]]:
+    """KL mean of each GGUF with llama.cpp's KV cache in each type."""
+    return [{"artifact": names(a["path"]), "kl": [(kind, figure(kl)) for kind, kl in a["kv_cache"].items()]}
+            for a in report["artifacts"] if a.get("kv_cache")]
+
+
+def cache_advice_rows(report: Report, names: Names) -> list[dict[str, Any]]:
+    return [{"target": visible(row["target"]), "artifact": names(row["artifact"]), "context": f"{row['context']:,}",
+             "cache": row["cache"] or "none fits", "why": visible(row["why"])}
+            for row in report.get("kv_cache_advice") or []]
 
 
 def build_facts(report: Report) -> list[tuple[str, str]]:

@@ -10,6 +10,9 @@ from lrc_edge.errors import UserError
 if TYPE_CHECKING:
     from lrc_edge.recipe import Recipe
 
+MOST = 2**31 - 1  # of any count: what runtimes hold in 32 bits
+MOST_LAYERS = 10_000  # each is listed, weight by weight
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -29,17 +32,20 @@ class ModelShape:
     @classmethod
     def from_config(cls, config: Mapping[str, Any], where: str) -> ModelShape:
         """Read a config.json. Raises UserError naming `where` and the field that is missing or no count."""
-        def count(field: str, default: int | None = None) -> int:
+        def count(field: str, default: int | None = None, most: int = MOST) -> int:
             value = config.get(field)
             value = default if value is None else value
             if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-                raise UserError(f"{where}: {field} = {value!r}: need a positive integer; mend the config")
+                raise UserError(f"{where}: {field} = {value!r:.80}: need a positive integer; mend the config")
+            if value > most:
+                raise UserError(f"{where}: {field} = {value!s:.80}: need at most {most:,}; mend the config")
             return value
 
         hidden, heads = count("hidden_size"), count("num_attention_heads")
         shape = cls(
             family=str(config.get("model_type")), vocab_size=count("vocab_size"), hidden_size=hidden,
-            intermediate_size=count("intermediate_size"), num_hidden_layers=count("num_hidden_layers"),
+            intermediate_size=count("intermediate_size"),
+            num_hidden_layers=count("num_hidden_layers", most=MOST_LAYERS),
             num_attention_heads=heads, num_key_value_heads=count("num_key_value_heads", heads),
             head_dim=count("head_dim", hidden // heads or None),
             max_position_embeddings=count("max_position_embeddings"),
@@ -85,7 +91,7 @@ class ModelShape:
         if not isinstance(shape.family, str) or not isinstance(shape.tied, bool):
             raise TypeError(f"family = {shape.family!r:.40}, tied = {shape.tied!r:.40}")
         for name, count in asdict(shape).items():
-            if name not in ("family", "tied") and (type(count) is not int or not 0 < count < 2**40):
+            if name not in ("family", "tied") and (type(count) is not int or not 0 < count <= MOST):
                 raise ValueError(f"{name} = {count!r:.40}: need a count")
         return shape
 

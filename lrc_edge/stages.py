@@ -101,10 +101,14 @@ class Stages:
         return HeldOut.from_texts(texts, model.tokenizer(), n_tokens)
 
     def held_out_rows(self, model: DenseCheckpoint) -> Any:
+        return self._held_out(model).rows(self._row_len(model), self.recipe.parity.positions, self._bos(model))
+
+    @staticmethod
+    def _bos(model: DenseCheckpoint) -> int | None:
+        """The BOS, where the tokenizer writes it before a text."""
         tokenizer = model.tokenizer()
         adds_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-        return self._held_out(model).rows(self._row_len(model), self.recipe.parity.positions,
-                                          tokenizer.bos_token_id if adds_bos else None)
+        return tokenizer.bos_token_id if adds_bos else None
 
     def _prompts(self, model: DenseCheckpoint) -> list[str]:
         """The recipe's, or the beginnings of held-out documents; Python's documentation would begin no sentence."""

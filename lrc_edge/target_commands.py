@@ -19,6 +19,7 @@ from lrc_edge.figures import human_bytes, human_count
 from lrc_edge.recipe import Recipe
 from lrc_edge.shape import ModelShape, student_width
 from lrc_edge.targets.fit import Fit, FormatFit, check_fit
+from lrc_edge.targets.llama_probe import extra_buffers
 from lrc_edge.targets.memory import GROUPS, bytes_by_group, kv_bytes_per_token
 from lrc_edge.targets.profile import all_profiles, load_profile
 from lrc_edge.targets.runtimes import kits_named
@@ -44,6 +45,8 @@ def list_targets(console: Console) -> None:
                   "lrc-edge targets setup NAME    install what its check runs; then lrc-edge check OUT --target NAME\n"
                   "Your own device is a file of the same keys: --target ./my-device.toml",
                   style="dim", highlight=False, soft_wrap=True)
+    if advice := extra_buffers().advice:
+        console.print(f"\nnote: {advice}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def show_target(name_or_path: str, console: Console) -> None:

@@ -12,7 +12,7 @@ from lrc_edge.build import replace_tree
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.console import Task
 from lrc_edge.corpus import HeldOut
-from lrc_edge.parity import gates_of_fold, gates_of_identity
+from lrc_edge.parity import gates_of_copy
 from lrc_edge.sources import SELF, local_files
 from lrc_edge.stages import Stages
 
@@ -64,12 +64,14 @@ class TrainingStages(Stages):
 
             ids = self.held_out_rows(self._teacher)
             task.update("teacher logits")
-            expected = HeldOutRows.of(Reference(self._teacher.model()), ids)
+            reference = Reference(self._teacher.model())
+            rounding = reference.rounding(ids)
+            expected = HeldOutRows.of(reference, ids, folder=self.out)
             task.update("folding P = I")
             with self.dir.partial("identity") as partial:
                 folded = fold_identity(self._teacher, partial)
                 metrics = expected.compare(Reference(folded.model()).prefill, self.recipe.parity.near_tie)
-            gates = gates_of_identity(metrics, self.recipe.gates)
+            gates = gates_of_copy("identity vs teacher", "teacher", metrics, self.recipe.gates, rounding)
             return self._gates(gates), f"P = I folds to the teacher: max abs difference {metrics.max_abs:.1e}"
 
         inputs = [self._hashes(self._teacher), self._check_settings(), self.dir.output_hashes("data")]
@@ -119,10 +121,12 @@ class TrainingStages(Stages):
                 student = fold(self._teacher, trained, partial, provenance, task.update)
                 task.update("folded vs clone")
                 clone = load_clone(self._teacher, self.hidden_size, trained=trained)
-                metrics = compare_models(Reference(clone.student), Reference(student.model()),
-                                         self.held_out_rows(self._teacher), self.recipe.parity.near_tie)
+                reference, rows = Reference(clone.student), self.held_out_rows(self._teacher)
+                rounding = reference.rounding(rows)
+                metrics = compare_models(reference, Reference(student.model()), rows, self.recipe.parity.near_tie)
                 replace_tree(partial, folder)
-            return (self._gates(gates_of_fold(metrics, self.recipe.gates)),
+            gates = gates_of_copy("folded vs clone", "student", metrics, self.recipe.gates, rounding)
+            return (self._gates(gates),
                     f"{provenance['name']}: {student.shape.n_params:,} parameters, "
                     f"max abs difference to the clone {metrics.max_abs:.1e}")
 

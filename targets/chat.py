@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from llama_cpp import Llama
 
 from lrc_edge import llama_log
 from lrc_edge.errors import UserError
+from lrc_edge.targets.llama_probe import extra_buffers, without_extra_buffers
 
 
 class Chat:
@@ -17,7 +19,8 @@ class Chat:
     def __init__(self, path: Path, n_ctx: int, threads: int):
         llama_log.listen()  # llama-cpp-python's own log callback prints warnings as errors
         try:
-            self.llm = Llama(str(path), n_ctx=n_ctx, n_threads=threads, verbose=False)
+            with nullcontext() if extra_buffers().usable else without_extra_buffers():
+                self.llm = Llama(str(path), n_ctx=n_ctx, n_threads=threads, verbose=False)
         except ValueError as error:
             raise UserError(f"{path}: llama.cpp cannot load it; check it with lrc-edge inspect") from error
         self.has_template = "tokenizer.chat_template" in self.llm.metadata

@@ -17,11 +17,11 @@ class EmulatedWorker(PythonWorker):
         super().__init__(runtime)
         self._label = label
 
-    def open(self, path: str, n_ctx: int, threads: int) -> dict[str, Any]:
+    def open(self, path: str, n_ctx: int, threads: int, cache: str = "f16") -> dict[str, Any]:
         if self._runtime_name != "llama.cpp":
-            return super().open(path, n_ctx, threads) | {"label": self._label}
+            return super().open(path, n_ctx, threads, cache) | {"label": self._label}
         load_backends(llama_libraries())
-        return super().open(path, n_ctx, threads) | {"label": f"{self._label}, {cpu_backend()}"}
+        return super().open(path, n_ctx, threads, cache) | {"label": f"{self._label}, {cpu_backend()}"}
 
     def memory(self) -> dict[str, Any]:
         return super().memory() | {"how": "VmHWM, the emulator included"}

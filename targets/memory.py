@@ -18,6 +18,7 @@ BLOCK = 32  # weights that share a scale
 # whose scales are float32.
 _BLOCK_BYTES = {"gguf:q4_0": (18, 34), "gguf:q8_0": (34, 34), "gguf:f16": (64, 64), "onnx:q4": (20, 36),
                 "onnx:q8": (36, 36)}
+_CACHE_BYTES = {"f16": 2.0, "q8_0": 34 / BLOCK, "q4_0": 18 / BLOCK}  # an element of llama.cpp's KV cache
 GROUPS = ("embedding", "attention", "ffn", "norms", "head")
 
 # The process with a model of no size (VmHWM, Linux x86-64): Python with numpy, node, or a browser's page. A program in
@@ -91,25 +92,28 @@ def _group(weight: Weight) -> str:
     return weight.role.name.split("_")[0].replace("attn", "attention")
 
 
-def kv_bytes_per_token(shape: ModelShape, format_: str) -> int:
-    """llama.cpp keeps the cache in F16 by default, our ONNX graphs in float32."""
-    return (2 if format_.startswith("gguf:") else 4) * shape.kv_elements_per_token
+def kv_bytes_per_token(shape: ModelShape, format_: str, cache: str = "f16") -> int:
+    """llama.cpp keeps the cache in F16 by default (`cache`: its type there), our ONNX graphs in float32."""
+    return int((_CACHE_BYTES[cache] if format_.startswith("gguf:") else 4) * shape.kv_elements_per_token)
 
 
-def memory_of(shape: ModelShape, format_: str, runtime: str, context: int, features: Collection[str]) -> Memory:
+def memory_of(shape: ModelShape, format_: str, runtime: str, context: int, features: Collection[str],
+              cache: str = "f16") -> Memory:
     """What `runtime` takes for a file of that format and a prompt that fills `context`, on a processor with `features`.
 
-    Both names as profiles have them (profile.FORMATS, GGUF_RUNTIMES and ONNX_RUNTIMES).
+    Both names as profiles have them (profile.FORMATS, GGUF_RUNTIMES and ONNX_RUNTIMES). `cache`: the type of
+    llama.cpp's KV cache.
     """
     if format_.startswith("gguf:"):
-        return _llama_cpp(shape, format_, runtime, context, features)
+        return _llama_cpp(shape, format_, runtime, context, features, cache)
     return _onnxruntime(shape, format_, runtime, context)
 
 
 # llama.cpp
 
 
-def _llama_cpp(shape: ModelShape, format_: str, runtime: str, context: int, features: Collection[str]) -> Memory:
+def _llama_cpp(shape: ModelShape, format_: str, runtime: str, context: int, features: Collection[str], cache: str
+               ) -> Memory:
     padded = math.ceil(context / _CONTEXT_STEP) * _CONTEXT_STEP
     repacked, originals = _repacked(shape, format_, features)
     working = _llama_cpp_activations(shape, format_, context, padded)
@@ -117,7 +121,7 @@ def _llama_cpp(shape: ModelShape, format_: str, runtime: str, context: int, feat
         working = max(working, 4 * min(_BATCH, context) * (shape.vocab_size + 2 * shape.hidden_size))
     return Memory(
         weights=sum(bytes_by_group(shape, format_).values()), copies=repacked, working=working,
-        kv_cache=padded * kv_bytes_per_token(shape, format_), droppable=originals,
+        kv_cache=padded * kv_bytes_per_token(shape, format_, cache), droppable=originals,
         runtime=_own(shape, runtime))
 
 

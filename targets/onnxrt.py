@@ -1,6 +1,7 @@
 """Plain onnxruntime: a decoder graph with a KV cache on the CPU."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import onnxruntime
 
 from lrc_edge.errors import UserError
 
+CHUNK = 512  # tokens in one run; each has its logits, V * 4 bytes
 CACHE_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 Cache = dict[str, onnxruntime.OrtValue]  # past_key_values.{layer}.{key|value} -> (1, kv heads, P, head_dim)
 
@@ -35,26 +37,47 @@ class OnnxRuntime:
             value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), CACHE_TYPES[value.type])
             for value in self._session.get_inputs() if value.name.startswith("past_key_values.")}
 
-    def prefill(self, ids: np.ndarray) -> np.ndarray:
-        """(T,) -> (T, V)"""
-        return self._step(np.asarray(ids), self._empty_cache(), 0)[0]
+    def prefill(self, ids: np.ndarray, positions: Sequence[int] | None = None) -> np.ndarray:
+        """(T,) -> (P, V). A row of more than CHUNK tokens is read in parts, through the KV cache."""
+        ids = np.asarray(ids)
+        if len(ids) <= CHUNK:
+            logits = self._step(ids[None], self._empty_cache(), 0)[0][0]
+            return logits if positions is None else logits[list(positions)]
+        cache, parts = self._empty_cache(), []
+        for start in range(0, len(ids), CHUNK):
+            logits, cache = self._step(ids[None, start:start + CHUNK], cache, start)
+            kept = range(len(logits[0])) if positions is None else [
+                p - start for p in positions if start <= p < start + CHUNK]
+            parts.append(logits[0, list(kept)])
+        return np.concatenate(parts)
 
-    def decode(self, ids: np.ndarray) -> np.ndarray:
-        """(T,) -> (T, V), T runs of one token."""
-        cache = self._empty_cache()
-        rows = []
-        for n_past, token in enumerate(np.asarray(ids)):
-            logits, cache = self._step(np.array([token]), cache, n_past)
-            rows.append(logits[0])
+    def decode(self, ids: np.ndarray, positions: Sequence[int] | None = None) -> np.ndarray:
+        """(T,) -> (P, V), one token in each run at `positions`, and CHUNK of them between those."""
+        ids = np.asarray(ids)
+        cache, done, rows = self._empty_cache(), 0, []
+        for position in range(len(ids)) if positions is None else positions:
+            for start in range(done, position, CHUNK):
+                _, cache = self._step(ids[None, start:min(start + CHUNK, position)], cache, start)
+            logits, cache = self._step(ids[None, position:position + 1], cache, position)
+            rows.append(logits[0, 0])
+            done = position + 1
         return np.stack(rows)
+
+    def decode_rows(self, rows: np.ndarray) -> np.ndarray:
+        """Rows (B, T) side by side, T runs of one token of each -> (B, T, V)."""
+        cache, steps = self._empty_cache(len(rows)), []
+        for t in range(rows.shape[1]):
+            logits, cache = self._step(rows[:, t:t + 1], cache, t)
+            steps.append(logits)
+        return np.concatenate(steps, axis=1)
 
     def generate(self, ids: list[int], n_tokens: int, stop: set[int]) -> list[int]:
         made: list[int] = []
         cache, new, n_past = self._empty_cache(), list(ids), 0
         while len(made) < n_tokens:
-            logits, cache = self._step(np.array(new), cache, n_past)
+            logits, cache = self._step(np.array([new]), cache, n_past)
             n_past += len(new)
-            token = int(logits[-1].argmax())
+            token = int(logits[0, -1].argmax())
             if token in stop:
                 break
             made.append(token)
@@ -64,15 +87,18 @@ class OnnxRuntime:
     def close(self) -> None:
         self._session = None
 
-    def _empty_cache(self) -> Cache:
-        return {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in self._empty_past.items()}
+    def _empty_cache(self, n_rows: int = 1) -> Cache:
+        return {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.repeat(array, n_rows, axis=0))
+                for name, array in self._empty_past.items()}
 
     def _step(self, new_ids: np.ndarray, cache: Cache, n_past: int) -> tuple[np.ndarray, Cache]:
-        """Run (T,) new ids after n_past cached ones: (T, V) float32 and the longer cache, kept in onnxruntime."""
-        feeds = {"input_ids": new_ids[None].astype(np.int64),
-                 "attention_mask": np.ones((1, n_past + len(new_ids)), np.int64),
-                 "position_ids": np.arange(n_past, n_past + len(new_ids), dtype=np.int64)[None]}
+        """Run (B, T) new ids after n_past cached ones: (B, T, V) float32 and the longer cache, kept in onnxruntime."""
+        n_rows, n_new = new_ids.shape
+        positions = np.arange(n_past, n_past + n_new, dtype=np.int64)
+        feeds = {"input_ids": np.ascontiguousarray(new_ids, dtype=np.int64),
+                 "attention_mask": np.ones((n_rows, n_past + n_new), np.int64),
+                 "position_ids": np.repeat(positions[None], n_rows, axis=0)}
         values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
         found = dict(zip(self._outputs, self._session.run_with_ort_values(self._outputs, values | cache), strict=True))
-        logits: np.ndarray = found.pop("logits").numpy()[0]
+        logits: np.ndarray = found.pop("logits").numpy()
         return logits, {name.replace("present.", "past_key_values."): value for name, value in found.items()}

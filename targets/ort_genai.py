@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,33 +39,32 @@ class OrtGenai:
         # Off by default, unlike Hugging Face: a prompt would go without the BOS that the model was trained with.
         self._prompt_tokenizer.update_options(add_special_tokens="true")
 
-    def prefill(self, ids: np.ndarray) -> np.ndarray:
+    def prefill(self, ids: np.ndarray, positions: Sequence[int] | None = None) -> np.ndarray:
         """(T,) -> (T, V). Raises RuntimeError when the runtime does not give the logits of every position."""
         generator = self._generator(len(ids) + 1)
         generator.append_tokens(np.asarray(ids, dtype=np.int32))
         logits: np.ndarray = np.array(generator.get_output("logits"), dtype=np.float32)[0]
         if len(logits) != len(ids):
             raise RuntimeError(f"{self.label}: {len(logits)} rows of logits for {len(ids)} tokens")
-        return logits
+        return logits if positions is None else logits[list(positions)]
 
-    def decode(self, ids: np.ndarray) -> np.ndarray:
+    def decode(self, ids: np.ndarray, positions: Sequence[int] | None = None) -> np.ndarray:
         generator = self._generator(len(ids) + 1)
         rows = []
         for token in np.asarray(ids, dtype=np.int32):
             generator.append_tokens(token[None])
             rows.append(np.array(generator.get_output("logits"), dtype=np.float32)[0, -1])
-        return np.stack(rows)
+        return np.stack(rows if positions is None else [rows[p] for p in positions])
 
     def generate(self, ids: list[int], n_tokens: int, stop: set[int]) -> list[int]:
         """Ends at the folder's own end-of-text ids too, whatever `stop` says: they are in genai's loop."""
         generator = self._generator(len(ids) + n_tokens)
         generator.append_tokens(np.array(ids, dtype=np.int32))
         made: list[int] = []
-        own_stop = set(map(int, self._tokenizer.eos_token_ids))
         while len(made) < n_tokens and not generator.is_done():
             generator.generate_next_token()
             token = int(generator.get_next_tokens()[0])
-            if token in stop | own_stop:
+            if token in stop | self.end_tokens:
                 break
             made.append(token)
         return made
@@ -76,7 +76,13 @@ class OrtGenai:
         # The prompt's tokenizer: without added special tokens, genai keeps SentencePiece's leading space.
         return str(self._prompt_tokenizer.decode(np.array(ids, dtype=np.int32)))
 
-    def render_chat(self, messages: list[dict[str, str]]) -> tuple[str, list[int]]:
+    @property
+    def end_tokens(self) -> set[int]:
+        """Tokens at which genai's loop ends a generation."""
+        return set(map(int, self._tokenizer.eos_token_ids))
+
+    def render_chat(self, messages: list[dict[str, str]], engine: str = "") -> tuple[str, list[int]]:
+        """By its own Jinja, the only engine that it has."""
         text = self._tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True)
         return text, [int(token) for token in self._tokenizer.encode(text)]
 

@@ -76,7 +76,7 @@ class Profile:
 
     def runtime_of(self, format_name: str) -> str:
         """The first of its runtimes that runs the format."""
-        return next(name for name in self.runtimes if name in _runtimes_of(format_name))
+        return next(name for name in self.runtimes if name in runtimes_of_format(format_name))
 
 
 FIGURES = ("cores", "ram_gb", "usable_gb", "bandwidth_gb_s")
@@ -196,9 +196,10 @@ def _check(profile: Profile, where: str) -> None:
         raise UserError(f"{where}: {'runtimes' if profile.formats else 'formats'} is empty; need at least one")
     _check_one_of(profile.recommended, tuple(profile.format_names), f"{where}: recommended")
     for name in profile.format_names:
-        if not set(_runtimes_of(name)) & set(profile.runtimes):
-            raise UserError(f"{where}: formats has {name}, and none of its runtimes ({', '.join(_runtimes_of(name))}) "
-                            "is among runtimes; add one or remove the format")
+        if not set(runtimes_of_format(name)) & set(profile.runtimes):
+            readers = ", ".join(runtimes_of_format(name))
+            raise UserError(f"{where}: formats has {name}, and none of its runtimes ({readers}) is among runtimes; add "
+                            "one or remove the format")
     if profile.context < 1:
         raise UserError(f"{where}: context = {profile.context}: need 1 or more")
     if profile.usable_gb.value > profile.ram_gb.value:
@@ -211,5 +212,5 @@ def _check_one_of(word: Any, known: tuple[str, ...], where: str) -> None:
         raise UserError(f"{where} = {word!r}: need one of {', '.join(known)}")
 
 
-def _runtimes_of(format_name: str) -> tuple[str, ...]:
+def runtimes_of_format(format_name: str) -> tuple[str, ...]:
     return GGUF_RUNTIMES if format_name.startswith("gguf:") else ONNX_RUNTIMES

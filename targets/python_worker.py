@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +20,64 @@ import numpy as np
 from lrc_edge.errors import UserError
 
 TIMING_SECONDS = 0.2
-OPS = ("open", "score", "generate", "tokenize", "speed", "memory")
+PLAIN_BUFFERS = "--plain-buffers"  # llama.cpp without its extra buffers (llama_probe.py)
+OPS = ("open", "score", "generate", "tokenize", "speed", "memory", "context", "prefill", "decode", "end_tokens", "chat")
 
 
-def open_runtime(runtime: str, path: Path, n_ctx: int, threads: int) -> Any:
-    if runtime == "llama.cpp":
-        from lrc_edge.targets.llamacpp import LlamaCpp
+def open_llama_cpp(path: Path, n_ctx: int, threads: int, cache: str, extra_buffers: bool) -> Any:
+    from lrc_edge.targets.llamacpp import LlamaCpp
 
-        return LlamaCpp(path, n_ctx, threads, as_shipped=True)
-    if runtime == "onnxruntime":
-        from lrc_edge.targets.onnxrt import OnnxRuntime
+    return LlamaCpp(path, n_ctx, threads, cache, extra_buffers)
 
-        return OnnxRuntime(path, threads)
+
+def open_onnxruntime(path: Path, n_ctx: int, threads: int, cache: str, extra_buffers: bool) -> Any:
+    from lrc_edge.targets.onnxrt import OnnxRuntime
+
+    return OnnxRuntime(path, threads)
+
+
+def open_genai(path: Path, n_ctx: int, threads: int, cache: str, extra_buffers: bool) -> Any:
     from lrc_edge.targets.ort_genai import OrtGenai
 
     return OrtGenai(path.parent.parent, f"{path.parent.name}/{path.name}", threads)
 
 
+OPEN = {"llama.cpp": open_llama_cpp, "onnxruntime": open_onnxruntime, "onnxruntime-genai": open_genai}
+
+
 class PythonWorker:
-    def __init__(self, runtime: str):
+    """Answers the requests of worker.py for one of OPEN's runtimes. Raises KeyError for another name."""
+
+    def __init__(self, runtime: str, extra_buffers: bool = True):
         self._runtime_name = runtime
+        self._open_runtime = OPEN[runtime]
+        self._extra_buffers = extra_buffers
         self._runtime: Any = None
 
-    def open(self, path: str, n_ctx: int, threads: int) -> dict[str, Any]:
-        self._runtime = open_runtime(self._runtime_name, Path(path), n_ctx, threads)
+    def open(self, path: str, n_ctx: int, threads: int, cache: str = "f16") -> dict[str, Any]:
+        self._runtime = self._open_runtime(Path(path), n_ctx, threads, cache, self._extra_buffers)
         self._n_ctx = min(n_ctx, getattr(self._runtime, "n_ctx", n_ctx))
         return {"label": self._runtime.label, "n_ctx": self._n_ctx, "vocab_size": self._runtime.vocab_size}
+
+    def context(self, n_ctx: int, n_rows: int, cache: str) -> dict[str, Any]:
+        self._runtime.new_context(n_ctx, n_rows, cache)
+        self._n_ctx = n_ctx
+        return {}
+
+    def prefill(self, rows: list[list[int]], positions: list[int] | None, fd: int) -> dict[str, Any]:
+        return _send_logits((self._runtime.prefill(np.array(row), positions) for row in rows), fd)
+
+    def decode(self, rows: list[list[int]], positions: list[int] | None, fd: int) -> dict[str, Any]:
+        if positions is None and len(rows) > 1:
+            return _send_logits(iter(self._runtime.decode_rows(np.array(rows))), fd)
+        return _send_logits((self._runtime.decode(np.array(row), positions) for row in rows), fd)
+
+    def end_tokens(self) -> dict[str, Any]:
+        return {"ids": sorted(self._runtime.end_tokens)}
+
+    def chat(self, messages: list[dict[str, str]], engine: str) -> dict[str, Any]:
+        text, ids = self._runtime.render_chat(messages, engine)
+        return {"text": text, "ids": ids}
 
     def score(self, ids: list[int], wanted: list[list[int]]) -> dict[str, Any]:
         logits_TV = self._runtime.prefill(np.array(ids))
@@ -94,6 +126,18 @@ def peak_bytes() -> int | None:
                 None)
 
 
+def _send_logits(rows: Iterator[np.ndarray], fd: int) -> dict[str, Any]:
+    """Write (P, V) logits of each row, one after the other, from the beginning of the file."""
+    offset, shape = 0, ()
+    for logits in rows:
+        data = memoryview(np.ascontiguousarray(logits, dtype=np.float32)).cast("B")  # type: ignore[arg-type]
+        shape = logits.shape
+        while data:
+            written = os.pwrite(fd, data, offset)
+            data, offset = data[written:], offset + written
+    return {"shape": [offset // (4 * math.prod(shape)), *shape] if offset else [0]}
+
+
 def _log_sum_exp(row_V: np.ndarray) -> float:
     row = row_V.astype(np.float64)
     largest = float(row.max())
@@ -104,8 +148,7 @@ def answer_requests(worker: PythonWorker) -> None:
     """Runtimes print on stdout as they please: it is kept for answers, and what they print goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash is an answer: no core file,
-    os.environ["GGML_NO_BACKTRACE"] = "1"  # and llama.cpp's last words are why it aborts
+    os.environ["GGML_NO_BACKTRACE"] = "1"  # llama.cpp's last words are why it aborts
     for line in sys.stdin:
         answers.write(json.dumps(answer(worker, line)) + "\n")
         answers.flush()
@@ -127,4 +170,4 @@ def answer(worker: PythonWorker, line: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    answer_requests(PythonWorker(sys.argv[1]))
+    answer_requests(PythonWorker(sys.argv[1], PLAIN_BUFFERS not in sys.argv[2:]))

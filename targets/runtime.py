@@ -4,6 +4,7 @@ A runtime holds one loaded artifact. Logits always have the model's vocab_size c
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -15,12 +16,12 @@ class Runtime(Protocol):
 
     label: str  # "llama.cpp (llama-cpp-python 0.3.36)"
 
-    def prefill(self, ids: np.ndarray) -> np.ndarray:
-        """Logits of a whole row at once: (T,) integers -> (T, V) float32."""
+    def prefill(self, ids: np.ndarray, positions: Sequence[int] | None = None) -> np.ndarray:
+        """Logits of a row read at once: (T,) integers -> (P, V) float32 at `positions`, ascending; None: at all."""
         ...
 
-    def decode(self, ids: np.ndarray) -> np.ndarray:
-        """The same logits, one token at a time through the KV cache: (T,) integers -> (T, V) float32."""
+    def decode(self, ids: np.ndarray, positions: Sequence[int] | None = None) -> np.ndarray:
+        """The same logits, each of a token that is read alone, through the KV cache."""
         ...
 
     def generate(self, ids: list[int], n_tokens: int, stop: set[int]) -> list[int]:
@@ -44,6 +45,6 @@ class TextRuntime(Runtime, Protocol):
         """Text of generated ids, special tokens left out."""
         ...
 
-    def render_chat(self, messages: list[dict[str, str]]) -> tuple[str, list[int]]:
+    def render_chat(self, messages: list[dict[str, str]], engine: str = "jinja") -> tuple[str, list[int]]:
         """Messages through the artifact's own chat template, with generation prompt: the string and its ids."""
         ...

@@ -11,17 +11,31 @@ from pathlib import Path
 from lrc_edge.machine import architecture
 from lrc_edge.targets import browser, emulation, node_llama
 from lrc_edge.targets.kits import Kit, Pip, Unavailable
+from lrc_edge.targets.llama_probe import extra_buffers
 from lrc_edge.targets.profile import Profile, load_profile
+from lrc_edge.targets.python_worker import PLAIN_BUFFERS
 from lrc_edge.targets.worker import Command
 
 # Given a folder that the artifact, and in a browser all that belongs to it, lies below.
 Start = Callable[[Path], AbstractContextManager[Command]]
 
-PYTHON = {  # name -> what it reads, whether it has a tokenizer, where it comes from
-    "llama.cpp": ("gguf", True, Pip("llama-cpp-python", "llama_cpp", "0.3.36")),
-    "onnxruntime": ("onnx", False, Pip("onnxruntime", "onnxruntime", "1.31.1")),
-    "onnxruntime-genai": ("onnx", False, Pip("onnxruntime-genai", "onnxruntime_genai", "0.18.0")),
-}
+@dataclass(frozen=True)
+class PythonRuntime:
+    """A runtime with Python bindings, which python_worker.py opens."""
+
+    name: str
+    format: str  # "gguf" | "onnx"
+    reads_text: bool  # it has a tokenizer that says what Hugging Face's says
+    kit: Kit
+
+
+PYTHON = {runtime.name: runtime for runtime in (
+    PythonRuntime("llama.cpp", "gguf", True, Pip("llama-cpp-python", "llama_cpp", "0.3.36")),
+    PythonRuntime("onnxruntime", "onnx", False, Pip("onnxruntime", "onnxruntime", "1.31.1")),
+    PythonRuntime("onnxruntime-genai", "onnx", False, Pip("onnxruntime-genai", "onnxruntime_genai", "0.18.0")))}
+# Format -> the runtimes that prove a build's files on this machine: the first is compared with PyTorch, position by
+# position; the others run the same files their own way.
+PROOF = {"gguf": ("llama.cpp",), "onnx": ("onnxruntime", "onnxruntime-genai")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +68,7 @@ def kits_named(name: str) -> tuple[Kit, ...]:
 
     Raises UserError for what is neither.
     """
-    single = {**{runtime: (kit,) for runtime, (_, _, kit) in PYTHON.items()}, **browser.KITS,
+    single = {**{runtime.name: (runtime.kit,) for runtime in PYTHON.values()}, **browser.KITS,
               "node-llama-cpp": node_llama.KITS, "aarch64": (emulation.KIT,)}
     return single[name] if name in single else tuple(kit for runtime in runtimes_of(load_profile(name))
                                                      for kit in runtime.kits)
@@ -67,20 +81,17 @@ def _runtime(name: str, profile: Profile) -> DeviceRuntime:
         return DeviceRuntime(name=name, format="gguf", reads_text=True, here=True,
                              start=lambda _: nullcontext(node_llama.command()),
                              kits=node_llama.KITS if is_here(profile) else (_elsewhere(profile),))
-    return DeviceRuntime(name=name, format="gguf" if name == "wllama" else "onnx", reads_text=True, page=True,
+    return DeviceRuntime(name=name, format=browser.FORMATS[name], reads_text=True, page=True,
                          kits=browser.KITS[name], start=partial(browser.command, name))
 
 
 def _python_runtime(name: str, profile: Profile) -> DeviceRuntime:
-    format_, reads_text, kit = PYTHON[name]
+    common = partial(DeviceRuntime, name=name, format=PYTHON[name].format, reads_text=PYTHON[name].reads_text)
     if is_here(profile):
-        return DeviceRuntime(name=name, format=format_, reads_text=reads_text, kits=(kit,), start=_native(name),
-                             here=True, timed=True)
+        return common(kits=(PYTHON[name].kit,), start=_native(name), here=True, timed=True)
     if profile.emulate and profile.architecture == "aarch64":
-        return DeviceRuntime(name=name, format=format_, reads_text=reads_text, kits=(emulation.KIT,),
-                             start=_emulated(name, profile.emulate), emulated=profile.emulate)
-    return DeviceRuntime(name=name, format=format_, reads_text=reads_text, kits=(_elsewhere(profile),),
-                         start=_native(name))
+        return common(kits=(emulation.KIT,), start=_emulated(name, profile.emulate), emulated=profile.emulate)
+    return common(kits=(_elsewhere(profile),), start=_native(name))
 
 
 def _emulated(name: str, cpu: str) -> Start:
@@ -92,4 +103,10 @@ def _elsewhere(profile: Profile) -> Unavailable:
 
 
 def _native(name: str) -> Start:
-    return lambda _: nullcontext(Command((sys.executable, "-P", "-m", "lrc_edge.targets.python_worker", name)))
+    return lambda _: nullcontext(native_command(name))
+
+
+def native_command(name: str) -> Command:
+    """A worker with one of PYTHON's runtimes on this machine. Raises KeyError for another name."""
+    flags = (PLAIN_BUFFERS,) if name == "llama.cpp" and not extra_buffers().usable else ()
+    return Command((sys.executable, "-P", "-m", "lrc_edge.targets.python_worker", PYTHON[name].name, *flags))

@@ -1,14 +1,13 @@
 """Does a runtime read text as the Hugging Face tokenizer does? Token ids and rendered chats, string by string."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lrc_edge.targets.awkward_text import awkward_strings
-from lrc_edge.targets.runtime import TextRuntime
 
 SHOWN = 10  # examples kept for the report
 
@@ -37,12 +36,12 @@ class TokenParity:
         return 1 - self.n_mismatches / self.n_strings if self.n_strings else 1.0
 
 
-def compare_token_ids(tokenizer: PreTrainedTokenizerBase, runtime: TextRuntime,
+def compare_token_ids(tokenizer: PreTrainedTokenizerBase, tokenize: Callable[[Sequence[str]], list[list[int]]],
                       strings: Sequence[str] | None = None) -> TokenParity:
     """Compare ids on `strings`, or on `corpus_of` the tokenizer.
 
-    The counterpart of a runtime's tokenize() is `tokenizer.encode(text)`: BOS and EOS as the model adds them, special
-    tokens in the text parsed.
+    `tokenize`: a runtime's, of many texts. Its counterpart is `tokenizer.encode(text)`: BOS and EOS as the model adds
+    them, special tokens in the text parsed.
 
     Runtimes tokenize text as it comes. A tokenizer with a Unicode normalizer (Qwen's NFC) reads a decomposed "é" as
     the composed one, and no GGUF can say so; for such a string the runtime is given the normalized text, and the
@@ -50,14 +49,13 @@ def compare_token_ids(tokenizer: PreTrainedTokenizerBase, runtime: TextRuntime,
     """
     if strings is None:
         strings = corpus_of(tokenizer)
-    normalized = 0
+    composed = [normalize(tokenizer, text) for text in strings]
     wrong: list[TokenMismatch] = []
-    for text in strings:
-        composed = normalize(tokenizer, text)
-        normalized += composed != text
-        expected, got = list(tokenizer.encode(text, verbose=False)), list(runtime.tokenize(composed))
+    for text, got in zip(strings, tokenize(composed), strict=True):
+        expected = list(tokenizer.encode(text, verbose=False))
         if expected != got:
             wrong.append(TokenMismatch(text, expected, got))
+    normalized = sum(text != other for text, other in zip(strings, composed, strict=True))
     return TokenParity(len(strings), normalized, len(wrong), tuple(wrong[:SHOWN]))
 
 

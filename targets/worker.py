@@ -10,18 +10,28 @@ The requests, in the order they may come (`op` and its fields -> fields of the a
     speed     ids, n_prompt, n_decode    -> prefill (of the last n_prompt ids) and decode after them, in tokens/s
     memory                               -> peak_bytes, how (by what it was measured)
     requests                             -> foreign (URLs that a page asked of anyone but us)
+
+The native Python workers, which prove a build's files, answer these as well (python_worker.py):
+
+    context   n_ctx, n_rows, cache       -> nothing; a new KV cache, of the type `cache` (llama.cpp only)
+    prefill   rows (B, T), positions (P), fd    -> shape (B, P, V) of the float32 logits that it wrote to the file `fd`
+    decode    the same                   -> the same, with one token at a time at each of the positions
+    end_tokens                           -> ids at which the runtime ends a generation
+    chat      messages, engine           -> text and ids of a rendered conversation
 """
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import resource
 import select
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +39,7 @@ from typing import Any
 from lrc_edge.errors import UserError
 
 ANSWER_SECONDS = 600.0
+PR_SET_PDEATHSIG = 1  # prctl(2)
 DEATHS: dict[int, str] = {signal.SIGILL: "illegal instruction", signal.SIGSEGV: "segmentation fault",
                           signal.SIGBUS: "bus error", signal.SIGABRT: "aborted",
                           signal.SIGKILL: "killed (out of memory?)"}
@@ -62,15 +73,36 @@ def ended_by_signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-class Worker:
-    """One running worker. Use it as a context manager: it never outlives the block. Raises WorkerFailed."""
+def _dies_with_parent() -> Callable[[], None]:
+    """What a child runs between fork and exec: the kernel kills it when this process dies, even by SIGKILL (Linux).
 
-    def __init__(self, command: Command):
+    A crash is an answer, so it leaves no core file.
+    """
+    parent = os.getpid()
+    prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+
+    def prepare() -> None:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if prctl is not None:
+            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:  # it died before the kernel was asked
+                os._exit(1)
+    return prepare
+
+
+class Worker:
+    """One running worker. Use it as a context manager: it never outlives the block, nor this process.
+
+    `files`: descriptors that it inherits. Raises WorkerFailed.
+    """
+
+    def __init__(self, command: Command, files: Collection[int] = ()):
         self._log = tempfile.TemporaryFile()
         try:
             self._process = subprocess.Popen(command.argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
                                              stderr=self._log, env={**os.environ, **command.env},
-                                             start_new_session=True)
+                                             start_new_session=True, pass_fds=tuple(files),
+                                             preexec_fn=_dies_with_parent())
         except OSError as error:
             self._log.close()
             raise WorkerFailed(f"{command.argv[0]}: cannot start it ({error.strerror})") from error
@@ -83,6 +115,16 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def close(self) -> None:
+        """Kill it and what it started. Calling it again does nothing."""
+        if self._log.closed:
+            return
         self._kill()
         self._process.communicate()
         self._log.close()

@@ -18,10 +18,11 @@ PHONE = {"width": 375, "height": 812}
 
 
 def use(model: Path, host: str = "127.0.0.1", **asked: Any) -> dict[str, Any]:
-    """What tests/node/page.mjs found when it did what is asked. `host`: of the address that is opened."""
-    with page_server(model, "", "127.0.0.1", 0) as server:
+    """What tests/node/page.mjs found when it did what is asked. `host`: of the address that is opened; another name
+    than 127.0.0.1 needs a server for other devices."""
+    with page_server(model, "", "127.0.0.1" if host == "127.0.0.1" else "0.0.0.0", 0) as server:
         told = {"playwright": str(PLAYWRIGHT.module("playwright-core")), "chromium": str(CHROMIUM.program),
-                "url": f"http://{host}:{server.port}/", **asked}
+                "host": host, "url": f"http://{host}:{server.port}/", **asked}
         done = subprocess.run(["node", str(Path(__file__).parent / "node" / "page.mjs")], input=json.dumps(told),
                               capture_output=True, text=True, timeout=300, check=False)
     if done.returncode:

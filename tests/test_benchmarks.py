@@ -1,14 +1,18 @@
 """The benchmarks of speed run, in small; what they print is measured."""
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_models import TEXT
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -18,6 +22,20 @@ def run(script: str, work: Path, *arguments: str) -> str:
                            "--repeats", "1", *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_pyproject_declares_what_the_scripts_import() -> None:
+    project = tomllib.loads((BENCHMARKS.parent / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[<>=\[]", line)[0].replace("-", "_")
+                for line in project["dependencies"] + project["optional-dependencies"]["bench"]}
+    declared |= {"lrc_edge", "llama_cpp", "tokenizers"}  # ours; llama-cpp-python's name; a part of transformers
+    declared |= {script.stem for script in BENCHMARKS.glob("*.py")} | sys.stdlib_module_names
+    for script in BENCHMARKS.glob("*.py"):
+        for node in ast.walk(ast.parse(script.read_text())):
+            names = ([alias.name for alias in node.names] if isinstance(node, ast.Import)
+                     else [node.module or ""] if isinstance(node, ast.ImportFrom) else [])
+            assert {name.split(".")[0] for name in names} <= declared, script.name
+    assert "onnx_ir" in declared  # what onnxruntime-genai's builder imports, and its package does not require
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +55,13 @@ def test_export_measures_time_memory_and_bytes(work: Path) -> None:
     assert not (work / "outputs").exists()
 
 
+def test_the_peer_of_the_onnx_files_runs(tmp_path: Path) -> None:
+    pytest.importorskip("onnx_ir", reason="needs the extra `bench`")
+    run("export.py", tmp_path, "--rows", "genai builder int4")
+    [built] = json.loads((tmp_path / "export.json").read_text())["genai builder int4"]
+    assert built["output_bytes"] > 100_000
+
+
 def test_peak_and_time_are_the_measured_process_s(tmp_path: Path) -> None:
     spec = importlib.util.spec_from_file_location("export_benchmark", BENCHMARKS / "export.py")
     assert spec is not None and spec.loader is not None
@@ -51,6 +76,17 @@ def test_peak_and_time_are_the_measured_process_s(tmp_path: Path) -> None:
     found = export.measure(export.Job(tmp_path / "student", tmp_path / "outputs", tmp_path, 1), "hog")
     assert 600e6 < found.peak_bytes < 680e6  # a child's, and not this process's
     assert found.seconds > 0.2
+
+
+def test_initializations_train(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT[:20_000])
+    done = subprocess.run([sys.executable, str(BENCHMARKS / "initialization.py"), str(tiny_llama),
+                           str(tmp_path / "text.txt"), "--hidden-size", "32", "--steps", "3", "--batch", "2",
+                           "--row-len", "32"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"\| (\w+) \| ([\d.]+) [\d.]+ \|.*\| ([\d.]+) [\d.]+ \| \d+ s \|", done.stdout)
+    assert [row[0] for row in rows] == ["gaussian", "selection", "components", "pca"]
+    assert all(float(first) != float(last) for _, first, last in rows), done.stdout
 
 
 def test_a_tool_that_fails_is_no_measurement(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_quantized_and_biased_models(llama_copy: Path) -> None:
 def test_no_directory_no_config_bad_config(llama_copy: Path, tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", "not a directory")
     (llama_copy / "config.json").write_text("{")
-    refused(llama_copy, "not JSON")
+    refused(llama_copy, "not readable as JSON")
     (llama_copy / "config.json").unlink()
     refused(llama_copy, "no config.json")
 

@@ -31,7 +31,8 @@ def parity(path: Path, out: Path) -> TokenParity:
     checkpoint = DenseCheckpoint.open(path)
     [artifact] = export_gguf(checkpoint, out / "gguf", ["f16"])
     with LlamaCpp(out / artifact.path, n_ctx=64, threads=1) as runtime:
-        return compare_token_ids(checkpoint.tokenizer(), runtime)
+        return compare_token_ids(checkpoint.tokenizer(),
+                                 lambda texts: [runtime.tokenize(text) for text in texts])
 
 
 def with_boundless_merges(path: Path, kind: str) -> Path:

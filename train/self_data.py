@@ -86,8 +86,7 @@ class _Sampler:
                             "give text with --data")
         self.begin = torch.tensor([[start]], device=device)
         self.model: Any = teacher.model().to(device, dtype)  # type: ignore[arg-type]
-        ends = self.model.generation_config.eos_token_id
-        self.ends = {eos, *(ends if isinstance(ends, list) else [ends])} - {None}
+        self.ends = set(teacher.stop_ids(self.tokenizer))
         self.model.generation_config = GenerationConfig(
             do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_length=max_length, use_cache=True,
             eos_token_id=sorted(self.ends) or None, pad_token_id=min(self.ends, default=0))

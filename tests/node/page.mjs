@@ -1,7 +1,7 @@
 // Uses a served page as a person does, in headless Chromium, and tells what it saw.
-// stdin: JSON {playwright, chromium, url} and what to do, all optional: {width, height, scale} of the window, dark,
-// before (script that runs first), settings (id -> value), asks (texts to send), stop (each answer, early),
-// offline (once it is loaded), evaluate (script at the end), screenshot (file). stdout: JSON.
+// stdin: JSON {playwright, chromium, url, host (a name that means 127.0.0.1)} and what to do, all optional: {width,
+// height, scale} of the window, dark, before (script that runs first), settings (id -> value), asks (texts to send),
+// stop (each answer, early), offline (once it is loaded), evaluate (script at the end), screenshot (file). stdout: JSON.
 import { readFileSync, writeSync } from "node:fs";
 import { join } from "node:path";
 import { pathToFileURL } from "node:url";
@@ -10,7 +10,7 @@ const { width = 1280, height = 800, scale = 1, ...asked } = JSON.parse(readFileS
 const { chromium } = await import(pathToFileURL(join(asked.playwright, "index.mjs")));
 const browser = await chromium.launch({ executablePath: asked.chromium, args: ["--no-sandbox", "--disable-gpu",
   "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
-  "--disable-sync", "--host-resolver-rules=MAP not-local.test 127.0.0.1"] });
+  "--disable-sync", `--host-resolver-rules=MAP ${asked.host} 127.0.0.1`] });
 const context = await browser.newContext({ viewport: { width, height }, deviceScaleFactor: scale,
   colorScheme: asked.dark ? "dark" : "light" });
 const { origin } = new URL(asked.url);
