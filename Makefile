@@ -41,7 +41,7 @@ test-targets: demo
 	$(BIN)/lrc-edge check $(DEMO_OUT) $(TARGETS:%=--target %)
 
 faults: $(VENV)/installed
-	PYTHONPATH=tests $(BIN)/python -m faults --same 2 --kills $(KILLS) --disk 45 --memory 60 --mutations $(MUTATIONS) \
+	PYTHONPATH=tests $(BIN)/python -m faults --same 2 --kills $(KILLS) --disk 30 --memory 45 --mutations $(MUTATIONS) \
 		--seed $(SEED) --log build/faults.jsonl
 
 check: $(VENV)/installed
