@@ -1,6 +1,8 @@
 # make demo           build a student of the embedded teacher, end to end      make check   ruff and mypy
 # make test           the tests                                                make clean   remove what these made
 # make test-targets   the demo's files on emulated processors, in Chromium and in node; installs these first
+# make faults         100 kills in all stages, full disks, too little memory, 10,000 damaged inputs; an hour, continues
+#                     where it was stopped; KILLS=, MUTATIONS= and SEED= change that
 # Two test workers with one computing thread each: threads that wait for each other's core are ten times slower.
 # Everything is installed into .venv first; PYTHON=python3.12 chooses another interpreter.
 
@@ -17,7 +19,11 @@ FAMILY_TESTS = $(patsubst %,tests/test_%.py,checkpoint identity clone trainer fo
 # Every processor that is emulated, both browsers' runtimes, and this machine's own.
 TARGETS = android-low raspberry-pi-5 android-high browser-desktop laptop-$(if $(filter x86_64,$(shell uname -m)),x86,arm64)
 
-.PHONY: demo test test-optimum test-targets check clean
+KILLS ?= 100
+MUTATIONS ?= 10000
+SEED ?= 1
+
+.PHONY: demo test test-optimum test-targets faults check clean
 
 demo: $(VENV)/installed
 	$(BIN)/lrc-edge build examples/demo/storyteller --data examples/demo/stories.jsonl --recipe examples/demo/recipe.toml --out $(DEMO_OUT)
@@ -33,6 +39,10 @@ test-targets: demo
 	$(BIN)/lrc-edge targets setup --yes $(TARGETS)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m targets -n 2
 	$(BIN)/lrc-edge check $(DEMO_OUT) $(TARGETS:%=--target %)
+
+faults: $(VENV)/installed
+	PYTHONPATH=tests $(BIN)/python -m faults --same 2 --kills $(KILLS) --disk 30 --memory 45 --mutations $(MUTATIONS) \
+		--seed $(SEED) --log build/faults.jsonl
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

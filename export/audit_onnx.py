@@ -12,7 +12,7 @@ from typing import Any
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lrc_edge.checkpoint import DenseCheckpoint, Rope, rope_of
-from lrc_edge.describe_files import read_json
+from lrc_edge.config_file import read_table
 from lrc_edge.errors import UserError
 from lrc_edge.export.audit_gguf import same_number
 from lrc_edge.export.audit_gguf_vocabulary import declared_ends
@@ -37,14 +37,14 @@ def audit_onnx(path: Path, checkpoint: DenseCheckpoint) -> list[Finding]:
     `path`: an .onnx file, or a folder with one. Its sidecars are in its folder or the one above. Raises UserError when
     there is no such file, the graph is corrupt, or a data file is missing or truncated.
     """
-    model, tokenizer = _model_file(path), checkpoint.tokenizer()
+    model, tokenizer = model_file(path), checkpoint.tokenizer()
     folder = next((place for place in (model.parent, model.parent.parent)
                    if any((place / name).is_file() for name in SIDECARS)), model.parent)
     tables: dict[str, dict[str, Any]] = {}
     findings: list[Finding] = []
     for name in ("config.json", "genai_config.json", "generation_config.json", "tokenizer_config.json"):
         try:
-            tables[name] = read_json(folder / name) if (folder / name).is_file() else {}
+            tables[name] = read_table(folder / name) if (folder / name).is_file() else {}
         except UserError as error:
             tables[name] = {}
             findings.append(Finding("damaged file", f"damaged file: {error}"))
@@ -60,7 +60,8 @@ def audit_onnx(path: Path, checkpoint: DenseCheckpoint) -> list[Finding]:
     return [*findings, *audit_graph(model, checkpoint, _names(genai))]
 
 
-def _model_file(path: Path) -> Path:
+def model_file(path: Path) -> Path:
+    """The .onnx file at `path`, or the one of the folder there. Raises UserError when there is none, or several."""
     if path.is_file():
         return path
     if not path.is_dir():
@@ -68,7 +69,7 @@ def _model_file(path: Path) -> Path:
     genai = path / "genai_config.json"
     if genai.is_file():
         try:
-            name = _section(read_json(genai), "model", "decoder").get("filename")
+            name = _section(read_table(genai), "model", "decoder").get("filename")
         except UserError:  # reported as a finding
             name = None
         if isinstance(name, str) and (path / name).is_file():

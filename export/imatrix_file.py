@@ -55,10 +55,15 @@ def read_imatrix(file: Path, checkpoint: DenseCheckpoint) -> dict[str, np.ndarra
     importance = {}
     for weight in measured_weights(checkpoint):
         sums, counts = (tensors.pop(gguf_name(weight) + suffix, None) for suffix in (SUMS, COUNTS))
-        if sums is None or counts is None or sums.shape != weight.shape[1:] or counts.shape != (1,) or counts[0] <= 0:
+        if (sums is None or counts is None or sums.shape != weight.shape[1:] or counts.shape != (1,)
+                or {sums.dtype, counts.dtype} != {np.dtype(np.float32)} or not counts[0] > 0):
             raise UserError(f"{file}: {gguf_name(weight)} has sums {getattr(sums, 'shape', None)} of counts {counts}, "
                             f"need {weight.shape[1:]} and one above 0; give the imatrix of this model")
-        importance[weight.name] = sums / counts[0]
+        with np.errstate(all="ignore"):
+            importance[weight.name] = mean = sums / counts[0]
+        if not (np.isfinite(mean) & (mean >= 0)).all():
+            raise UserError(f"{file}: {gguf_name(weight)} has sums from {sums.min()} to {sums.max()} of {counts[0]} "
+                            "tokens, need mean squares that are finite and not negative; make it again")
     if tensors:
         raise UserError(f"{file}: {min(tensors)} is of no matrix of {checkpoint.name}; give the imatrix of this model")
     return importance

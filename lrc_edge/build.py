@@ -14,6 +14,7 @@ from lrc_edge.artifact import sha256_of
 from lrc_edge.errors import UserError
 
 MANIFEST = "build.json"
+DIGEST = "sha256"  # key of the manifest: of all else in it
 PARTIAL = ".partial"  # what a stage has not finished; emptied when a build starts
 # Part of each fingerprint. Raise a stage's number when it makes different files of the same inputs.
 STAGE_VERSIONS = {"weights": 1, "data": 2, "identity": 2, "train": 2, "fold": 2, "quantize": 1, "imatrix": 2,
@@ -25,14 +26,8 @@ class BuildDir:
 
     def __init__(self, path: Path):
         self.path = path
-        self.manifest: dict[str, Any] = {"stages": {}, "hashes": {}}
         file = path / MANIFEST
-        if file.exists():
-            try:
-                self.manifest = json.loads(file.read_text())
-                self.manifest["stages"], self.manifest["hashes"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{file}: not a build manifest ({error!r}); delete it to build anew") from error
+        self.manifest: dict[str, Any] = _read_manifest(file) if file.exists() else {"stages": {}, "hashes": {}}
 
     @classmethod
     def create(cls, path: Path) -> BuildDir:
@@ -82,7 +77,8 @@ class BuildDir:
             self.save()
 
     def save(self) -> None:
-        write_atomically(self.path / MANIFEST, json.dumps(self.manifest, indent=1) + "\n")
+        table = {DIGEST: _digest(self.manifest), **self.manifest}
+        write_atomically(self.path / MANIFEST, json.dumps(table, indent=1) + "\n")
 
     def hash(self, file: Path) -> str:
         """SHA-256, remembered for as long as size and modification time stay the same."""
@@ -103,6 +99,28 @@ class BuildDir:
             yield path
         finally:
             shutil.rmtree(self.path / PARTIAL, ignore_errors=True)
+
+
+def _read_manifest(file: Path) -> dict[str, Any]:
+    """build.json without its digest. Raises UserError when it is damaged: commands trust what it holds."""
+    needed = "delete it to build again"
+    try:
+        table: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        digest = table.pop(DIGEST, None)
+        sound = all(isinstance(part, dict) for part in (table["stages"], table["hashes"], table.get("job", {})))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file}: not a build manifest ({error!r:.200}); {needed}") from error
+    if not sound:
+        raise UserError(f"{file}: not a build manifest (stages, hashes and job must be tables); {needed}")
+    # A version is written with every job, and so is the digest.
+    if digest != _digest(table) and (digest is not None or "lrc_edge" in table):
+        raise UserError(f"{file}: damaged, or of an earlier lrc-edge (its digest is {digest!r:.70}); {needed}")
+    return table
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    read_back = json.loads(json.dumps(manifest))  # tuples are lists, all keys texts
+    return hashlib.sha256(json.dumps(read_back, sort_keys=True).encode()).hexdigest()
 
 
 def replace_tree(source: Path, target: Path) -> None:

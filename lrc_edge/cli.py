@@ -1,7 +1,6 @@
 """The command line: verbs only. It parses, calls and prints; heavy imports wait until a command runs."""
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from lrc_edge import __version__
-from lrc_edge.errors import UserError
+from lrc_edge.errors import UserError, shortage
 
 INTERRUPTED = 130  # exit status, as shells give it to what Ctrl-C ended
 
@@ -115,6 +114,28 @@ def check(directory: BuildDirectory, target: Annotated[list[str] | None, typer.O
     from lrc_edge import commands
 
     _exit(commands.check(directory, _console()))
+
+
+@app.command()
+def verify(model: Annotated[str, typer.Argument(metavar="MODEL", help="The Hugging Face directory, or hub id, that the "
+                                                                      "files were made of.")],
+           files: Annotated[list[Path], typer.Argument(metavar="FILE...", help=".gguf files, .onnx files, or folders "
+                                                                               "with one.")],
+           out: Annotated[Path, typer.Option("--out", "-o", help="Directory for report.json and report.html.")],
+           recipe: RecipeFile = None, settings: Settings = None,
+           data: Annotated[list[str] | None, typer.Option(
+               "--data", "-d", metavar="SRC", help="Text to verify on; default: Python's own documentation.")] = None
+           ) -> None:
+    """Verify GGUF and ONNX files that other tools made, against the model that they claim to hold.
+
+    Compares shapes, RoPE, tokenizer, chat template and weights with MODEL and names each difference; then runs each
+    file in its runtime and compares the logits.
+
+    [dim]lrc-edge verify Qwen/Qwen3-0.6B Qwen3-0.6B-Q4_K_M.gguf --out verified[/]
+    """
+    from lrc_edge.verify import verify as verify_files
+
+    _exit(verify_files(model, files, out, _recipe(recipe, settings, data), _console()))
 
 
 @app.command()
@@ -250,8 +271,10 @@ def _exit(status: bool | int) -> None:
     """Whether everything passed, or the status itself."""
     raise typer.Exit(int(not status) if isinstance(status, bool) else status)
 
+
 def main() -> None:
-    """Entry point. A user's mistake is one line and status 2; a bug keeps its traceback."""
+    """Entry point. A user's mistake, a full disk and too little memory are one line and status 2; a bug keeps its
+    traceback."""
     try:
         app()
     except UserError as error:
@@ -262,11 +285,10 @@ def main() -> None:
             raise
         print("\nlrc-edge: interrupted; the same command continues", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+    except Exception as error:
+        if (told := shortage(error)) is None:
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        sys.exit(_complain(f"{where}{error.strerror}; finished stages are kept: mend that, then run the command again"))
+        sys.exit(_complain(told))
 
 
 def _complain(text: str) -> int:

@@ -17,11 +17,10 @@ from lrc_edge.artifact import Artifact, smallest_gguf
 from lrc_edge.build import MANIFEST, BuildDir
 from lrc_edge.checkpoint import DenseCheckpoint, resolve_model
 from lrc_edge.errors import UserError
-from lrc_edge.figures import visible
 from lrc_edge.machine import processors
 from lrc_edge.pipeline import Pipeline
 from lrc_edge.recipe import Recipe, recorded_recipe
-from lrc_edge.report import failure_lines, gate_table, read_report, verdict, write_report
+from lrc_edge.report import read_report, show_verdict, write_report
 from lrc_edge.stages import Teacher
 from lrc_edge.target_checks import check_targets
 from lrc_edge.training import ON_GRID
@@ -167,27 +166,6 @@ def check(out: Path, console: Console) -> bool:
     report = pipeline.report(student)
     show_verdict(report, out, console)
     return all(gate["passed"] for gate in report["gates"])
-
-
-def show_verdict(report: dict[str, Any], out: Path, console: Console) -> None:
-    runtimes = {a["path"]: f"{a['format']}:{a['encoding']} in {a['runtime']}" for a in report["artifacts"]}
-    for sample in report["samples"][:1]:
-        console.print(f"\n{sample['prompt']} ...", style="bold", highlight=False, markup=False)
-        for output in sample["outputs"]:
-            text = " ".join(output["text"].split())
-            console.print(f"  {runtimes.get(output['who'], output['who'])}: {text}", highlight=False, markup=False,
-                          soft_wrap=True)
-    console.print()
-    console.print(gate_table(report))
-    for line in failure_lines(report):
-        console.print(f"failed: {line}", style="red", highlight=False, markup=False, soft_wrap=True)
-    for note in report.get("notes") or []:
-        console.print(f"note: {visible(note)}", style="yellow", highlight=False, markup=False, soft_wrap=True)
-    passed = all(gate["passed"] for gate in report["gates"])
-    unchecked = any(row["state"] == "not checked" for target in report.get("targets", []) for row in target["rows"])
-    style = "bold red" if not passed else "bold yellow" if unchecked else "bold green"
-    console.print(verdict(report), style=style, soft_wrap=True, markup=False)
-    console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True, markup=False)
 
 
 def fold(out: Path, console: Console) -> bool:

@@ -21,6 +21,14 @@ def describe_onnx(path: Path) -> dict[str, Any]:
     they are. RoPE's tables and constants are no weights. Raises UserError on a corrupt file, or missing or short data.
     """
     model = load_model(path)
+    try:
+        return _describe(path, model)
+    except (ValueError, LookupError, ArithmeticError, TypeError, RecursionError, OSError) as error:
+        raise UserError(f"{path}: its graph contradicts itself ({visible(str(error))[:200]}); "
+                        "write or download the file again") from error
+
+
+def _describe(path: Path, model: Any) -> dict[str, Any]:
     graph = model.graph
     tensors = {t.name: _tensor(t) for t in graph.initializer}
     data_files = check_data_files(path, graph.initializer)

@@ -1,5 +1,50 @@
-"""The one exception that the command line prints as a line instead of a traceback."""
+"""The one exception that the command line prints as a line instead of a traceback, and what else becomes a line."""
+from __future__ import annotations
+
+import errno
+import re
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM)
+# What libraries write of the same without Python's types: PyTorch, safetensors, onnxruntime and numpy.
+_NO_MEMORY = re.compile(r"can(?:no|')t allocate memory|failed to allocate memory|bad_alloc|not enough memory|"
+                        r"can't start new thread|std::length_error|unable to allocate", re.IGNORECASE)
+_NO_SPACE = re.compile(r"no space left on device|disk quota exceeded|file too large|\d+ requested and \d+ written",
+                       re.IGNORECASE)
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. Its text is one line: where, what was found, what was needed, what to do."""
+    """A mistake that the user can fix. Its text is one line: where, what was found, what was needed, what to do."""
+
+
+def shortage(error: BaseException) -> str | None:
+    """One line on a full or forbidden disk or too little memory, whatever type reports it; None for any other error.
+
+    A library's error may hide the system's: its causes are searched as well.
+    """
+    seen: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in seen:
+        if told := _shortage(cause):
+            return told
+        seen.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def _shortage(error: BaseException) -> str | None:
+    kept = "finished stages are kept"
+    text = str(error)
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or _NO_MEMORY.search(text):
+        return (f"out of memory ({_one_line(error)}); {kept}: free some memory, or lower train.micro_batch if training "
+                "needed it, then run the command again")
+    if isinstance(error, OSError) and error.errno in _DISK:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}; {kept}: fix that, then run the command again"
+    if _NO_SPACE.search(text):
+        return f"{_one_line(error)}; {kept}: free some disk space, then run the command again"
+    return None
+
+
+def _one_line(error: BaseException) -> str:
+    """The error's text without line breaks and great length; its type where it has none."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

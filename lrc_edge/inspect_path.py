@@ -96,14 +96,12 @@ def _print_build(found: dict[str, Any], console: Console) -> None:
     if report is None:
         console.print("\nno report.json yet: the build has not finished", soft_wrap=True)
         return
-    from lrc_edge.report import verdict
+    from lrc_edge.report import REPORT, damage_reported, verdict
 
-    try:
+    with damage_reported(Path(found["path"]) / REPORT, "run lrc-edge check to write it again"):
         line = verdict(report)
         rows = [(a["path"], human_bytes(a["bytes"]), figure(a["bits_per_weight"]), a["sha256"][:12])
                 for a in report["artifacts"]]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{found['path']}/report.json: not a report ({error!r}); run lrc-edge check anew") from error
     _print_table(console, "artifacts", ("artifact", "size", "bits a weight", "sha256"), rows)
     console.print(Text(f"\n{line}", "bold"), soft_wrap=True)
 

@@ -200,8 +200,8 @@ def load_recipe(file: Path | str | None = None, settings: Iterable[str] = (), **
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{file}: cannot read the recipe ({error}); give a TOML file, or one of "
                             f"{', '.join(sorted(shipped))}") from error
-        except tomllib.TOMLDecodeError as error:
-            raise UserError(f"{file}: not TOML: {error}; mend the line") from error
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
+            raise UserError(f"{file}: not TOML: {error}; fix the line") from error
     where = {key: str(file) for key in table}
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -237,7 +237,7 @@ def _parse_value(text: str) -> Any:
     """A TOML value; what is not one is a plain string."""
     try:
         return tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text
 
 

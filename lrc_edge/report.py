@@ -3,13 +3,16 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Environment, StrictUndefined, Template, TemplateError
 from markupsafe import Markup
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -76,6 +79,28 @@ def failure_lines(report: Report) -> list[str]:
     return list(dict.fromkeys(f"{c['artifact']}: {c['why']}" for c in cells if c["why"] and not c["passed"]))
 
 
+def show_verdict(report: Report, out: Path, console: Console) -> None:
+    """Print the first sample text, the gates, why some failed, notes, the verdict and where the page is."""
+    runtimes = {a["path"]: f"{a['format']}:{a['encoding']} in {a['runtime']}" for a in report["artifacts"]}
+    for sample in report["samples"][:1]:
+        console.print(f"\n{sample['prompt']} ...", style="bold", highlight=False, markup=False)
+        for output in sample["outputs"]:
+            text = " ".join(output["text"].split())
+            console.print(f"  {runtimes.get(output['who'], output['who'])}: {text}", highlight=False, markup=False,
+                          soft_wrap=True)
+    console.print()
+    console.print(gate_table(report))
+    for line in failure_lines(report):
+        console.print(f"failed: {line}", style="red", highlight=False, markup=False, soft_wrap=True)
+    for note in report.get("notes") or []:
+        console.print(f"note: {visible(note)}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+    passed = all(gate["passed"] for gate in report["gates"])
+    unchecked = any(row["state"] == "not checked" for target in report.get("targets", []) for row in target["rows"])
+    style = "bold red" if not passed else "bold yellow" if unchecked else "bold green"
+    console.print(verdict(report), style=style, soft_wrap=True, markup=False)
+    console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True, markup=False)
+
+
 def render_report(report: Report) -> str:
     """One HTML page that needs nothing beside it. Every text in it is escaped."""
     names = Names(report)
@@ -97,16 +122,25 @@ def render_report(report: Report) -> str:
 
 
 def read_report(out: Path) -> Report:
-    """What out/report.json holds. Raises UserError when it is missing or damaged."""
+    """What out/report.json holds. Raises UserError when it is missing or damaged: when it cannot be rendered."""
     file = out / REPORT
     if not file.exists():
         raise UserError(f"{out}: no {REPORT}; run lrc-edge build, export or check first")
-    try:
-        report: Report = json.loads(file.read_text())
-        report["gates"], report["artifacts"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: damaged ({error!r}); delete it, and lrc-edge check writes it anew") from error
+    with damage_reported(file, "delete it, then run lrc-edge check to write it again"):
+        report: Report = json.loads(file.read_text(encoding="utf-8"))
+        render_report(report)
+        show_verdict(report, out, Console(quiet=True))
     return report
+
+
+@contextmanager
+def damage_reported(file: Path, advice: str) -> Iterator[None]:
+    """Raise UserError for whatever the reading of one of our own files trips over, as it was whole when written."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, OSError,
+            TemplateError) as error:
+        raise UserError(f"{file}: damaged ({error!r:.200}); {advice}") from error
 
 
 def write_report(report: Report, out: Path) -> None:

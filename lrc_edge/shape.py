@@ -84,6 +84,17 @@ class ModelShape:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, table: dict[str, Any]) -> ModelShape:
+        """What `as_dict` gave. Raises TypeError for another key or type, ValueError for no count."""
+        shape = cls(**table)
+        if not isinstance(shape.family, str) or not isinstance(shape.tied, bool):
+            raise TypeError(f"family = {shape.family!r:.40}, tied = {shape.tied!r:.40}")
+        for name, count in asdict(shape).items():
+            if name not in ("family", "tied") and (type(count) is not int or not 0 < count <= MOST):
+                raise ValueError(f"{name} = {count!r:.40}: need a count")
+        return shape
+
 
 def student_width(recipe: Recipe, teacher: ModelShape) -> int:
     """The recipe's hidden_size, or half the teacher's in the roundest number that quantizes well."""

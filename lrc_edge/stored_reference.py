@@ -66,10 +66,35 @@ class StoredReference:
         try:
             with np.load(path) as table:
                 words = json.loads(table["words"].tobytes())
-                return cls(table["ids"], table["top_ids"], table["top_logprobs"], table["next_logprobs"],
-                           tuple(words["texts"]), tuple(map(tuple, words["text_ids"])), ModelShape(**words["shape"]))
-        except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error) as error:
-            raise UserError(f"{path}: damaged ({error}); copy it again, or write it with `lrc-edge check`") from error
+                reference = cls(table["ids"], table["top_ids"], table["top_logprobs"], table["next_logprobs"],
+                                tuple(words["texts"]), tuple(map(tuple, words["text_ids"])),
+                                ModelShape.from_dict(words["shape"]))
+            reference._check()
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RecursionError, BadZipFile,
+                zlib.error, NotImplementedError) as error:
+            raise UserError(f"{path}: damaged ({' '.join(str(error).split())[:200]}); copy it again, or write it with "
+                            "`lrc-edge check`") from error
+        return reference
+
+    def _check(self) -> None:
+        """Raise ValueError unless shapes, types and values are what `of` makes."""
+        n, length = self.ids.shape
+        k = self.top_ids.shape[-1]
+        for name, kind, shape in (("ids", "i", (n, length)), ("top_ids", "i", (n, length, k)),
+                                  ("top_logprobs", "f", (n, length, k)), ("next_logprobs", "f", (n, length - 1))):
+            array = getattr(self, name)
+            if array.dtype.kind != kind or array.shape != shape or not array.size:
+                raise ValueError(f"{name} has type {array.dtype} and shape {array.shape}")
+        # In Python's integers: a difference of NumPy's may overflow.
+        ids = [int(bound) for array in (self.ids, self.top_ids) for bound in (array.min(), array.max())]
+        ids += [token for row in self.text_ids for token in row]
+        if not all(type(token) is int and 0 <= token < self.shape.vocab_size for token in ids):
+            raise ValueError(f"an id is outside the vocabulary of {self.shape.vocab_size}")
+        if not all(np.isfinite(logs).all() and (logs <= _MOST - 1).all()
+                   for logs in (self.top_logprobs, self.next_logprobs)):
+            raise ValueError("a log-probability is not a number, or above 0")
+        if len(self.texts) != len(self.text_ids) or not all(isinstance(text, str) for text in self.texts):
+            raise ValueError(f"{len(self.texts)} texts with the ids of {len(self.text_ids)}")
 
     def wanted(self, row: int) -> np.ndarray:
         """(L, K + 1): the ids whose log-probabilities a runtime is asked for; the last is the next token, or a 0."""

@@ -20,8 +20,9 @@ from lrc_edge.figures import NONE, figure, percent, visible
 from lrc_edge.machine import architecture, threads_for
 from lrc_edge.parity import CHANGES
 from lrc_edge.recipe import recorded_recipe
-from lrc_edge.report import REPORT, read_report, write_report
-from lrc_edge.report_targets import failures, memory_text, speed_text
+from lrc_edge.report import REPORT, damage_reported, read_report, write_report
+from lrc_edge.report_targets import failures, memory_text, speed_text, target_tables
+from lrc_edge.report_view import Names, gate_cells
 from lrc_edge.stored_reference import REFERENCE_FILE, StoredReference
 from lrc_edge.targets import speed
 from lrc_edge.targets.device_check import Checked, check_artifact
@@ -133,17 +134,17 @@ def _add_speed(facts: BuildFacts, profile: Profile, rows: list[dict[str, Any]], 
 
 def kept_results(out: Path, artifacts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Earlier results that are still of these artifacts. Raises UserError for a file that does not hold one."""
-    now = {artifact["path"]: artifact["sha256"] for artifact in artifacts}
+    now, names = {artifact["path"]: artifact["sha256"] for artifact in artifacts}, Names({"artifacts": artifacts})
     kept = []
     for file in sorted((out / "check").glob("*.json")):
-        try:
-            result = json.loads(file.read_text())
+        with damage_reported(file, "delete it, then check that target again"):
+            result = json.loads(file.read_text(encoding="utf-8"))
+            target_tables({"targets": [result]}, names)
             gates = [gate for row in result["rows"] for gate in row["gates"]]
+            [gate_cells(gate, names) for gate in gates]
             changed = any(gate["metric"] == CHANGES and not gate["passed"] for gate in gates)
             if result["sha256"].items() <= now.items() and not changed:
                 kept.append(result)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{file}: damaged ({error!r}); delete it, and check that target again") from error
     return kept
 
 

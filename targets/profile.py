@@ -136,8 +136,8 @@ def _read(file: Traversable | Path, name: str, given: str) -> Profile:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot read the profile ({error}); give a TOML file, or one of "
                         f"{', '.join(profile_names())}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{file}: not TOML: {error}; mend the line") from error
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UserError(f"{file}: not TOML: {error}; fix the line") from error
     where = str(file) if isinstance(file, Path) else f"{name}.toml"
     _check_keys(table, _KINDS, where, "")
     figures = {key: _figure(table[key], where, key) for key in FIGURES}

@@ -79,5 +79,21 @@ def test_unwritable_and_broken_directories(tmp_path: Path) -> None:
         BuildDir.create(tmp_path)
 
 
+def test_a_manifest_with_another_content_is_refused(tmp_path: Path) -> None:
+    """Commands trust what it holds, so any change that is not ours must be found; without a job none is signed."""
+    build = BuildDir.create(tmp_path)
+    build.manifest |= {"lrc_edge": "0.1.0", "job": {"recipe": {}, "teacher": "x"}}
+    build.record("gguf", "f", [], result=({"n": 3, 4: float("inf")},))
+    assert BuildDir(tmp_path).result("gguf") == [{"n": 3, "4": float("inf")}]
+    file = tmp_path / "build.json"
+    whole = file.read_text()
+    for old, new, message in (('"n": 3', '"n": 4', "damaged, or of an"), ('"sha256"', '"sha255"', "damaged, or of an"),
+                              ('"stages": {', '"stages": 3, "x": {', "must be tables"),
+                              ("{", "[" * 100_000, "not a build manifest"), ('"job"', '"jo', "not a build manifest")):
+        file.write_text(whole.replace(old, new, 1))
+        with pytest.raises(UserError, match=message):
+            BuildDir(tmp_path)
+
+
 def test_free_bytes_of_a_path_that_is_not_there_yet(tmp_path: Path) -> None:
     assert free_bytes(tmp_path / "a" / "b") > 0

@@ -69,6 +69,18 @@ def test_it_reads_back(tmp_path: Path) -> None:
             read_imatrix(tmp_path / file, model)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
+def test_sums_that_no_text_gives_are_refused(bad: float, tmp_path: Path) -> None:
+    checkpoint = DenseCheckpoint.open(make_tiny(tmp_path / "tiny", layers=1))
+    importance = collect(checkpoint, ROWS)
+    name = max(importance)
+    importance[name] = importance[name].copy()
+    importance[name][3] = bad
+    write_imatrix(tmp_path / "x.gguf", checkpoint, importance, *ROWS.shape, "sha256:0123")
+    with pytest.raises(UserError, match="need mean squares that are finite"):
+        read_imatrix(tmp_path / "x.gguf", checkpoint)
+
+
 @pytest.mark.parametrize("encoding", ["q4_0", "q4_k_m", "iq3_xxs"])
 def test_llama_quantize_makes_the_same_bytes_of_it(encoding: str, tmp_path: Path) -> None:
     """llama.cpp's own tool, its own reader: LLAMA_QUANTIZE, or llama-quantize on the PATH."""

@@ -5,22 +5,26 @@ import copy
 import io
 import json
 import math
+import random
 import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
+from faults.mutate import json_value
 from report_example import NAME, example_report, failed_report, many_artifacts
 from report_page import Page
 from rich.console import Console
 
 import lrc_edge
+from lrc_edge.errors import UserError
 from lrc_edge.figures import figure, human_bytes, human_count, percent, prose, visible
-from lrc_edge.report import gate_table, render_report, verdict, write_report
+from lrc_edge.report import gate_table, read_report, render_report, verdict, write_report
 from lrc_edge.report_view import split_at_difference
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=y>\" ' & \x1b[31m\u202e{{ 7*7 }}"
@@ -277,3 +281,32 @@ def test_figures() -> None:
     assert [human_count(n) for n in (12, 135_000_000)] == ["12", "135 M"]
     assert [percent(x) for x in (1.0, 0.99999, 0.5, 0)] == ["100 %", "99.99 %", "50 %", "0 %"]
     assert visible("a\tb\u202e\ud800") == r"a\tb\u202e\ud800" and prose("a\nb \x07") == "a\nb \\x07"
+
+
+def test_a_damaged_report_is_one_line_and_a_whole_one_is_read(tmp_path: Path) -> None:
+    """Values and keys that are gone, or of another type: read as a report, or refused."""
+    whole = json.loads(json.dumps(many_artifacts()))
+    refused = 0
+    for damaged in _damaged(whole):
+        (tmp_path / "report.json").write_text(json.dumps(damaged))
+        try:
+            report = read_report(tmp_path)
+        except UserError as error:
+            refused += 1
+            assert "damaged" in str(error) and "\n" not in str(error)
+        else:
+            write_report(report, tmp_path)
+            assert verdict(report)
+    assert refused > 20
+    for text in ("", "[]", "null", "{", "[" * 100_000):
+        (tmp_path / "report.json").write_text(text)
+        with pytest.raises(UserError, match="damaged"):
+            read_report(tmp_path)
+    (tmp_path / "report.json").write_text(json.dumps(whole))
+    assert read_report(tmp_path) == whole
+
+
+def _damaged(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    rng = random.Random(0)
+    for _ in range(60):
+        yield json.loads(json_value(rng, json.dumps(report).encode()))

@@ -1,7 +1,9 @@
 """The stored reference: what it keeps of PyTorch's answers, and how a device is judged by them."""
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -125,3 +127,24 @@ def test_a_damaged_file_is_one_line(damage: str, reference: StoredReference, tmp
         np.savez(file, ids=np.zeros(3))
     with pytest.raises(UserError, match="missing" if damage == "missing" else "damaged"):
         StoredReference.load(file)
+
+
+@pytest.mark.parametrize(("name", "changed"), [
+    ("ids", lambda a: a + V), ("ids", lambda a: -a - 1), ("ids", lambda a: a[:, :-1]), ("ids", lambda a: a[:0]),
+    ("ids", lambda a: a.astype(float)), ("top_ids", lambda a: a[:1]), ("top_ids", lambda a: a[..., 0]),
+    ("top_logprobs", lambda a: a * np.nan), ("top_logprobs", lambda a: a + 9), ("next_logprobs", lambda a: a.T),
+    ("texts", lambda a: a[:1]), ("texts", lambda a: (1, 2)), ("text_ids", lambda a: ((1.5,), ())),
+    ("text_ids", lambda a: ((V,), ()))])
+def test_a_file_that_contradicts_itself_is_refused(name: str, changed: Any, reference: StoredReference,
+                                                   tmp_path: Path) -> None:
+    """Whole, readable, and not what was written."""
+    replace(reference, **{name: changed(getattr(reference, name))}).save(tmp_path / "reference.npz")
+    with pytest.raises(UserError, match=r"reference\.npz: damaged \(.*copy it again"):
+        StoredReference.load(tmp_path / "reference.npz")
+
+
+@pytest.mark.parametrize("change", [{"vocab_size": -1}, {"head_dim": 1.5}, {"tied": 1}, {"x": 1}, {"family": None}])
+def test_a_shape_that_is_none_is_refused(change: dict[str, Any]) -> None:
+    assert ModelShape.from_dict(SHAPE.as_dict()) == SHAPE
+    with pytest.raises((TypeError, ValueError)):
+        ModelShape.from_dict({**SHAPE.as_dict(), **change})
