@@ -122,7 +122,8 @@ def _onnx_artifact(file: Path) -> Artifact:
     bits = found["bits_per_weight"] or 0.0
     encoding = next(name for name, least in ONNX_BITS.items() if bits >= least)
     types = Counter(tensor["dtype"] for tensor in found["tensors"])
-    return _artifact(file, "onnx", encoding, found, dict(types), [file, *(file.parent / f for f in found["data_files"])])
+    data = [file.parent / name for name in found["data_files"]]
+    return _artifact(file, "onnx", encoding, found, dict(types), [file, *data])
 
 
 def _artifact(file: Path, format_: str, encoding: str, found: dict[str, Any], types: dict[str, int],

@@ -24,9 +24,10 @@ class WorkerRuntime:
     """One file in one runtime of runtimes.PYTHON.
 
     A worker that crashed is started again for the next request: what dies in prefill may live in decode. One that
-    hung, or that cannot open the file, is not asked again. n_params: of the model, for the limits of time. vocab_size: that the file must have; 0: any. folder: on
-    whose disk logits pass from the worker to us. Use it as a context manager. All that goes wrong is a WorkerFailed
-    whose text names the runtime and the stage (open, prefill, decode, generate, tokenize, chat).
+    hung, or that cannot open the file, is not asked again. n_params: of the model, for the limits of time.
+    vocab_size: what the file must have; 0: any. folder: on whose disk logits pass from the worker to us. Use it as a
+    context manager. All that goes wrong is a WorkerFailed whose text names the runtime and the stage (open, prefill,
+    decode, generate, tokenize, chat).
     """
 
     def __init__(self, name: str, path: Path, n_ctx: int, threads: int, n_params: int, folder: Path | None = None,
