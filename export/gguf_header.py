@@ -1,6 +1,6 @@
 """The header of a GGUF file that others wrote: metadata, and where each tensor is stored.
 
-gguf.GGUFReader trusts the counts in a file: a damaged array length keeps it reading for hours. Here no count may
+gguf.GGUFReader trusts the counts in a file: a damaged array length can keep it reading for hours. Here no count may
 promise more than the file has bytes, and a file shorter than its header describes is an error that names both sizes.
 """
 from __future__ import annotations

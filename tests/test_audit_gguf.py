@@ -94,6 +94,12 @@ def test_dequantize_agrees_with_the_gguf_package(kind: QType) -> None:
         dequantize(blocks.reshape(-1), kind, 2049)
 
 
+def test_relative_error() -> None:
+    one, none = torch.ones(4), torch.zeros(4)
+    assert audit_values.relative_error(one, one) == 0 and audit_values.relative_error(one * 3, one) == 2
+    assert audit_values.relative_error(none, none) == 0 and audit_values.relative_error(one, none) == float("inf")
+
+
 def what_others_do(table: Metadata) -> None:
     """Keys that have defaults left out, values per layer, other names of the same rule, no file type or name."""
     for key in ("llama.rope.freq_base", "llama.rope.dimension_count", "llama.vocab_size", "general.file_type",
@@ -378,6 +384,18 @@ def test_every_end_token_of_the_generation_config_counts(llama_copy: Path, tmp_p
     (llama_copy / "generation_config.json").write_text("[")
     with pytest.raises(UserError, match=r"generation_config.json: not JSON"):
         audit_gguf(file, checkpoint)
+
+
+def test_an_array_that_promises_more_than_the_file_holds(tiny_llama: Path, tmp_path: Path) -> None:
+    """gguf.GGUFReader can go on reading beyond the end of the file, one empty value after the other."""
+    checkpoint = DenseCheckpoint.open(tiny_llama)
+    data = bytearray(exported(checkpoint, tmp_path).read_bytes())
+    key = b"tokenizer.ggml.token_type"
+    count = data.index(key) + len(key) + 8  # behind the types of the value and of its elements
+    data[count:count + 8] = (1 << 40).to_bytes(8, "little")
+    (tmp_path / "f.gguf").write_bytes(data)
+    with pytest.raises(UserError, match=r"its header needs 4,398,046,511,104 bytes at .* the file has "):
+        audit_gguf(tmp_path / "f.gguf", checkpoint)
 
 
 # -- files that are no model, and damage by chance ---------------------------------------------------------------------
