@@ -250,13 +250,19 @@ def _tensor_files(path: Path) -> dict[str, Path]:
     """Tensor name -> file, from the index or the single file. Opens every file, which checks that it is whole."""
     index, single = path / "model.safetensors.index.json", path / "model.safetensors"
     if index.exists():
-        weight_map = read_table(index).get("weight_map")
+        table = read_table(index)
+        weight_map = table.get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise UserError(f"{index}: not a weight index (weight_map must name a file for each tensor); "
                             "get an intact copy")
         names = sorted(set(weight_map.values()))
         if outside := [name for name in names if Path(name).name != name]:
             raise UserError(f"{index}: names a file outside its directory: {outside[0]!r:.80}; get an intact copy")
+        if absent := [name for name in names if name not in {file.name for file in path.iterdir()}]:
+            raise UserError(f"{index}: names {absent[0]!r:.80}, which is missing; get the whole model")
+        if not isinstance(table.get("metadata"), dict):
+            raise UserError(f"{index}: metadata = {table.get('metadata')!r:.40}: transformers needs a table there; "
+                            'write "metadata": {}')
     elif single.exists():
         names = [single.name]
     else:
@@ -266,11 +272,8 @@ def _tensor_files(path: Path) -> dict[str, Path]:
                             "need model.safetensors: convert the model with transformers' save_pretrained")
         raise UserError(f"{path}: no weights (looked for {single.name} and {index.name}); get the whole model")
     files: dict[str, Path] = {}
-    there = {file.name for file in path.iterdir()}
     for name in names:
         file = path / name
-        if name not in there:
-            raise UserError(f"{path / index.name}: names {name!r:.80}, which is missing; get the whole model")
         try:
             with safe_open(file, framework="pt") as handle:
                 files |= dict.fromkeys(handle.keys(), file)

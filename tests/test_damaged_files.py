@@ -192,6 +192,7 @@ def test_no_table(name: str, content: bytes, checkpoint: Path) -> None:
     ("model.safetensors.index.json", "weight_map", {"a": ""}, "which is missing"),
     ("model.safetensors.index.json", "weight_map", {"a": "\0"}, "which is missing"),
     ("model.safetensors.index.json", "weight_map", {"a": "b" * 300}, "which is missing"),
+    ("model.safetensors.index.json", "metadata", None, 'transformers needs a table there; write "metadata": {}'),
 ])
 def test_odd_values(name: str, field: str, value: Any, wanted: str, checkpoint: Path) -> None:
     table = json.loads((checkpoint / name).read_text())
