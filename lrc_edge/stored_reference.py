@@ -132,6 +132,8 @@ class DeviceComparison:
         if got.shape != (len(expected), expected.shape[1] + 1) or np.shape(argmax) != (len(expected),):
             raise UserError(f"the runtime gave log-probabilities of shape {got.shape}, not "
                             f"{(len(expected), expected.shape[1] + 1)}")
+        if (got[:, :-1] == got[:, :1]).all():
+            raise UserError("the runtime gave every token the same probability: it returned no scores")
         self._kl.append(_divergence(expected, got[:, :-1]))
         clear = expected[:, 0] - expected[:, 1] >= self._near_tie
         self._near_ties += int((~clear).sum())

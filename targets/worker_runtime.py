@@ -126,7 +126,11 @@ class WorkerRuntime:
         expected = [len(rows), rows.shape[1] if wanted is None else len(wanted), self.vocab_size]
         if shape != expected:
             raise WorkerFailed(f"{self.name}, {op}: logits of shape {shape}, need {expected}")
-        return np.frombuffer(os.pread(self._file.fileno(), 4 * math.prod(shape), 0), np.float32).reshape(shape)
+        logits = np.frombuffer(os.pread(self._file.fileno(), 4 * math.prod(shape), 0), np.float32).reshape(shape)
+        if n_flat := int((logits.min(-1) == logits.max(-1)).sum()):
+            raise WorkerFailed(f"{self.name}, {op}: every token has the same logit at {n_flat} positions: the runtime "
+                               "returned no scores")
+        return logits
 
     def _stop(self) -> None:
         if self._worker is not None:

@@ -62,8 +62,9 @@ def test_the_build_leaves_what_it_promises(built: Path) -> None:
         assert gate["passed"] and {"name", "artifact", "metric", "value", "limit"} <= gate.keys()
     names = {gate["name"] for gate in report["gates"]}
     assert names == {"identity vs teacher", "folded vs clone", "prefill vs student", "decode vs student",
-                     "smoke generation", "smoke generation, genai", "token ids", "chat template",
-                     "chat template, genai"}
+                     "prefill at 512 tokens", "decode at 512 tokens", "smoke generation", "smoke generation, genai",
+                     "token ids", "chat template", "chat template, BOS", "stop tokens", "chat template, genai",
+                     "chat template, genai, BOS", "stop tokens, genai"}
     assert min(row["n_strings"] for row in report["tokenizer"]) >= 1000
     assert report["student"]["n_params"] < report["teacher"]["n_params"]
     assert (built / "report.html").read_text().startswith("<!doctype html>")

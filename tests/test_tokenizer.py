@@ -241,6 +241,7 @@ def test_more_tokens_than_rows(tmp_path: Path) -> None:
 def test_a_model_without_an_end_token(llama_copy: Path) -> None:
     edit_json(llama_copy / "tokenizer_config.json", lambda table: table.pop("eos_token"))
     edit_json(llama_copy / "config.json", lambda table: table.update(eos_token_id=None))
+    (llama_copy / "generation_config.json").unlink()
     with pytest.raises(UserError, match="names no eos_token"):
         check_tokenizer(DenseCheckpoint.open(llama_copy))
 
