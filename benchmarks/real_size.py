@@ -173,10 +173,10 @@ def table(runs: list[Run]) -> str:
         ("load average before", lambda run: f"{run.load:.2f}"),
         ("exit status", lambda run: str(run.status)),
     ]
-    lines = [f"`lrc-edge export` of {run.shape}, {run.n_params:,} parameters, to {run.formats}: {run.label}, "
+    head = [f"`lrc-edge export` of {run.shape}, {run.n_params:,} parameters, to {run.formats}: {run.label}, "
              f"{run.machine}" for run in runs]
-    lines = [*(f"- {line}" for line in lines), "",
-             "| stage: time, peak memory | " + " | ".join(run.label for run in runs) + " |", "|---" * (len(runs) + 1) + "|"]
+    lines = [*(f"- {line}" for line in head), "", "| stage: time, peak memory | "
+             + " | ".join(run.label for run in runs) + " |", "|---" * (len(runs) + 1) + "|"]
     lines += [f"| {name} | " + " | ".join(cell(run) for run in runs) + " |" for name, cell in cells]
     return "\n".join(lines) + "\n"
 
