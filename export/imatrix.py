@@ -14,10 +14,16 @@ import torch
 from torch import nn
 
 from lrc_edge.checkpoint import DenseCheckpoint
+from lrc_edge.console import QUIET, Listener
+from lrc_edge.machine import multiplies_bfloat16
 from lrc_edge.roles import EMBEDDING, HEAD, Weight
 
 FLOOR = 1e-6  # of the mean: a channel that never fired on this text may fire on another, and zeros make garbage
 SILENT = 1e-20  # mean square of a linear that never fired; further down the quantizer's products leave float32's range
+
+BATCH_TOKENS = 1024  # that the model runs on at once
+PIECE = 1 << 18  # inputs that are squared at once
+_SAME_INPUT = {"attn_k": "attn_q", "attn_v": "attn_q", "ffn_up": "ffn_gate"}  # role -> role with the same inputs
 
 
 def measured_weights(checkpoint: DenseCheckpoint) -> Iterator[Weight]:
@@ -28,31 +34,51 @@ def measured_weights(checkpoint: DenseCheckpoint) -> Iterator[Weight]:
 
 
 @torch.inference_mode()
-def collect(checkpoint: DenseCheckpoint, rows_BL: np.ndarray, progress: Callable[[str], None] | None = None
-            ) -> dict[str, np.ndarray]:
+def collect(checkpoint: DenseCheckpoint, rows_BL: np.ndarray, progress: Listener = QUIET,
+            dtype: torch.dtype | None = None) -> dict[str, np.ndarray]:
     """Weight name -> mean square of its inputs over all tokens of `rows_BL`, (in_features,) float32, above 0.
 
     For measured_weights(). A matrix whose inputs are all silent gets ones, as in llama.cpp: every channel counts alike.
+    `dtype`: what the model computes in; by default bfloat16 where the processor multiplies in it. Its rounding moves a
+    mean by 1 %, and no file's quality (docs/LOG.md). The same rows give the same bits again.
     """
     if not rows_BL.size:
         raise ValueError(f"imatrix: rows {rows_BL.shape} hold no token")
-    model = checkpoint.model()
-    squares: dict[str, torch.Tensor] = {}
+    n_rows, row_len = rows_BL.shape
+    progress.expect(rows_BL.size, "tokens")
+    model = checkpoint.model(dtype or (torch.bfloat16 if multiplies_bfloat16() else torch.float32))
+    weights = list(measured_weights(checkpoint))
+    sums = {_input_of(weight): torch.zeros(weight.shape[1]) for weight in weights}
 
-    def keeper(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def keep(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            total = inputs[0].float().square().flatten(0, -2).sum(0)
-            squares[name] = squares.get(name, torch.zeros(())) + total
-        return keep
+    def adding_to(sum_I: torch.Tensor) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _, inputs: _add(sum_I, inputs[0])
 
-    for weight in measured_weights(checkpoint):
-        user = HEAD.weight if weight.role is EMBEDDING else weight.name
-        model.get_submodule(user.removesuffix(".weight")).register_forward_pre_hook(keeper(weight.name))
-    for number, row in enumerate(rows_BL, 1):
-        model(input_ids=torch.tensor(row.astype(np.int64))[None], use_cache=False)
-        if progress:
-            progress(f"row {number} of {len(rows_BL)}")
-    return {name: _never_zero((total / rows_BL.size).numpy().astype(np.float32)) for name, total in squares.items()}
+    for weight in weights:
+        if weight.layer is not None and _input_of(weight) == (weight.role.name, weight.layer):
+            module = model.get_submodule(weight.name.removesuffix(".weight"))
+            module.register_forward_pre_hook(adding_to(sums[_input_of(weight)]))
+    done = 0
+    progress.update("", done)
+    for ids_BL in torch.from_numpy(rows_BL.astype(np.int64)).split(max(1, BATCH_TOKENS // row_len)):
+        # Without the head: of its product only the input is wanted.
+        _add(sums[HEAD.name, None], model.model(input_ids=ids_BL, use_cache=False).last_hidden_state)
+        done += len(ids_BL)
+        progress.update(f"row {done} of {n_rows}", done * row_len)
+    means = {key: _never_zero((sum_I / rows_BL.size).numpy()) for key, sum_I in sums.items()}
+    return {weight.name: means[_input_of(weight)] for weight in weights}
+
+
+def _input_of(weight: Weight) -> tuple[str, int | None]:
+    """Role and layer of the matrix whose inputs are this one's, too."""
+    if weight.role is EMBEDDING:  # a tied one is the head
+        return HEAD.name, None
+    return _SAME_INPUT.get(weight.role.name, weight.role.name), weight.layer
+
+
+def _add(sum_I: torch.Tensor, inputs: torch.Tensor) -> None:
+    """Add the squares of (..., I) inputs to their sum in float32, in pieces that stay in the processor's cache."""
+    for piece_NI in inputs.flatten(0, -2).split(max(1, PIECE // len(sum_I))):
+        sum_I += piece_NI.float().square().sum(0)
 
 
 def _never_zero(mean_I: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -42,6 +42,7 @@ _DIRECT = (QType.F32, QType.F16, QType.BF16)
 # Encodings whose linears are all of the one type, with embedding and head in another: what ONNX holds, too. llama.cpp's
 # own Q4_0 gives the head Q6_K and, with an importance matrix, some of ffn_down Q4_1.
 _ENDS = {"q4_0": QType.Q8_0}
+_TENSOR_LINE = re.compile(r"\[ *\d+/ *\d+\] +(\S+) +- \[")  # of the quantizer's log, one a tensor
 _END_TENSORS = ("token_embd.weight", "output.weight")
 
 
@@ -107,12 +108,13 @@ def check_imatrix(encoding: Encoding, given: bool) -> None:
 
 
 def quantize_file(source: Path, target: Path, encoding: Encoding, threads: int | None = None,
-                  importance: Mapping[str, np.ndarray] | None = None, n_chunks: int | None = None) -> None:
+                  importance: Mapping[str, np.ndarray] | None = None, n_chunks: int | None = None,
+                  progress: Callable[[str], None] = lambda _: None) -> None:
     """Let llama.cpp quantize the GGUF `source` (F32, F16 or BF16) to `target`.
 
     threads: at most the machine's processors, which is also the default. importance: GGUF tensor name -> weight of each
     input channel (row length,) float32, above 0; n_chunks, the rows of text behind it, is only noted in the file.
-    Raises UserError with llama.cpp's reason.
+    progress: gets the name of each tensor when llama.cpp begins with it. Raises UserError with llama.cpp's reason.
     """
     check_imatrix(encoding, bool(importance))
     processors = os.cpu_count() or 1
@@ -131,7 +133,13 @@ def quantize_file(source: Path, target: Path, encoding: Encoding, threads: int |
         params.imatrix = ctypes.cast(matrix, type(params.imatrix))
         params.kv_overrides = ctypes.cast(notes, type(params.kv_overrides))
     llama_log.listen()
-    status = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params))
+
+    def hear(text: str) -> None:
+        if match := _TENSOR_LINE.match(text):
+            progress(match[1])
+
+    with llama_log.heard_by(hear):
+        status = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params))
     if status:
         raise UserError(f"{target.name}: llama.cpp could not quantize to {encoding.name}: "
                         f"{llama_log.errors() or f'status {status}'}")

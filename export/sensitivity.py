@@ -6,7 +6,7 @@ follow from their errors on the same inputs, which cost no run of the model.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from gguf import GGMLQuantizationType, quants
 from torch import nn
 
 from lrc_edge.checkpoint import DenseCheckpoint
+from lrc_edge.console import QUIET, Listener
 from lrc_edge.export.mixed_precision import candidates
 from lrc_edge.export.quantize import quantize_matrix
 from lrc_edge.roles import EMBEDDING, HEAD, Weight
@@ -26,17 +27,18 @@ ERROR_ROWS = 256  # rows of a matrix that the types are compared on
 
 @torch.inference_mode()
 def measure(checkpoint: DenseCheckpoint, rows_BL: np.ndarray, importance: Mapping[str, np.ndarray],
-            progress: Callable[[str, int], None] = lambda *_: None) -> dict[str, dict[str, float]]:
+            progress: Listener = QUIET) -> dict[str, dict[str, float]]:
     """Weight name -> type -> mean KL(model || model with this matrix in this type), nats a token, on `rows_BL`.
 
-    For every matrix and its candidates(). importance: imatrix.collect's, which the quantizer will get.
-    `progress` is told the work done, of work_of().
+    For every matrix and its candidates(). importance: imatrix.collect's, which the quantizer will get. In float32: the
+    rounding of bfloat16 diverges more than most matrices. `progress` counts layers that have run.
     """
+    progress.expect(sum(_work(checkpoint, weight) for weight in _matrices(checkpoint)), "layers")
     sample = _Sample(checkpoint, rows_BL)
     costs: dict[str, dict[str, float]] = {}
     done = 0
     for weight in _matrices(checkpoint):
-        progress(weight.name, done)
+        progress.update(weight.name, done)
         types = candidates(weight.shape[1])
         if types == (GGMLQuantizationType.F16,):  # no choice
             costs[weight.name] = {"F16": 0.0}
@@ -47,11 +49,6 @@ def measure(checkpoint: DenseCheckpoint, rows_BL: np.ndarray, importance: Mappin
             costs[weight.name] = {type.name: ratio * errors[type] for type in types}
         done += _work(checkpoint, weight)
     return costs
-
-
-def work_of(checkpoint: DenseCheckpoint) -> int:
-    """Layers to run for all matrices together."""
-    return sum(_work(checkpoint, weight) for weight in _matrices(checkpoint))
 
 
 def _matrices(checkpoint: DenseCheckpoint) -> Iterable[Weight]:
@@ -66,6 +63,7 @@ def _first_layer(checkpoint: DenseCheckpoint, weight: Weight) -> int:
 
 
 def _work(checkpoint: DenseCheckpoint, weight: Weight) -> int:
+    """Layers to run for it, the head among them."""
     return 1 + checkpoint.shape.num_hidden_layers - _first_layer(checkpoint, weight)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,10 +23,10 @@ from gguf import (
     GGUFWriter,
     quants,
 )
-from safetensors import safe_open
 
 from lrc_edge.artifact import Artifact, HashedFile, sha256_of
 from lrc_edge.checkpoint import DenseCheckpoint, all_finite
+from lrc_edge.console import QUIET, Listener
 from lrc_edge.errors import UserError
 from lrc_edge.export.gguf_metadata import (
     architecture,
@@ -39,6 +39,7 @@ from lrc_edge.export.gguf_metadata import (
 from lrc_edge.export.imatrix import check_importance, measured_weights
 from lrc_edge.export.mixed_precision import Allocation, encoding_name
 from lrc_edge.export.modelfile import write_modelfile
+from lrc_edge.export.passes import Passes
 from lrc_edge.export.quantize import (
     ENCODINGS,
     Encoding,
@@ -79,9 +80,9 @@ ROPE_FACTORS = TENSOR_NAMES[MODEL_TENSOR.ROPE_FREQS] + ".weight"
 
 
 def export_gguf(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[str],
-                progress: Callable[[str], None] | None = None,
-                importance: Mapping[str, np.ndarray] | None = None, *, n_chunks: int | None = None,
-                on_grid: DenseCheckpoint | None = None, allocation: Allocation | None = None) -> list[Artifact]:
+                progress: Listener = QUIET, importance: Mapping[str, np.ndarray] | None = None, *,
+                n_chunks: int | None = None, on_grid: DenseCheckpoint | None = None,
+                allocation: Allocation | None = None) -> list[Artifact]:
     """Write one GGUF file for each encoding, and an Ollama Modelfile, into `folder`.
 
     `importance`: imatrix.collect's, by weight name, and `n_chunks` how many rows it saw. `on_grid`: the same model
@@ -97,37 +98,47 @@ def export_gguf(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[s
     by_tensor = None if importance is None else _by_tensor(checkpoint, importance)
     check_gguf(checkpoint)
     vocabulary = read_vocabulary(checkpoint)
-    say = progress or (lambda _: None)
     folder.mkdir(parents=True, exist_ok=True)
     files = {encoding: folder / file_name(checkpoint, encoding) for encoding in wanted}
+    from_grid = on_grid is not None and ENCODINGS[ON_GRID_ENCODING] in files
+    passes = _passes(checkpoint, files, from_grid, progress)
     hashes: dict[Encoding, str] = {}
     for encoding, file in files.items():
         if encoding.direct:
-            say(f"writing {file.name}")
             with _whole(file) as partial:
-                hashes[encoding] = _write(checkpoint, vocabulary, encoding, partial)
+                passes.start(f"writing {file.name}")
+                hashes[encoding] = _write(checkpoint, vocabulary, encoding, partial, passes)
     quantized = {encoding: file for encoding, file in files.items() if not encoding.direct}
     identical: dict[Encoding, float] = {}
-    if on_grid is not None and ENCODINGS[ON_GRID_ENCODING] in quantized:
+    if on_grid is not None and from_grid:
         encoding = ENCODINGS[ON_GRID_ENCODING]
         file = quantized.pop(encoding)
-        with _lossless_file(on_grid, vocabulary, {}, folder) as source, _whole(file) as partial:
-            say(f"quantizing {file.name}")
+        with _lossless_file(on_grid, vocabulary, {}, folder, passes) as source, _whole(file) as partial:
+            passes.start(f"quantizing {file.name}")
             # Without importance: the scales are already those that the weights were trained with.
-            quantize_file(source, partial, encoding)
+            quantize_file(source, partial, encoding, progress=passes.at)
         hashes[encoding], identical[encoding] = sha256_of(file), identical_blocks(file, on_grid)
     if quantized:
-        with _lossless_file(checkpoint, vocabulary, files, folder) as source:
+        with _lossless_file(checkpoint, vocabulary, files, folder, passes) as source:
             for encoding, file in quantized.items():
-                say(f"quantizing {file.name}")
                 with _whole(file) as partial:
-                    quantize_file(source, partial, encoding, importance=by_tensor, n_chunks=n_chunks)
+                    passes.start(f"quantizing {file.name}")
+                    quantize_file(source, partial, encoding, importance=by_tensor, n_chunks=n_chunks,
+                                  progress=passes.at)
                 hashes[encoding] = sha256_of(file)
     artifacts = [_artifact(checkpoint, encoding, file, hashes[encoding], identical.get(encoding))
                  for encoding, file in files.items()]
     if files:
         write_modelfile(checkpoint, vocabulary, {encoding.name: file for encoding, file in files.items()})
     return artifacts
+
+
+def _passes(checkpoint: DenseCheckpoint, files: dict[Encoding, Path], from_grid: bool, progress: Listener) -> Passes:
+    """One for each file, and one for each temporary file that llama.cpp quantizes."""
+    n_quantized = sum(not encoding.direct for encoding in files) - from_grid
+    n_temporary = from_grid + (n_quantized > 0 and not any(encoding in files for encoding in _lossless(checkpoint)))
+    n_bytes = {gguf_name(weight): checkpoint.n_bytes(weight) for weight in checkpoint.weights()}
+    return Passes(n_bytes, len(files) + n_temporary, progress)
 
 
 def identical_blocks(file: Path, checkpoint: DenseCheckpoint) -> float:
@@ -202,32 +213,30 @@ def _whole(file: Path) -> Iterator[Path]:
 
 @contextmanager
 def _lossless_file(checkpoint: DenseCheckpoint, vocabulary: Vocabulary, files: dict[Encoding, Path],
-                   folder: Path) -> Iterator[Path]:
+                   folder: Path, passes: Passes) -> Iterator[Path]:
     """A GGUF that holds the checkpoint exactly: one of `files` when it does, else a temporary one."""
-    stored = ENCODINGS[_stored_encoding(checkpoint)]
-    for encoding in (stored, ENCODINGS["f32"]):
+    stored, _ = _lossless(checkpoint)
+    for encoding in _lossless(checkpoint):
         if encoding in files:
             yield files[encoding]
             return
     temporary = folder / f".{file_name(checkpoint, stored)}.source"
     try:
-        _write(checkpoint, vocabulary, stored, temporary)
+        passes.start(f"writing {stored.name} to quantize")
+        _write(checkpoint, vocabulary, stored, temporary, passes)
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _stored_encoding(checkpoint: DenseCheckpoint) -> str:
-    """"bf16" or "f16" when all matrices are stored so, else "f32"."""
-    matrices = {weight.name for weight in checkpoint.weights() if len(weight.shape) > 1}
-    types = set()
-    for file in checkpoint.weight_files():
-        with safe_open(file, framework="pt") as handle:
-            types |= {handle.get_slice(name).get_dtype() for name in matrices.intersection(handle.keys())}
-    return {("BF16",): "bf16", ("F16",): "f16"}.get(tuple(types), "f32")
+def _lossless(checkpoint: DenseCheckpoint) -> tuple[Encoding, Encoding]:
+    """The encodings that hold the checkpoint exactly: bf16 or f16 when all matrices are stored so, and f32."""
+    types = {checkpoint.types[weight.name] for weight in checkpoint.weights() if len(weight.shape) > 1}
+    stored = {frozenset({torch.bfloat16}): "bf16", frozenset({torch.float16}): "f16"}.get(frozenset(types), "f32")
+    return ENCODINGS[stored], ENCODINGS["f32"]
 
 
-def _write(checkpoint: DenseCheckpoint, vocabulary: Vocabulary, encoding: Encoding, path: Path) -> str:
+def _write(checkpoint: DenseCheckpoint, vocabulary: Vocabulary, encoding: Encoding, path: Path, passes: Passes) -> str:
     """Write a whole F32, F16 or BF16 file and return its hash. Vectors (norms, biases) stay F32: llama.cpp wants it."""
     writer = GGUFWriter(path, architecture_name(checkpoint))
     write_metadata(writer, checkpoint, vocabulary, encoding)
@@ -248,6 +257,7 @@ def _write(checkpoint: DenseCheckpoint, vocabulary: Vocabulary, encoding: Encodi
     permuted = architecture(checkpoint) == MODEL_ARCH.LLAMA
     with HashedFile(path) as file:
         for weight in weights:
+            passes.at(gguf_name(weight))
             file.align(writer.data_alignment)
             for part in _in_order(checkpoint, weight, permuted).reshape(-1).split(PART):
                 file.write(_stored(part, _tensor_type(weight, encoding), f"{checkpoint.path}: {weight.name}"))

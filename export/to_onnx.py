@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from lrc_edge import __version__
 from lrc_edge.artifact import Artifact, sha256_of
 from lrc_edge.build import replace_tree
 from lrc_edge.checkpoint import PROVENANCE_FILE, DenseCheckpoint
+from lrc_edge.console import QUIET, Listener
 from lrc_edge.errors import UserError
 from lrc_edge.export.fold import copy_tokenizer, student_config
 from lrc_edge.export.genai_config import genai_config
@@ -30,6 +31,7 @@ from lrc_edge.export.imatrix import check_importance
 from lrc_edge.export.onnx_file import SHARD_BYTES, OnnxFile
 from lrc_edge.export.onnx_graph import ROPE_TABLES, DecoderGraph, WeightFormat, check_supported
 from lrc_edge.export.onnx_weights import GRIDS, PLAIN_TYPES, Q4_0, Q8_0, Blocks, Plain
+from lrc_edge.export.passes import Passes
 
 # transformers.js's names for its dtypes fp32, fp16, q8 and q4; the largest first.
 FILES = {"fp32": "onnx/model.onnx", "fp16": "onnx/model_fp16.onnx", "q8": "onnx/model_quantized.onnx",
@@ -38,10 +40,9 @@ CARRIED = ("generation_config.json", "README.md", "LICENSE", "LICENSE.txt", "LIC
 # int8 activations, as llama.cpp computes with these grids. Measured on a trained model of 9M parameters: KL to float32
 # 0.00197 instead of 0.00192, 7.0 times the decoding speed (2.0 with a 4-bit head, see Blocks).
 DEFAULT_ACCURACY_LEVEL = 4
-Progress = Callable[[str], None]
 
 
-def export_onnx(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[str], progress: Progress | None = None,
+def export_onnx(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[str], progress: Listener = QUIET,
                 accuracy_level: int = DEFAULT_ACCURACY_LEVEL, importance: Mapping[str, np.ndarray] | None = None, *,
                 on_grid: DenseCheckpoint | None = None, threads: int | None = None,
                 shard_bytes: int = SHARD_BYTES) -> list[Artifact]:
@@ -49,9 +50,8 @@ def export_onnx(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[s
 
     `encodings`: of FILES. `accuracy_level` of q8 and q4: see Blocks. `importance`: imatrix.collect's, by weight name.
     `on_grid`: the same model trained on the Q4_0 grid, of which q4 is then made. `threads` quantize: the machine's
-    processors by default. `shard_bytes`: of one data file. `progress` hears "fp32 model.layers.0...". The artifacts'
-    paths are relative to the folder's parent. Needs memory for one tensor as the checkpoint stores it. An exception
-    leaves `folder` as it was. Raises UserError.
+    processors by default. `shard_bytes`: of one data file. The artifacts' paths are relative to the folder's parent.
+    Needs memory for one tensor as the checkpoint stores it. An exception leaves `folder` as it was. Raises UserError.
     """
     _check_encodings(encodings, accuracy_level)
     check_supported(checkpoint)
@@ -65,14 +65,17 @@ def export_onnx(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[s
         Blocks(Q4_0, Q8_0, accuracy_level, None, threads, trained_on_grid=True)}
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    passes = Passes({weight.name: checkpoint.n_bytes(weight) for weight in checkpoint.weights()}, len(encodings),
+                    progress)
     try:
         (partial / "onnx").mkdir(parents=True)
         artifacts, n_shards = [], {}
         for encoding in encodings:
             path = partial / FILES[encoding]
+            passes.start(encoding)
             with OnnxFile(path, shard_bytes) as file:
                 source = on_grid if on_grid is not None and encoding == "q4" else checkpoint
-                DecoderGraph(file, source, formats[encoding], _prefixed(progress, encoding)).write()
+                DecoderGraph(file, source, formats[encoding], passes.at).write()
                 file.save(checkpoint.name, _metadata(source, encoding))
             identical = getattr(formats[encoding], "identical_blocks", None)
             artifacts.append(_artifact(checkpoint, file, encoding, folder.name, identical))
@@ -92,10 +95,6 @@ def _check_encodings(encodings: Sequence[str], accuracy_level: int) -> None:
         raise UserError(f"onnx: encodings {list(encodings)}: need each of {', '.join(FILES)} at most once")
     if accuracy_level not in range(5):
         raise UserError(f"onnx: accuracy_level {accuracy_level!r}: need 0 to 4 (0: float32 activations, 4: int8)")
-
-
-def _prefixed(progress: Progress | None, encoding: str) -> Progress | None:
-    return progress and (lambda name: progress(f"{encoding} {name}"))
 
 
 def _artifact(checkpoint: DenseCheckpoint, file: OnnxFile, encoding: str, folder_name: str,

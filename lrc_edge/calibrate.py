@@ -61,7 +61,7 @@ class CalibrationStages(Stages):
 
             with self.dir.partial("imatrix") as partial:
                 partial.mkdir()
-                importance = collect(student, calibration.rows, task.update)
+                importance = collect(student, calibration.rows, task)
                 n_rows, row_len = calibration.rows.shape
                 write_imatrix(partial / file.name, student, importance, n_rows, row_len,
                               f"sha256:{calibration.sha256}")
@@ -74,7 +74,7 @@ class CalibrationStages(Stages):
 
     def _sensitivity(self, student: DenseCheckpoint, student_hashes: list[str], calibration: Calibration) -> None:
         """What each matrix suffers from each type, for a mixed precision of any size."""
-        from lrc_edge.export.sensitivity import SAMPLE, measure, work_of
+        from lrc_edge.export.sensitivity import SAMPLE, measure
 
         file = self.out / "sensitivity" / "sensitivity.json"
         rows = calibration.rows[:SAMPLE[0], :SAMPLE[1]]
@@ -85,13 +85,13 @@ class CalibrationStages(Stages):
 
             with self.dir.partial("sensitivity") as partial:
                 partial.mkdir()
-                costs = measure(student, rows, read_imatrix(imatrix, student), task.update)
+                costs = measure(student, rows, read_imatrix(imatrix, student), task)
                 (partial / file.name).write_text(json.dumps({"tokens": rows.size, "kl": costs}, indent=1) + "\n")
                 replace_tree(partial, file.parent)
             return None, f"KL of {len(costs)} matrices in each type, on {rows.size:,} tokens"
 
         inputs = [student_hashes, self.dir.hash(imatrix), calibration.as_dict(), SAMPLE]
-        self._stage("sensitivity", inputs, [file], work, work_of(student))
+        self._stage("sensitivity", inputs, [file], work)
 
     def _allocate(self, student: DenseCheckpoint) -> None:
         """The type of every matrix in the file of mixed precision."""

@@ -36,13 +36,13 @@ from lrc_edge.roles import HEAD, Weight, weights_of
 from lrc_edge.shape import ModelShape
 
 if TYPE_CHECKING:  # a second's import, which writing a file does not need
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 # What a tokenizer may consist of; a fold and an export carry those that exist.
 TOKENIZER_PARTS = (*TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "vocab.json", "merges.txt", "chat_template.jinja")
-FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,9 @@ class DenseCheckpoint:
     """A dense decoder on disk. Build it with `open`."""
 
     def __init__(self, path: Path, config: dict[str, Any], shape: ModelShape, files: dict[str, Path],
-                 name: str | None):
+                 types: dict[str, torch.dtype], name: str | None):
         self.path, self.config, self.shape = path, config, shape
+        self.types = types  # weight name -> stored type
         self._files = files  # tensor name -> safetensors file
         self.generation = read_generation(path / "generation_config.json", shape)  # {} without the file
         self.card = front_matter(path / "README.md")
@@ -77,12 +78,12 @@ class DenseCheckpoint:
         check_values(config, shape, path / "config.json")
         _check_rope_form(config, path / "config.json")
         files = _tensor_files(path)
-        _check_tensors(shape, files, path)
+        types = _check_tensors(shape, files, path)
         if not any((path / file).exists() for file in TOKENIZER_FILES):
             raise UserError(f"{path}: no tokenizer (looked for {' and '.join(TOKENIZER_FILES)}); "
                             "copy the model's tokenizer files there")
         check_tokenizer_tables(path)
-        return cls(path, config, shape, files, name)
+        return cls(path, config, shape, files, types, name)
 
     @property
     def rope(self) -> Rope:
@@ -108,10 +109,13 @@ class DenseCheckpoint:
     def weight_files(self) -> list[Path]:
         return sorted(set(self._files.values()))
 
+    def n_bytes(self, weight: Weight) -> int:
+        """Of the weight as it is stored."""
+        return weight.numel * self.types[weight.name].itemsize
+
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor in its stored type. Raises UserError on NaN or infinity, which no stage could mend."""
-        with safe_open(self._files[name], framework="pt") as handle:
-            tensor = handle.get_tensor(name)
+        tensor = self._read(name)
         if not all_finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             raise UserError(f"{self._files[name]}: {name} holds {bad} NaN or infinite values of {tensor.numel()}; "
@@ -164,18 +168,29 @@ class DenseCheckpoint:
 
         Loaded in `dtype` and not cast to it, RoPE's frequencies stay float32.
         """
-        from transformers import AutoModelForCausalLM
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-        self.check_config()
-        model = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype, attn_implementation="sdpa")
+        config = self.check_config()
+        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        source, weights = None, None
+        if set(self.types.values()) == {dtype}:
+            source = self.path  # transformers maps the files
+        else:  # Tensor by tensor: transformers would hold all that is stored next to all that it has converted.
+            weights = {weight.name: self._read(weight.name).to(dtype) for weight in self.weights()}
+        model = model_class.from_pretrained(source, config=config, state_dict=weights, dtype=dtype,
+                                            attn_implementation="sdpa")
         return model.eval()
 
-    def check_config(self) -> None:
-        """Raise UserError if transformers refuses a value of config.json. Imports much more of it than `open` does."""
+    def _read(self, name: str) -> torch.Tensor:
+        with safe_open(self._files[name], framework="pt") as handle:  # closed again: pages that were read count as used
+            return handle.get_tensor(name)
+
+    def check_config(self) -> PretrainedConfig:
+        """transformers' config. Raises UserError if it refuses a value. Imports much more of it than `open` does."""
         from transformers import AutoConfig
 
         try:
-            AutoConfig.from_pretrained(self.path)
+            return AutoConfig.from_pretrained(self.path)
         except Exception as error:  # each field has its own check, which may raise any type
             raise UserError(f"{self.path / 'config.json'}: transformers {transformers.__version__} refuses it "
                             f"({one_line(error)}); get an intact copy") from error
@@ -283,7 +298,8 @@ def _tensor_files(path: Path) -> dict[str, Path]:
     return files
 
 
-def _check_tensors(shape: ModelShape, files: dict[str, Path], path: Path) -> None:
+def _check_tensors(shape: ModelShape, files: dict[str, Path], path: Path) -> dict[str, torch.dtype]:
+    """Raise UserError unless the files hold the shape's weights. Returns weight name -> stored type."""
     expected = {weight.name: weight.shape for weight in weights_of(shape)}
     missing = [name for name in expected if name not in files]
     if missing:
@@ -294,6 +310,7 @@ def _check_tensors(shape: ModelShape, files: dict[str, Path], path: Path) -> Non
     if extra:
         raise UserError(f"{path}: tensor {extra[0]} is not one of a {shape.family} ({len(extra)} such); "
                         "an adapter or a changed architecture is not supported")
+    types: dict[str, torch.dtype] = {}
     for file in sorted(set(files.values())):
         with safe_open(file, framework="pt") as handle:
             for name in handle.keys():
@@ -303,6 +320,8 @@ def _check_tensors(shape: ModelShape, files: dict[str, Path], path: Path) -> Non
                 if tuple(view.get_shape()) != expected[name]:
                     raise UserError(f"{file}: {name} has shape {list(view.get_shape())}, config.json says "
                                     f"{list(expected[name])}; get a config and weights that belong together")
-                if view.get_dtype() not in FLOAT_DTYPES:
+                if view.get_dtype() not in FLOAT_TYPES:
                     raise UserError(f"{file}: {name} has type {view.get_dtype()}, need one of "
-                                    f"{', '.join(FLOAT_DTYPES)}; give the unquantized model")
+                                    f"{', '.join(FLOAT_TYPES)}; give the unquantized model")
+                types[name] = FLOAT_TYPES[view.get_dtype()]
+    return types

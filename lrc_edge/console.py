@@ -4,61 +4,114 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Task as Bar
+from rich.text import Text
 
 PLAIN_EVERY = 5.0  # seconds between lines when the output is no terminal
 
 
-class Task:
-    """One running stage: `update` shows where it is."""
+class Listener(Protocol):
+    """Anything that long work reports its progress to; a Task, or QUIET."""
 
-    def __init__(self, console: Console, name: str, total: int | None):
-        self.console, self.name, self.total = console, name, total
+    def expect(self, total: float | None, unit: str | None = None) -> None:
+        """Set the amount of work, and in which unit it is counted."""
+
+    def update(self, detail: str, completed: float | None = None) -> None:
+        """Report what is done now, and how much of the work is complete."""
+
+
+class Task:
+    """One running stage. `update` shows share, remaining time and rate: "  42%  eta 1:10  1,234 tokens/s  detail".
+
+    `total` is the amount of work, in `unit`s where the rate means something ("tokens", "MB"), or an estimate in numbers
+    of no unit, for which no rate is shown. `expect` corrects it at any time. The rate is the average since the first
+    update with a `completed`, whose work was done earlier (by a run that this one continues).
+    """
+
+    def __init__(self, console: Console, name: str, total: float | None = None, unit: str = ""):
+        self.console, self.name, self.total, self.unit = console, name, total, unit
         self._shown = time.monotonic()
-        self._began: tuple[float, int] | None = None  # when it first said what was done, and what: none of it is ours
+        self._began: tuple[float, float] | None = None  # time, completed
+        self._now: tuple[float, float] | None = None
         self._live: Progress | None = None
         if console.is_terminal:
             self._live = Progress(SpinnerColumn(), TextColumn("[bold]{task.description:>9}"), BarColumn(24),
-                                  TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(), TextColumn("eta"),
-                                  TimeRemainingColumn(elapsed_when_finished=False), TextColumn("{task.fields[detail]}"),
+                                  TimeElapsedColumn(), _Where(self), TextColumn("{task.fields[detail]}", markup=False),
                                   console=console, transient=True)
             self._id = self._live.add_task(name, total=total, detail="")
             self._live.start()
 
-    def expect(self, total: int, unit: str = "") -> None:
-        self.total = total
+    def expect(self, total: float | None, unit: str | None = None) -> None:
+        """Set the amount of work, also anew when an estimate was wrong. `unit`: as before by default."""
+        self.total, self.unit = total, self.unit if unit is None else unit
         if self._live is not None:
             self._live.update(self._id, total=total)
 
-    def update(self, detail: str, completed: int | None = None) -> None:
-        if self._began is None and completed is not None:
-            self._began = time.monotonic(), completed
+    def update(self, detail: str, completed: float | None = None) -> None:
+        """Show `detail`; in a log every PLAIN_EVERY seconds at most. `completed`: of `total`; as before by default."""
+        now = time.monotonic()
+        if completed is not None:
+            self._now = now, completed
+            self._began = self._began or self._now
         if self._live is not None:
             self._live.update(self._id, detail=detail, completed=completed)
-        elif time.monotonic() - self._shown >= PLAIN_EVERY:
-            self._shown = time.monotonic()
-            self.console.print(f"{self.name:>9}  {self._where(completed)}{detail}", highlight=False, markup=False,
-                               soft_wrap=True)
+        elif now - self._shown >= PLAIN_EVERY:
+            self._shown = now
+            line = "  ".join(part for part in (f"{self.name:>9}", self.where(), detail) if part)
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    def _where(self, completed: int | None) -> str:
-        if not self.total or not completed or not self._began:
+    def where(self) -> str:
+        """"42%  eta 1:10  1,234 tokens/s": of these what is known. Between two updates the remaining time runs on."""
+        if not self._began or not self._now:
             return ""
-        started, had = self._began
-        if completed == had:
-            return f"{completed / self.total:4.0%}  "
-        eta = (time.monotonic() - started) / (completed - had) * (self.total - completed)
-        return f"{completed / self.total:4.0%}  eta {eta // 60:.0f}:{eta % 60:02.0f}  "
+        (began, had), (then, completed) = self._began, self._now
+        rate = (completed - had) / (then - began) if then > began else 0.0
+        parts = []
+        if self.total:
+            parts.append(f"{min(1.0, completed / self.total):4.0%}")
+            if rate > 0:
+                eta = max(0.0, (self.total - completed) / rate - (time.monotonic() - then))
+                parts.append(f"eta {eta // 60:.0f}:{eta % 60:02.0f}")
+        if rate > 0 and self.unit:
+            parts.append(f"{rate:,.0f} {self.unit}/s" if rate >= 10 else f"{rate:.2g} {self.unit}/s")
+        return "  ".join(parts)
 
     def stop(self) -> None:
         if self._live is not None:
             self._live.stop()
 
 
+class _Where(ProgressColumn):
+    """`Task.where` in the live bar, drawn again several times a second."""
+
+    def __init__(self, task: Task):
+        super().__init__()
+        self._task = task
+
+    def render(self, task: Bar) -> Text:
+        return Text(self._task.where())
+
+
+class _Quiet:
+    """Shows nothing. Implements Listener."""
+
+    def expect(self, total: float | None, unit: str | None = None) -> None:
+        pass
+
+    def update(self, detail: str, completed: float | None = None) -> None:
+        pass
+
+
+QUIET = _Quiet()
+
+
 @contextmanager
-def running(console: Console, name: str, total: int | None = None) -> Iterator[Task]:
-    task = Task(console, name, total)
+def running(console: Console, name: str, total: float | None = None, unit: str = "") -> Iterator[Task]:
+    task = Task(console, name, total, unit)
     try:
         yield task
     finally:

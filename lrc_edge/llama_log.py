@@ -7,20 +7,29 @@ from __future__ import annotations
 
 import ctypes
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import llama_cpp
 
 _ERROR, _CONTINUED = 4, 5  # enum ggml_log_level in ggml.h
 _errors: deque[str] = deque(maxlen=50)
 _level = 0
+_hear: Callable[[str], None] | None = None
+_raised: list[BaseException] = []
 
 
 @llama_cpp.llama_log_callback
 def _collect(level: int, text: bytes, _: ctypes.c_void_p) -> None:
     global _level
-    _level = _level if level == _CONTINUED else level
-    if _level == _ERROR:
-        _errors.append(text.decode(errors="replace"))
+    try:
+        _level = _level if level == _CONTINUED else level
+        if _level == _ERROR:
+            _errors.append(text.decode(errors="replace"))
+        if _hear is not None:
+            _hear(text.decode(errors="replace"))
+    except BaseException as error:  # ctypes would drop it; Ctrl-C is one, too
+        _raised.append(error)
 
 
 def listen() -> None:
@@ -32,3 +41,17 @@ def listen() -> None:
 def errors() -> str:
     """Error text since listen(), on one line; "" when there was none."""
     return " ".join("".join(_errors).split())
+
+
+@contextmanager
+def heard_by(hear: Callable[[str], None]) -> Iterator[None]:
+    """In the block `hear` gets every piece of text that llama.cpp logs. What it raises, the end of the block raises."""
+    global _hear
+    _hear = hear
+    _raised.clear()
+    try:
+        yield
+    finally:
+        _hear = None
+    if _raised:
+        raise _raised[0]

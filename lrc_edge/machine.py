@@ -1,4 +1,4 @@
-"""This machine: its processors, and how many of them a model wants."""
+"""This machine: its processors, how many of them a model wants, and in which type they compute."""
 from __future__ import annotations
 
 import os
@@ -16,6 +16,13 @@ def processors() -> int:
 def threads_for(shape: ModelShape) -> int:
     """Below SMALL a token takes less time than waking a second thread (measured: 0.04 s against 0.33 s)."""
     return 1 if shape.n_params < SMALL else processors()
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for it (AVX512-BF16 or AMX); elsewhere float32 is faster."""
+    import torch
+
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 def architecture() -> str:

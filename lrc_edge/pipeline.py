@@ -34,9 +34,12 @@ class Pipeline(TrainingStages, CalibrationStages):
     def weights(self, model: DenseCheckpoint) -> None:
         """Read every weight of the input once: NaN or infinity found now costs no training."""
         def work(task: Task) -> tuple[Any, str]:
-            for weight in model.weights():
-                task.update(weight.name)
+            weights, done = list(model.weights()), 0
+            task.expect(sum(map(model.n_bytes, weights)) / 1e6, "MB")
+            for weight in weights:
+                task.update(weight.name, done / 1e6)
                 model.tensor(weight.name)
+                done += model.n_bytes(weight)
             return None, f"{model.name}: {model.shape.n_params:,} {model.shape.family} parameters, all finite"
 
         self._stage("weights", [self.dir.hash(file) for file in model.weight_files()], [], work)
@@ -76,12 +79,12 @@ class Pipeline(TrainingStages, CalibrationStages):
 
                     n_chunks = self.dir.result("imatrix")["rows"] if imatrix else None
                     allocation = self._allocation(student) if mixed else None
-                    artifacts = export_gguf(student, partial, encodings, task.update, importance, n_chunks=n_chunks,
+                    artifacts = export_gguf(student, partial, encodings, task, importance, n_chunks=n_chunks,
                                             on_grid=on_grid, allocation=allocation)
                 else:
                     from lrc_edge.export.to_onnx import export_onnx
 
-                    artifacts = export_onnx(student, partial, encodings, task.update, level, importance,
+                    artifacts = export_onnx(student, partial, encodings, task, level, importance,
                                             on_grid=on_grid)
                 replace_tree(partial, self.out / format_)
             sizes = ", ".join(f"{a.encoding} {a.bytes / 1e6:.1f} MB" for a in artifacts)
@@ -132,7 +135,7 @@ class Pipeline(TrainingStages, CalibrationStages):
             from lrc_edge.export.to_gguf import export_gguf
 
             with self.dir.partial("teacher") as partial:
-                [artifact] = export_gguf(teacher, partial, ["q4_0"], task.update)
+                [artifact] = export_gguf(teacher, partial, ["q4_0"], task)
                 file.parent.mkdir(exist_ok=True)
                 (partial / Path(artifact.path).name).replace(file)
             return None, f"{teacher.name} as Q4_0 for timing, {artifact.bytes / 1e6:.1f} MB"

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from recorder import Recorder
 from tiny_models import make_tiny
 
 from lrc_edge.checkpoint import DenseCheckpoint
@@ -16,30 +17,71 @@ from lrc_edge.export.imatrix import collect
 ROWS = np.random.default_rng(0).integers(5, 500, (3, 64))
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_it_is_the_mean_square_of_each_linears_inputs(tied: bool, tmp_path: Path) -> None:
-    checkpoint = DenseCheckpoint.open(make_tiny(tmp_path / "tiny", tied=tied))
-    got = collect(checkpoint, ROWS)
-    matrices = {weight.name: weight.shape[1] for weight in checkpoint.weights() if len(weight.shape) == 2}
-    if not tied:
-        del matrices["model.embed_tokens.weight"]
-    assert {name: len(values) for name, values in got.items()} == matrices
+FAMILIES = [("llama", True), ("llama", False), ("mistral", False), ("qwen2", True), ("qwen3", False)]
+
+
+def mean_squares(checkpoint: DenseCheckpoint, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Of the inputs of every linear, by a forward pass of the complete float32 model with all of them in float64."""
+    model, found = checkpoint.model(), {}
+
+    def keeper(name: str) -> Callable[..., None]:
+        def keep(_: Any, inputs: tuple[torch.Tensor], __: Any) -> None:
+            found[f"{name}.weight"] = inputs[0].double().square().mean((0, 1)).numpy()
+        return keep
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(keeper(name))
     with torch.inference_mode():
-        out = checkpoint.model()(torch.from_numpy(ROWS), output_hidden_states=True)
-    first_norm = checkpoint.model().model.layers[0].input_layernorm
-    first_input = first_norm(out.hidden_states[0]).square().mean((0, 1))
-    last = out.hidden_states[-1].square().mean((0, 1))  # after the final norm
-    head = "model.embed_tokens.weight" if tied else "lm_head.weight"
-    for name, expected in (("model.layers.0.self_attn.q_proj.weight", first_input), (head, last)):
-        np.testing.assert_allclose(got[name], expected.detach().numpy(), rtol=1e-4)
-        assert got[name].dtype == np.float32
+        model(torch.from_numpy(rows))
+    if checkpoint.shape.tied:
+        found["model.embed_tokens.weight"] = found.pop("lm_head.weight")
+    return found
 
 
-def test_it_counts_every_token_of_every_row_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family, tied", FAMILIES)
+def test_it_is_the_mean_square_of_each_linears_inputs(family: str, tied: bool, tmp_path: Path) -> None:
+    checkpoint = DenseCheckpoint.open(make_tiny(tmp_path / "tiny", family, tied=tied))
+    got, expected = collect(checkpoint, ROWS, dtype=torch.float32), mean_squares(checkpoint, ROWS)
+    matrices = [weight.name for weight in checkpoint.weights() if len(weight.shape) == 2]
+    assert list(got) == [name for name in matrices if tied or "embed_tokens" not in name]
+    assert got.keys() == expected.keys()
+    for name, values in got.items():
+        np.testing.assert_allclose(values, expected[name], rtol=1e-4, err_msg=name)
+        assert values.dtype == np.float32
+
+
+@pytest.mark.parametrize("family, tied", FAMILIES)
+def test_bfloat16_moves_it_by_little(family: str, tied: bool, tmp_path: Path) -> None:
+    """On processors without it as well: they compute the same, only slower."""
+    checkpoint = DenseCheckpoint.open(make_tiny(tmp_path / "tiny", family, tied=tied))
+    got, expected = collect(checkpoint, ROWS, dtype=torch.bfloat16), mean_squares(checkpoint, ROWS)
+    assert got.keys() == expected.keys()
+    for name, values in got.items():
+        assert values.dtype == np.float32
+        np.testing.assert_allclose(values, expected[name], rtol=0.05, err_msg=name)  # a single channel
+        assert values.sum() == pytest.approx(expected[name].sum(), rel=0.01)
+
+
+def test_the_model_computes_in_what_the_processor_multiplies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = DenseCheckpoint.open(make_tiny(tmp_path / "tiny"))
-    rows, said = [collect(checkpoint, ROWS[i:i + 1].astype(np.uint16)) for i in range(3)], []
-    together = collect(checkpoint, ROWS, said.append)
-    assert said == ["row 1 of 3", "row 2 of 3", "row 3 of 3"]
+    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr("lrc_edge.export.imatrix.multiplies_bfloat16", lambda native=native: native)
+        first, again, same = (collect(checkpoint, ROWS, dtype=given) for given in (None, None, dtype))
+        for name, values in first.items():
+            assert (values == again[name]).all() and (values == same[name]).all()
+
+
+@pytest.mark.parametrize("batch_tokens, batches", [(1, (1, 2, 3)), (128, (2, 3)), (1024, (3,))])
+def test_it_counts_every_token_of_every_row_once(batch_tokens: int, batches: tuple[int, ...], tmp_path: Path,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lrc_edge.export.imatrix.BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr("lrc_edge.export.imatrix.PIECE", 1000)  # no divisor of anything
+    checkpoint, said = DenseCheckpoint.open(make_tiny(tmp_path / "tiny")), Recorder()
+    rows = [collect(checkpoint, ROWS[i:i + 1].astype(np.uint16), dtype=torch.float32) for i in range(3)]
+    together = collect(checkpoint, ROWS, said, torch.float32)
+    assert [detail for detail, _ in said.updates] == ["", *(f"row {n} of 3" for n in batches)]
+    assert said.completed[-1] == said.total == ROWS.size and said.unit == "tokens"
     for name, values in together.items():
         np.testing.assert_allclose(values, np.mean([row[name] for row in rows], 0), rtol=1e-5, err_msg=name)
     with pytest.raises(ValueError, match="hold no token"):

@@ -177,7 +177,7 @@ def test_exported_files_are_read_back_as_their_writers_count(tmp_path: Path, fam
 
     checkpoint = DenseCheckpoint.open(make_tiny(tmp_path / "m", family, tied=tied))
     made = [*export_onnx(checkpoint, tmp_path / "onnx", list(FILES), shard_bytes=60_000),
-            *export_gguf(checkpoint, tmp_path / "gguf", ["f16", "q8_0"], lambda _: None)]
+            *export_gguf(checkpoint, tmp_path / "gguf", ["f16", "q8_0"])]
     for artifact in made:
         found = describe(tmp_path / artifact.path)
         assert found["n_params"] == checkpoint.shape.n_params, artifact.path

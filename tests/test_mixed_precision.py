@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from recorder import Recorder
 from tiny_models import TEXT, make_tiny
 
 pytest.importorskip("llama_cpp")
@@ -22,7 +23,7 @@ from lrc_edge.errors import UserError
 from lrc_edge.export.imatrix import collect
 from lrc_edge.export.mixed_precision import allocate, candidates, check_size, choose, tensor_bytes
 from lrc_edge.export.quantize import quantize_matrix
-from lrc_edge.export.sensitivity import PROBE, measure, work_of
+from lrc_edge.export.sensitivity import PROBE, measure
 from lrc_edge.export.to_gguf import export_gguf, gguf_name, rope_factor_bytes
 from lrc_edge.roles import weights_of
 
@@ -77,12 +78,11 @@ def kl_by_hand(checkpoint: DenseCheckpoint, name: str, kind: QType, importance: 
 def test_sensitivity_is_the_divergence_of_the_changed_model(family: str, tied: bool, tmp_path: Path) -> None:
     checkpoint = DenseCheckpoint.open(make_tiny(tmp_path / "tiny", family, tied=tied, hidden_size=256,
                                                 intermediate_size=512, head_dim=64, layers=2))
-    importance, said = collect(checkpoint, ROWS), []
-    costs = measure(checkpoint, ROWS, importance, lambda name, done: said.append((name, done)))
+    importance, said = collect(checkpoint, ROWS), Recorder()
+    costs = measure(checkpoint, ROWS, importance, said)
     names = [weight.name for weight in checkpoint.weights() if len(weight.shape) > 1]
-    assert [name for name, _ in said] == names and list(costs) == names
-    steps = np.diff([done for _, done in said] + [work_of(checkpoint)])
-    assert said[0][1] == 0 and (steps > 0).all()
+    assert [name for name, _ in said.updates] == names and list(costs) == names
+    assert (np.diff([*said.completed, said.total]) > 0).all() and said.unit == "layers"
     for name in names:
         assert list(costs[name]) == [kind.name for kind in candidates(256)]
         # The probe's own divergence is the exact one; the quadratic law gave these others to 18 %.

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tracemalloc
 import weakref
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import yaml
 from families import FAMILIES
 from gguf import GGMLQuantizationType as QType
 from gguf import GGUFReader, quants
+from recorder import Recorder
 from tiny_models import make_tiny
 
 from lrc_edge.artifact import sha256_of
@@ -168,9 +170,8 @@ def test_file_name(name: str, expected: str, tiny_llama: Path) -> None:
 
 def test_artifacts_say_what_was_written(tiny_llama: Path, tmp_path: Path) -> None:
     checkpoint = DenseCheckpoint.open(tiny_llama)
-    said: list[str] = []
-    artifacts = export_gguf(checkpoint, tmp_path / "gguf", ["q8_0", "f32", "F32"], said.append)
-    assert [a.encoding for a in artifacts] == ["q8_0", "f32"] and len(said) == 2
+    artifacts = export_gguf(checkpoint, tmp_path / "gguf", ["q8_0", "f32", "F32"])
+    assert [a.encoding for a in artifacts] == ["q8_0", "f32"]
     for artifact in artifacts:
         file = tmp_path / artifact.path
         assert (artifact.bytes, artifact.sha256) == (file.stat().st_size, sha256_of(file))
@@ -184,11 +185,31 @@ def test_artifacts_say_what_was_written(tiny_llama: Path, tmp_path: Path) -> Non
 def test_a_quantized_type_alone_comes_from_a_lossless_file_that_goes_away(
         dtype: torch.dtype, encoding: str, tmp_path: Path) -> None:
     checkpoint = DenseCheckpoint.open(make_tiny(tmp_path / "model", dtype=dtype))
-    assert to_gguf._stored_encoding(checkpoint) == encoding
+    assert to_gguf._lossless(checkpoint)[0].name == encoding
     file = exported(checkpoint, tmp_path, "q4_0")
     assert {path.name for path in file.parent.iterdir()} == {file.name, "Modelfile"}
     direct = exported(checkpoint, tmp_path / "again", "q4_0")
     assert export_gguf(checkpoint, tmp_path / "with-f32", ["f32", "q4_0"])[1].sha256 == sha256_of(direct)
+
+
+def test_progress_counts_every_tensor_of_every_file(tmp_path: Path) -> None:
+    checkpoint = DenseCheckpoint.open(make_tiny(tmp_path / "model", dtype=torch.bfloat16))
+    stored_mb = sum(tensor.numel() for tensor in checkpoint.model().parameters()) * 2 / 1e6
+    tensors = {gguf_name(weight) for weight in checkpoint.weights()}
+    for encodings, on_grid, files in (
+            (["q8_0", "bf16"], None, ["writing BF16", "quantizing Q8_0"]),
+            (["q8_0", "f32"], None, ["writing F32", "quantizing Q8_0"]),
+            (["f16", "q8_0"], None, ["writing F16", "writing bf16 to quantize", "quantizing Q8_0"]),
+            (["q4_0", "q8_0"], checkpoint, ["writing bf16 to quantize", "quantizing Q4_0",
+                                            "writing bf16 to quantize", "quantizing Q8_0"])):
+        said = Recorder()
+        export_gguf(checkpoint, tmp_path / "gguf", encodings, said, on_grid=on_grid)
+        assert said.total == pytest.approx(len(files) * stored_mb) and said.unit == "MB"
+        assert len(said.completed) == len(files) * (len(tensors) + 1)
+        for number, file in enumerate(files):  # its own line, then one for each tensor, each with what is done before
+            (name, done), *rows = said.updates[number * (len(tensors) + 1):(number + 1) * (len(tensors) + 1)]
+            assert re.sub(r" [\w-]+-(\w+)\.gguf", r" \1", name) == file and done == pytest.approx(number * stored_mb)
+            assert {row.removeprefix(f"{name}: ") for row, _ in rows} == tensors
 
 
 def test_one_tensor_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

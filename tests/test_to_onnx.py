@@ -13,6 +13,7 @@ import pytest
 import torch
 from families import FAMILIES, LLAMA3_ROPE
 from onnx import numpy_helper
+from recorder import Recorder
 from rounded import grid_of, rounded, rounded_model
 from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny
@@ -430,3 +431,16 @@ def test_an_existing_folder_is_replaced(tiny_llama: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "onnx/model.safetensors").exists()
     genai = json.loads((tmp_path / "onnx/genai_config.json").read_text())
     assert genai["model"]["decoder"]["filename"] == "onnx/model_q4.onnx"
+
+
+def test_progress_counts_every_tensor_of_every_file(tmp_path: Path) -> None:
+    checkpoint = DenseCheckpoint.open(make_tiny(tmp_path / "model", tied=False))
+    stored_mb = sum(tensor.numel() for tensor in checkpoint.model().parameters()) * 4 / 1e6
+    said = Recorder()
+    export_onnx(checkpoint, tmp_path / "onnx", ["q4", "fp16"], said)
+    names = {weight.name for weight in checkpoint.weights()}
+    assert said.total == pytest.approx(2 * stored_mb) and said.unit == "MB"
+    assert len(said.completed) == 2 * (len(names) + 1)
+    assert {detail for detail, _ in said.updates} - {"q4", "fp16"} == {
+        f"{encoding}: {name}" for encoding in ("q4", "fp16") for name in names}
+    assert said.updates[len(names) + 1] == ("fp16", pytest.approx(stored_mb))

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from lrc_edge import recipe as recipes
 from lrc_edge.build import write_atomically
 from lrc_edge.errors import UserError
+from lrc_edge.machine import multiplies_bfloat16
 from lrc_edge.train import checkpoints, processes
 from lrc_edge.train.clone import Clone
 from lrc_edge.train.data import PackedRows
@@ -49,7 +50,7 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if wanted == "bf16" else torch.float32
     if device.type == "cuda":
         return torch.bfloat16
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    return torch.bfloat16 if multiplies_bfloat16() else torch.float32
 
 
 def objective_of(train: recipes.Train, dense: bool) -> Objective:
