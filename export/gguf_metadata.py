@@ -111,9 +111,14 @@ def _write_rope(writer: GGUFWriter, checkpoint: DenseCheckpoint) -> None:
         writer.add_rope_scaling_factor(scaling["factor"])
         writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
         if scaling.get("attention_factor") is not None:
-            # llama.cpp multiplies this by the default factor; Hugging Face's replaces it.
-            default = 0.1 * math.log(scaling["factor"]) + 1
-            writer.add_rope_scaling_attn_factors(scaling["attention_factor"] / default)
+            writer.add_rope_scaling_attn_factors(yarn_attention_factor(scaling))
+
+
+def yarn_attention_factor(scaling: dict[str, Any]) -> float:
+    """What llama.cpp multiplies yarn's default attention factor by; Hugging Face's attention_factor replaces it."""
+    if scaling.get("attention_factor") is None:
+        return 1.0
+    return float(scaling["attention_factor"] / (0.1 * math.log(scaling["factor"]) + 1))
 
 
 def write_identity(writer: GGUFWriter, checkpoint: DenseCheckpoint) -> None:

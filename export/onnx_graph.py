@@ -63,6 +63,17 @@ def check_supported(checkpoint: DenseCheckpoint) -> None:
                         f"supported: {', '.join(FIXED_ROPE_TYPES)}; leave the onnx formats out")
 
 
+def rope_tables(checkpoint: DenseCheckpoint) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin for every position, each (max_position_embeddings, head_dim / 2), by transformers' own module."""
+    config = AutoConfig.from_pretrained(checkpoint.path)
+    family = config.model_type
+    module = import_module(f"transformers.models.{family}.modeling_{family}")
+    rotary = getattr(module, f"{family.capitalize()}RotaryEmbedding")(config)
+    cos, sin = rotary(torch.zeros(1), torch.arange(checkpoint.shape.max_position_embeddings)[None])
+    half = checkpoint.shape.head_dim // 2
+    return cos[0, :, :half], sin[0, :, :half]
+
+
 class DecoderGraph:
     """Writes one checkpoint's graph into `file`. Use `write` once."""
 
@@ -137,14 +148,8 @@ class DecoderGraph:
         file.node("Cast", [total], "total_sequence_length.int32", to=TensorProto.INT32)
 
     def _rope_tables(self) -> None:
-        """cos and sin for every position, (max_position_embeddings, head_dim / 2), by transformers' own module."""
-        family = self.config.model_type
-        module = import_module(f"transformers.models.{family}.modeling_{family}")
-        rotary = getattr(module, f"{family.capitalize()}RotaryEmbedding")(self.config)
-        positions = torch.arange(self.shape.max_position_embeddings)[None]
-        for name, table in zip(ROPE_TABLES, rotary(torch.zeros(1), positions), strict=True):
-            half = table[0, :, :self.shape.head_dim // 2]
-            self.file.weight(name, array_of(half, self.weights.type, name))
+        for name, table in zip(ROPE_TABLES, rope_tables(self.checkpoint), strict=True):
+            self.file.weight(name, array_of(table, self.weights.type, name))
 
     def _layer(self, hidden: str, layer: int) -> str:
         attention = self._attention(self._norm(hidden, "attn_norm", layer), layer)

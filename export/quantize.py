@@ -164,6 +164,22 @@ def quantize_matrix(weight_OI: np.ndarray, type: GGMLQuantizationType, importanc
     return blocks
 
 
+def dequantize(blocks: np.ndarray, type: GGMLQuantizationType, n: int) -> np.ndarray | None:
+    """The n values of contiguous uint8 blocks as float32 (n,), by llama.cpp's own code; None for a type it cannot read.
+
+    Raises ValueError unless the blocks hold exactly n values.
+    """
+    block, block_bytes = GGML_QUANT_SIZES[type]
+    if not blocks.flags.c_contiguous or n % block or blocks.nbytes != n // block * block_bytes:
+        raise ValueError(f"dequantize: {blocks.nbytes} bytes of {type.name} are not {n} values")
+    function = getattr(_ggml(), f"dequantize_row_{type.name.lower().replace('_k', '_K')}", None)
+    if function is None:
+        return None
+    values = np.empty(n, np.float32)
+    function(ctypes.c_void_p(blocks.ctypes.data), ctypes.c_void_p(values.ctypes.data), ctypes.c_int64(n))
+    return values
+
+
 @cache
 def _ggml() -> ctypes.CDLL:
     """ggml's quantizer, found through the libllama that is loaded: a second copy of the library could differ."""

@@ -75,7 +75,7 @@ _TORCH_TYPES = {GGMLQuantizationType.F32: torch.float32, GGMLQuantizationType.F1
 ON_GRID_ENCODING = "q4_0"  # the one that quantization-aware training is for
 PART = 1 << 22  # elements that are written at once
 PIECE = 1 << 15  # elements that are converted at once; torch starts threads above that
-_ROPE_FACTORS = TENSOR_NAMES[MODEL_TENSOR.ROPE_FREQS] + ".weight"
+ROPE_FACTORS = TENSOR_NAMES[MODEL_TENSOR.ROPE_FREQS] + ".weight"
 
 
 def export_gguf(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[str],
@@ -238,7 +238,7 @@ def _write(checkpoint: DenseCheckpoint, vocabulary: Vocabulary, encoding: Encodi
         writer.add_tensor_info(gguf_name(weight), weight.shape, np.dtype(np.float32), n_bytes, raw_dtype=kind)
     factors = llama3_rope_factors(checkpoint)
     if factors is not None:
-        writer.add_tensor_info(_ROPE_FACTORS, factors.shape, np.dtype(np.float32), factors.numel() * 4)
+        writer.add_tensor_info(ROPE_FACTORS, factors.shape, np.dtype(np.float32), factors.numel() * 4)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

@@ -84,7 +84,7 @@ def read_vocabulary(checkpoint: DenseCheckpoint) -> Vocabulary:
     merges = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
     if model.get("byte_fallback"):
         space_prefix = _sentencepiece_prefix(table, where)
-        kind, pre, scores, merge_lines = "llama", "default", _scores(tokens, merges), None
+        kind, pre, scores, merge_lines = "llama", "default", merge_scores(tokens, merges), None
         _check_sentencepiece(tokens, table["added_tokens"], space_prefix, where)
         tokens, types = _sentencepiece_types(tokens, table["added_tokens"], by_id, ids)
     else:
@@ -223,7 +223,7 @@ def _sentencepiece_prefix(table: dict[str, Any], where: str) -> bool:
         f"the normalizer Prepend {_SPACE!r}, which reads such text as llama.cpp does")
 
 
-def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
+def merge_scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
     """SentencePiece scores that put merges in the tokenizer's order: minus the rank of the token's first merge."""
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(merges):

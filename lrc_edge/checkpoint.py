@@ -5,7 +5,7 @@ Teacher, student and any foreign model come through this door, so every later st
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,12 +87,7 @@ class DenseCheckpoint:
 
     @property
     def rope(self) -> Rope:
-        """From either config form: rope_parameters (transformers 5) or rope_theta and rope_scaling (4.x)."""
-        table = dict(self.config.get("rope_parameters") or self.config.get("rope_scaling") or {})
-        theta = table.pop("rope_theta", None) or self.config.get("rope_theta") or 10000.0
-        kind = table.pop("type", None)
-        table.setdefault("rope_type", kind or "default")
-        return Rope(float(theta), None if table["rope_type"] == "default" else table)
+        return rope_of(self.config)
 
     @property
     def sliding_window(self) -> int | None:
@@ -123,6 +118,12 @@ class DenseCheckpoint:
             raise UserError(f"{self._files[name]}: {name} holds {bad} NaN or infinite values of {tensor.numel()}; "
                             "get an intact copy of the model")
         return tensor
+
+    def rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
+        """Some rows of a matrix, (len(rows), columns) float32; reads no others. For values that need no check."""
+        with safe_open(self._files[name], framework="pt") as handle:
+            view = handle.get_slice(name)
+            return torch.cat([view[row:row + 1].float() for row in rows])
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer as tokenizer.json says it; without that file, as transformers converts tokenizer.model.
@@ -180,6 +181,15 @@ class DenseCheckpoint:
         except Exception as error:  # each field has its own check, which may raise any type
             raise UserError(f"{self.path / 'config.json'}: transformers {transformers.__version__} refuses it "
                             f"({one_line(error)}); get an intact copy") from error
+
+
+def rope_of(config: dict[str, Any]) -> Rope:
+    """From either form of a config: rope_parameters (transformers 5) or rope_theta and rope_scaling (4.x)."""
+    table = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    theta = table.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
+    kind = table.pop("type", None)
+    table.setdefault("rope_type", kind or "default")
+    return Rope(float(theta), None if table["rope_type"] == "default" else table)
 
 
 def all_finite(tensor: torch.Tensor) -> bool:

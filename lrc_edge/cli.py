@@ -117,6 +117,28 @@ def check(directory: BuildDirectory, target: Annotated[list[str] | None, typer.O
 
 
 @app.command()
+def verify(model: Annotated[str, typer.Argument(metavar="MODEL", help="The Hugging Face directory, or hub id, that the "
+                                                                      "files were made of.")],
+           files: Annotated[list[Path], typer.Argument(metavar="FILE...", help=".gguf files, .onnx files, or folders "
+                                                                               "with one.")],
+           out: Annotated[Path, typer.Option("--out", "-o", help="Directory for report.json and report.html.")],
+           recipe: RecipeFile = None, settings: Settings = None,
+           data: Annotated[list[str] | None, typer.Option(
+               "--data", "-d", metavar="SRC", help="Text to verify on; default: Python's own documentation.")] = None
+           ) -> None:
+    """Verify GGUF and ONNX files that other tools made, against the model that they claim to hold.
+
+    Compares shapes, RoPE, tokenizer, chat template and weights with MODEL and names each difference; then runs each
+    file in its runtime and compares the logits.
+
+    [dim]lrc-edge verify Qwen/Qwen3-0.6B Qwen3-0.6B-Q4_K_M.gguf --out verified[/]
+    """
+    from lrc_edge.verify import verify as verify_files
+
+    _exit(verify_files(model, files, out, _recipe(recipe, settings, data), _console()))
+
+
+@app.command()
 def report(directory: BuildDirectory) -> None:
     """Print the gates of DIR and write report.html again from its report.json."""
     from lrc_edge import commands

@@ -19,7 +19,7 @@ from lrc_edge.checkpoint import DenseCheckpoint, resolve_model
 from lrc_edge.errors import UserError
 from lrc_edge.machine import processors
 from lrc_edge.pipeline import Pipeline
-from lrc_edge.recipe import Recipe, load_recipe
+from lrc_edge.recipe import Recipe, recorded_recipe
 from lrc_edge.report import read_report, show_verdict, write_report
 from lrc_edge.stages import Teacher
 from lrc_edge.target_checks import check_targets
@@ -146,7 +146,7 @@ def _reopen(out: Path, console: Console) -> tuple[Pipeline, dict[str, Any]]:
     if not (out / MANIFEST).exists():
         raise UserError(f"{out}: no {MANIFEST}; give the --out directory of a build or an export")
     job: dict[str, Any] = BuildDir(out).manifest.get("job", {})
-    recipe = load_recipe(None, (), **job.get("recipe", {}))
+    recipe = recorded_recipe(job.get("recipe", {}), out)
     return Pipeline(out, recipe, console, Teacher.of(job["teacher"]) if "teacher" in job else None), job
 
 

@@ -20,7 +20,7 @@ def describe_onnx(path: Path) -> dict[str, Any]:
     `bits_per_weight` counts what holds the weights: packed blocks with their scales and zero points, plain tensors as
     they are. RoPE's tables and constants are no weights. Raises UserError on a corrupt file, or missing or short data.
     """
-    model = _load(path)
+    model = load_model(path)
     try:
         return _describe(path, model)
     except (ValueError, LookupError, ArithmeticError, TypeError, RecursionError, OSError) as error:
@@ -31,8 +31,8 @@ def describe_onnx(path: Path) -> dict[str, Any]:
 def _describe(path: Path, model: Any) -> dict[str, Any]:
     graph = model.graph
     tensors = {t.name: _tensor(t) for t in graph.initializer}
-    data_files = _data_files(path, graph.initializer)
-    nodes = list(_nodes(graph))
+    data_files = check_data_files(path, graph.initializer)
+    nodes = list(all_nodes(graph))
     n_params, weight_bytes = _weights(nodes, tensors)
     return {
         "kind": "onnx", "path": str(path), "name": graph.name,
@@ -48,7 +48,8 @@ def _describe(path: Path, model: Any) -> dict[str, Any]:
         "bits_per_weight": 8 * weight_bytes / n_params if n_params else None}
 
 
-def _load(path: Path) -> Any:
+def load_model(path: Path) -> Any:
+    """The graph at `path` without the data files. Raises UserError on a corrupt file."""
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -77,7 +78,7 @@ def _bits(dtype: str) -> int:
     return int(digits[0]) if digits else {"FLOAT": 32, "DOUBLE": 64, "STRING": 0}.get(dtype, 8)
 
 
-def _data_files(path: Path, initializers: Any) -> list[Path]:
+def check_data_files(path: Path, initializers: Any) -> list[Path]:
     """The external files, each at least as long as the tensors in it need."""
     needed: dict[str, int] = {}
     for tensor in initializers:
@@ -107,13 +108,13 @@ def _count(path: Path, text: Any) -> int:
                         "get an intact copy") from error
 
 
-def _nodes(graph: Any) -> Iterator[Any]:
+def all_nodes(graph: Any) -> Iterator[Any]:
     """All nodes, those of branches and loops included."""
     for node in graph.node:
         yield node
         for attribute in node.attribute:
             for inner in [attribute.g, *attribute.graphs] if attribute.HasField("g") else attribute.graphs:
-                yield from _nodes(inner)
+                yield from all_nodes(inner)
 
 
 def _value(value: Any) -> dict[str, Any]:

@@ -144,13 +144,18 @@ class Pipeline(TrainingStages, CalibrationStages):
         if not self._stage_work and (self.out / REPORT).exists() and (self.out / "report.html").exists():
             stage_line(self.console, "report", "unchanged, nothing to do")
             return read_report(self.out)
-        table = report_table(self.dir.manifest["stages"], student, self.teacher.checkpoint if self.teacher else None,
-                             self._curve())
+        table = self.report_of(self.dir.result("check"), student)
+        add_results(table, kept_results(self.out, table["artifacts"]))
+        write_report(table, self.out)
+        return table
+
+    def report_of(self, check: dict[str, Any], student: DenseCheckpoint) -> dict[str, Any]:
+        """The report of what the check stage found, and of the stages before it."""
+        table = report_table({**self.dir.manifest["stages"], "check": {"result": check}}, student,
+                             self.teacher.checkpoint if self.teacher else None, self._curve())
         profiles = load_profiles(self.recipe.export.targets) or all_profiles()
         table["kv_cache_advice"] = kv_cache_advice(table["artifacts"], student.shape, profiles,
                                                    self.recipe.gates.gguf_q8_0_kl)
-        add_results(table, kept_results(self.out, table["artifacts"]))
-        write_report(table, self.out)
         return table
 
     def _curve(self) -> list[dict[str, Any]]:

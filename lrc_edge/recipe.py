@@ -219,6 +219,14 @@ def load_recipe(file: Path | str | None = None, settings: Iterable[str] = (), **
     return replace(recipe, export=replace(recipe.export, targets=tuple(map(_absolute, recipe.export.targets))))
 
 
+def recorded_recipe(table: Mapping[str, Any], where: Path | str) -> Recipe:
+    """The recipe that a finished build recorded. Raises UserError naming `where` when this version has other keys."""
+    try:
+        return load_recipe(None, (), **table)
+    except UserError as error:
+        raise UserError(f"{where}: made by another version of lrc-edge ({error}); build it again") from error
+
+
 def _absolute(target: str) -> str:
     """A profile's file may be read again from another directory; a name stays."""
     is_file = "/" in target or target.endswith(".toml")

@@ -19,7 +19,7 @@ from lrc_edge.errors import UserError
 from lrc_edge.figures import NONE, figure, percent, visible
 from lrc_edge.machine import architecture, threads_for
 from lrc_edge.parity import CHANGES
-from lrc_edge.recipe import load_recipe
+from lrc_edge.recipe import recorded_recipe
 from lrc_edge.report import REPORT, damage_reported, read_report, write_report
 from lrc_edge.report_targets import failures, memory_text, speed_text, target_tables
 from lrc_edge.report_view import Names, gate_cells
@@ -52,7 +52,7 @@ class BuildFacts:
         try:
             artifacts = tuple(Artifact.from_dict(table) for name in ("gguf", "onnx") if name in stages
                               for table in stages[name]["result"])
-            recipe = load_recipe(None, (), **job["recipe"])
+            recipe = recorded_recipe(job["recipe"], out)
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{out / MANIFEST}: damaged ({error!r}); copy it again, or build again") from error
         reference = StoredReference.load(out / REFERENCE_FILE)

@@ -153,9 +153,9 @@ class LlamaCpp:
         batch.n_tokens = len(tokens)
         for i, (token, position, sequence) in enumerate(tokens):
             batch.token[i] = token
-            batch.pos[i] = position
+            batch.pos[i] = position  # type: ignore[call-overload]
             batch.n_seq_id[i] = 1
-            batch.seq_id[i][0] = sequence  # type: ignore[call-overload]
+            batch.seq_id[i][0] = sequence
             batch.logits[i] = False
         for i in kept:
             batch.logits[i] = True

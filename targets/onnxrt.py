@@ -32,10 +32,15 @@ class OnnxRuntime:
                             "export it again") from error
         self.label = f"onnxruntime {onnxruntime.__version__}"
         self._outputs = [output.name for output in self._session.get_outputs()]
-        self.vocab_size = int(self._session.get_outputs()[self._outputs.index("logits")].shape[-1])
-        self._empty_past = {
-            value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), CACHE_TYPES[value.type])
-            for value in self._session.get_inputs() if value.name.startswith("past_key_values.")}
+        self._inputs = {value.name: value for value in self._session.get_inputs()}
+        try:
+            self.vocab_size = int(self._session.get_outputs()[self._outputs.index("logits")].shape[-1])
+            self._empty_past = {
+                name: np.zeros((1, value.shape[1], 0, value.shape[3]), CACHE_TYPES[value.type])
+                for name, value in self._inputs.items() if name.startswith("past_key_values.")}
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise UserError(f"{path}: its graph is not a decoder's with logits and past_key_values.* of fixed heads "
+                            f"({' '.join(str(error).split())[:100]}); export it again") from error
 
     def prefill(self, ids: np.ndarray, positions: Sequence[int] | None = None) -> np.ndarray:
         """(T,) -> (P, V). A row of more than CHUNK tokens is read in parts, through the KV cache."""
@@ -97,8 +102,9 @@ class OnnxRuntime:
         positions = np.arange(n_past, n_past + n_new, dtype=np.int64)
         feeds = {"input_ids": np.ascontiguousarray(new_ids, dtype=np.int64),
                  "attention_mask": np.ones((n_rows, n_past + n_new), np.int64),
-                 "position_ids": np.repeat(positions[None], n_rows, axis=0)}
-        values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
+                 "position_ids": np.repeat(positions[None], n_rows, axis=0)}  # which some graphs count themselves
+        values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()
+                  if name in self._inputs}
         found = dict(zip(self._outputs, self._session.run_with_ort_values(self._outputs, values | cache), strict=True))
-        logits: np.ndarray = found.pop("logits").numpy()
+        logits: np.ndarray = found.pop("logits").numpy().astype(np.float32, copy=False)
         return logits, {name.replace("present.", "past_key_values."): value for name, value in found.items()}

@@ -221,7 +221,7 @@ class _Prover:
 
     def _runtime(self, artifact: Artifact, name: str) -> WorkerRuntime:
         return WorkerRuntime(name, self._folder / artifact.path, self._n_ctx, self._threads,
-                             self._student.shape.n_params, self._folder)
+                             self._student.shape.n_params, self._folder, self._student.shape.vocab_size)
 
     @contextmanager
     def _failing(self, fail: Callable[[str], list[Gate]]) -> Iterator[None]:

@@ -124,7 +124,7 @@ class HeldOutRows:
         for row in ids:
             logits = reference.prefill(row, positions)
             shape = logits.shape
-            file.write(np.ascontiguousarray(logits))
+            file.write(logits.tobytes())
             if progress:
                 progress(len(row))
         file.flush()

@@ -24,13 +24,15 @@ class WorkerRuntime:
     """One file in one runtime of runtimes.PYTHON.
 
     A worker that crashed is started again for the next request: what dies in prefill may live in decode. One that
-    hung, or that cannot open the file, is not asked again. n_params: of the model, for the limits of time. folder: on
-    whose disk logits pass from the worker to us. Use it as a context manager. All that goes wrong is a WorkerFailed
-    whose text names the runtime and the stage (open, prefill, decode, generate, tokenize, chat).
+    hung, or that cannot open the file, is not asked again. n_params: of the model, for the limits of time.
+    vocab_size: what the file must have; 0: any. folder: on whose disk logits pass from the worker to us. Use it as a
+    context manager. All that goes wrong is a WorkerFailed whose text names the runtime and the stage (open, prefill,
+    decode, generate, tokenize, chat).
     """
 
-    def __init__(self, name: str, path: Path, n_ctx: int, threads: int, n_params: int, folder: Path | None = None):
-        self.name, self.label, self.vocab_size = name, name, 0
+    def __init__(self, name: str, path: Path, n_ctx: int, threads: int, n_params: int, folder: Path | None = None,
+                 vocab_size: int = 0):
+        self.name, self.label, self.vocab_size = name, name, vocab_size
         self._path, self._n_ctx, self._threads, self._n_params = path, n_ctx, threads, n_params
         self._file = tempfile.TemporaryFile(dir=folder)
         self._worker: Worker | None = None
@@ -92,7 +94,13 @@ class WorkerRuntime:
         n_bytes = sum(file.stat().st_size for file in self._path.parent.glob(f"{self._path.name}*"))
         opened = self._request("open", BASE_SECONDS + n_bytes / SLOWEST_BYTES, path=str(self._path.resolve()),
                                n_ctx=n_ctx, threads=self._threads, cache=cache)
-        self.label, self.vocab_size = opened["label"], opened["vocab_size"]
+        self.label = opened["label"]
+        if self.vocab_size not in (0, opened["vocab_size"]):
+            self._why_not = (f"{self.name}, open: {opened['vocab_size']} tokens in the vocabulary, the model has "
+                             f"{self.vocab_size}")
+            self._stop()
+            raise WorkerFailed(self._why_not)
+        self.vocab_size = opened["vocab_size"]
         if n_rows > 1:
             self.context(*self._context)
 
