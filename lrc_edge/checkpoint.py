@@ -4,6 +4,7 @@ Teacher, student and any foreign model come through this door, so every later st
 """
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,6 +146,7 @@ class DenseCheckpoint:
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         if (self.path / "tokenizer.json").exists():
+            _check_subword_prefix(self.path / "tokenizer.json")
             return PreTrainedTokenizerFast.from_pretrained(self.path)
         from transformers import AutoTokenizer
 
@@ -236,6 +238,19 @@ def resolve_model(source: str) -> tuple[Path, str, str]:
         raise UserError(f"{source}: no such directory, and the hub did not give it ({one_line(error)}); "
                         "give a local model directory or a hub id that you can download") from error
     return path, source.rsplit("/", 1)[-1], path.name
+
+
+def _check_subword_prefix(file: Path) -> None:
+    """Raise UserError where the tokenizers library would abort the process: it cuts the prefix off the second half of
+    each merge without looking."""
+    if not re.search(rb'"continuing_subword_prefix"\s*:\s*"[^"]', file.read_bytes()):
+        return
+    model = read_table(file).get("model")
+    if not isinstance(model, dict) or not (prefix := model.get("continuing_subword_prefix")):
+        return
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges") or []]
+    if not all(isinstance(pair, list) and len(pair) == 2 and str(pair[1]).startswith(prefix) for pair in pairs):
+        raise UserError(f"{file}: continuing_subword_prefix = {prefix!r:.40}: not every merge has it")
 
 
 def _check_template(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:

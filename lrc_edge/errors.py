@@ -7,7 +7,8 @@ import re
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM)
 # What libraries write of the same without Python's types: PyTorch, safetensors, onnxruntime and numpy.
 _NO_MEMORY = re.compile(r"can(?:no|')t allocate memory|failed to allocate memory|bad_alloc|not enough memory|"
-                        r"can't start new thread|std::length_error|unable to allocate", re.IGNORECASE)
+                        r"can't start new thread|std::length_error|unable to allocate|"
+                        r"could not (?:create|execute) a primitive$", re.IGNORECASE)  # oneDNN says no more
 _NO_SPACE = re.compile(r"no space left on device|disk quota exceeded|file too large|\d+ requested and \d+ written",
                        re.IGNORECASE)
 

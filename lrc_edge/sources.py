@@ -99,7 +99,7 @@ def _file_documents(path: Path, fields: Fields) -> Iterator[Document]:
                     yield from _row_documents(json.loads(line), fields, f"{path}:{number}")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error}); convert it") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{path}:{number}: not JSON ({error}); need one JSON table a line") from error
 
 

@@ -203,6 +203,16 @@ def test_odd_values(name: str, field: str, value: Any, wanted: str, checkpoint: 
     assert wanted in inspected(checkpoint) or wanted == "refuses it"
 
 
+def test_a_subword_prefix_that_merges_have_not(checkpoint: Path) -> None:
+    """The tokenizers library aborts the process where it cuts such a prefix off in the middle of a character."""
+    file = checkpoint / "tokenizer.json"
+    table = json.loads(file.read_text())
+    table["model"]["continuing_subword_prefix"] = "o"
+    file.write_text(json.dumps(table))
+    with pytest.raises(UserError, match="continuing_subword_prefix = 'o': not every merge has it"):
+        load(checkpoint)
+
+
 def test_no_limit_on_the_length_of_a_text(checkpoint: Path) -> None:
     """As transformers writes it: int(1e30)."""
     file = checkpoint / "tokenizer_config.json"

@@ -75,7 +75,8 @@ EXPORT = command("export", "{folder}", "--out", "{new}", "--formats", "gguf:q8_0
                  *SMALL_PROOF)
 CHECK, REPORT = command("check", "{folder}"), command("report", "{folder}")
 CHECK_DEVICE = command("check", "{folder}", "--target", "{device}")
-OF_A_FILE = ((0.6, INSPECT), (0.38, command("inspect", "--tensors", "{file}")), (0.02, CHECK))
+VERIFY = command("verify", "{folder}/student", "{file}", "--out", "{new}", "--data", "{text}", *SMALL_PROOF)
+OF_A_FILE = ((0.6, INSPECT), (0.34, command("inspect", "--tensors", "{file}")), (0.04, VERIFY), (0.02, CHECK))
 OF_A_MODEL = ((0.7, INSPECT_ALL), (0.25, FIT), (0.05, EXPORT))
 OF_A_BUILD = ((0.4, command("inspect", "{folder}")), (0.3, REPORT), (0.2, FIT), (0.05, command("fold", "{folder}")),
               (0.03, CHECK_DEVICE), (0.02, CHECK))
