@@ -149,7 +149,7 @@ class Gates:
 
     # The largest difference of a logit where the weights are the same (fold, P = I, ONNX fp32), in units of PyTorch's
     # own rounding: the largest difference between its float32 and its float64 logits. A larger model has larger logits.
-    max_abs_rounding: float = 16.0
+    max_abs_rounding: float = 8.0
     copy_top1: float = 1.0  # of the fold, and of P = I
     gguf_f32_kl: float = 1e-6
     gguf_f32_top1: float = 0.999
