@@ -231,6 +231,12 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypa
     assert isinstance(extra_buffers(), ExtraBuffers)
 
 
+def test_targets_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sabotage(tmp_path, AMX_CRASH, monkeypatch)
+    done = subprocess.run([sys.executable, "-m", "lrc_edge.cli", "targets"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "#20824" in done.stdout and "-mno-amx-tile" in done.stdout, done.stdout + done.stderr
+
+
 # A whole export
 
 
