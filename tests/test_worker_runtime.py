@@ -233,8 +233,10 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypa
 
 def test_targets_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sabotage(tmp_path, AMX_CRASH, monkeypatch)
-    done = subprocess.run([sys.executable, "-m", "lrc_edge.cli", "targets"], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "#20824" in done.stdout and "-mno-amx-tile" in done.stdout, done.stdout + done.stderr
+    command = [sys.executable, "-m", "lrc_edge.cli", "targets"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "#20824" in done.stdout and "-mno-amx-tile" in done.stdout
 
 
 # A whole export
