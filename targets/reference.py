@@ -65,23 +65,22 @@ class Reference:
         del self.model
 
 
-def _use_onednn(model: nn.Module) -> None:
+class _OneDnnLinear(nn.Linear):
     """Float32 products by oneDNN: on AMD processors MKL leaves AVX-512 unused (2.7 times slower, docs/LOG.md)."""
-    product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    if product is None or not torch.backends.mkldnn.is_available():
-        return
 
-    def linear(module: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
-        def forward(inputs: torch.Tensor) -> torch.Tensor:
-            if inputs.dtype != torch.float32:
-                return nn.functional.linear(inputs, module.weight, module.bias)
-            result: torch.Tensor = product(inputs, module.weight, module.bias, "none", [], "")
-            return result
-        return forward
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if inputs.dtype != torch.float32:
+            return super().forward(inputs)
+        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
+        return result
 
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            module.forward = linear(module)  # type: ignore[method-assign, assignment]
+
+def _use_onednn(model: nn.Module) -> None:
+    """Where this PyTorch has oneDNN. The weights stay as they are."""
+    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        for module in model.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = _OneDnnLinear
 
 
 @contextmanager
