@@ -14,9 +14,9 @@ from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
 from lrc_edge.export.audit_gguf_tensors import audit_tensors
 from lrc_edge.export.audit_gguf_vocabulary import audit_vocabulary
-from lrc_edge.export.gguf_header import GgufHeader, read_header
 from lrc_edge.export.gguf_metadata import check_rope, yarn_attention_factor
 from lrc_edge.finding import Finding, differs
+from lrc_edge.gguf_header import GgufHeader, read_header
 
 # The architectures under which llama.cpp computes what a family does, and whether their files have the
 # rows of q and k permuted.

@@ -15,11 +15,11 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.export.audit_values import relative_error, rounded_before, sample_rows
-from lrc_edge.export.gguf_header import GgufHeader, StoredTensor
 from lrc_edge.export.gguf_metadata import llama3_rope_factors
 from lrc_edge.export.quantize import dequantize
 from lrc_edge.export.to_gguf import ROPE_FACTORS, gguf_name, interleave_rotary
 from lrc_edge.finding import SHOWN, Finding, Severity
+from lrc_edge.gguf_header import GgufHeader, StoredTensor
 from lrc_edge.roles import EMBEDDING, HEAD, Weight
 
 QType = GGMLQuantizationType

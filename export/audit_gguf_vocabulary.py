@@ -15,9 +15,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
 from lrc_edge.export.audit_template import audit_template
-from lrc_edge.export.gguf_header import GgufHeader
 from lrc_edge.export.tokenizer import Vocabulary, merge_scores, read_vocabulary
 from lrc_edge.finding import Finding, Severity, differs, shown
+from lrc_edge.gguf_header import GgufHeader
 
 _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2",
                  "jina-v5-nano")

@@ -108,28 +108,27 @@ def _license(card: Path) -> str | None:
 
 def describe_gguf(path: Path) -> dict[str, Any]:
     """Describe a GGUF file. Shapes are rows first, as PyTorch's. Raises UserError on a truncated or foreign file."""
-    from gguf import GGUFReader, GGUFValueType
+    from lrc_edge.gguf_header import read_header
 
-    try:
-        reader = GGUFReader(path)
-        metadata = {}
-        for name, field in reader.fields.items():
-            if field.types[0] == GGUFValueType.ARRAY and len(field.data) > SHORT_ARRAY:
-                metadata[name] = f"[{len(field.data):,} × {field.types[-1].name.lower()}]"
-            else:
-                metadata[name] = field.contents()
-        tensors: list[dict[str, Any]] = [
-            {"name": t.name, "dtype": t.tensor_type.name, "shape": [int(n) for n in reversed(t.shape)],
-             "bytes": int(t.n_bytes)} for t in reader.tensors]
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:  # whatever it trips over
-        raise UserError(f"{path}: not a GGUF file, truncated or corrupt ({' '.join(str(error).split())}; "
-                        f"{path.stat().st_size:,} bytes); write or download it again") from error
+    header = read_header(path)
+    metadata = {name: _shortened(value) for name, value in header.metadata.items()}
+    tensors: list[dict[str, Any]] = [
+        {"name": t.name, "dtype": t.type.name if t.type else f"type {t.type_id}", "shape": list(t.shape),
+         "bytes": t.n_bytes} for t in header.tensors.values()]
     # RoPE's frequency factors take room but are no weights.
     n_params = sum(math.prod(t["shape"]) for t in tensors if not t["name"].startswith("rope_freqs"))
     n_bytes = sum(t["bytes"] for t in tensors)
     return {"kind": "gguf", "path": str(path), "name": metadata.get("general.name") or path.stem,
             "bytes": path.stat().st_size, "metadata": metadata, "tensors": tensors, "n_params": n_params,
             "bits_per_weight": 8 * n_bytes / n_params if n_params else None}
+
+
+def _shortened(value: Any) -> Any:
+    """A long array as its length and the type of its elements."""
+    if not isinstance(value, list) or len(value) <= SHORT_ARRAY:
+        return value
+    names = {str: "string", bool: "bool", int: "integer", float: "float"}
+    return f"[{len(value):,} × {names.get(type(value[0]), 'array')}]"
 
 
 def describe_build(path: Path) -> dict[str, Any]:

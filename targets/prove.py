@@ -72,8 +72,9 @@ def prove(artifacts: Sequence[Artifact], folder: Path, student: DenseCheckpoint,
     student for what the file has lost, with `on_grid` for whether it says what was trained.
     """
     prover = _Prover(folder, student, text, recipe, threads, task)
-    prover.expect(artifacts, teacher is not None, on_grid is not None)
+    prover.expect(artifacts, teacher, on_grid)
     prover.read_references(teacher, on_grid)
+    prover.expect(artifacts, teacher, on_grid)  # the long rows may have been cut
     for artifact in artifacts:
         prover.prove_artifact(artifact)
     return prover.proof
@@ -92,19 +93,20 @@ class _Prover:
         self._prompts = [list(self._tokenizer(prompt)["input_ids"]) for prompt in text.prompts]
         self._n_generated = recipe.parity.generate_tokens
         self._done = 0
+        self._long: list[HeldOutRows] | None = None
         self.proof = Proof(samples=[{"prompt": prompt, "outputs": []} for prompt in text.prompts])
         if advice := extra_buffers().advice:
             self.proof.notes.append(advice)
 
     # Progress
 
-    def expect(self, artifacts: Sequence[Artifact], with_teacher: bool, with_grid: bool) -> None:
-        """The work, in tokens that are read."""
-        long = sum(map(len, self._text.long_rows))
+    def expect(self, artifacts: Sequence[Artifact], *others: DenseCheckpoint | None) -> None:
+        """The work, in tokens that are read. `others`: models that PyTorch runs besides the student."""
+        long = sum(map(len, self._text.long_rows)) if self._long is None else sum(rows.ids.size for rows in self._long)
         sampled = sum(len(prompt) + self._n_generated for prompt in self._prompts)
         per_file = 2 * self._text.rows.size + 2 * long + sampled
         caches = sum(a.format == "gguf" for a in artifacts) * len(self._cache_kinds()) * self._kv_rows().size
-        models = 1 + with_teacher + with_grid
+        models = 1 + sum(model is not None for model in others)
         self._task.expect(models * self._text.rows.size + long + len(artifacts) * per_file + caches, "tokens")
 
     def _advance(self, what: str, n_tokens: int = 0) -> None:
@@ -199,7 +201,7 @@ class _Prover:
         self.proof.artifacts.append(entry)
         with self._runtime(artifact, PROOF[artifact.format][0]) as runtime:
             self._logits_parity(artifact, runtime, entry)
-            for rows in self._long:
+            for rows in self._long or ():
                 self._length_parity(artifact, runtime, entry, rows)
             if artifact.format == "gguf":
                 entry["kv_cache"] = self._kv_cache(artifact, runtime)

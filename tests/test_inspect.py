@@ -83,7 +83,7 @@ def test_truncated_gguf(gguf_file: Path, keep: float) -> None:
     """At any place: inside the magic, the header, the tokens, the tensor table, the last tensor."""
     data = gguf_file.read_bytes()
     gguf_file.write_bytes(data[:keep if isinstance(keep, int) else int(keep * len(data))])
-    with pytest.raises(UserError, match=r"m\.gguf: not a GGUF file, truncated or corrupt .* bytes\)") as raised:
+    with pytest.raises(UserError, match=r"m\.gguf: (not a GGUF file|truncated)") as raised:
         describe(gguf_file)
     assert "\n" not in str(raised.value)
 
