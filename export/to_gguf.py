@@ -232,7 +232,7 @@ def _lossless_file(checkpoint: DenseCheckpoint, vocabulary: Vocabulary, files: d
 def _lossless(checkpoint: DenseCheckpoint) -> tuple[Encoding, Encoding]:
     """The encodings that hold the checkpoint exactly: bf16 or f16 when all matrices are stored so, and f32."""
     types = {checkpoint.types[weight.name] for weight in checkpoint.weights() if len(weight.shape) > 1}
-    stored = "bf16" if types == {torch.bfloat16} else "f16" if types == {torch.float16} else "f32"
+    stored = {(torch.bfloat16,): "bf16", (torch.float16,): "f16"}.get(tuple(types), "f32")
     return ENCODINGS[stored], ENCODINGS["f32"]
 
 

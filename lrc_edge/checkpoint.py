@@ -129,7 +129,7 @@ class DenseCheckpoint:
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
         config = AutoConfig.from_pretrained(self.path)
-        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         source, weights = None, None
         if set(self.types.values()) == {dtype}:
             source = self.path  # transformers maps the files
