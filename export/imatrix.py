@@ -40,7 +40,7 @@ def collect(checkpoint: DenseCheckpoint, rows_BL: np.ndarray, progress: Listener
 
     For measured_weights(). A matrix whose inputs are all silent gets ones, as in llama.cpp: every channel counts alike.
     `dtype`: what the model computes in; by default bfloat16 where the processor multiplies in it. Its rounding moves a
-    mean by 1 %, and no file's quality (docs/LOG.md). The same rows give the same bits again.
+    mean by 1 % at most and does not change the quality of files (docs/LOG.md). The same rows give the same bits again.
     """
     if not rows_BL.size:
         raise ValueError(f"imatrix: rows {rows_BL.shape} hold no token")

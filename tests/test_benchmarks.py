@@ -104,3 +104,39 @@ def test_decode_compares_runtimes(work: Path) -> None:
     assert [(one["threads"], one["row"]) for one in found] == [(1, row) for row in rows]
     assert all(speed > 0 for one in found for speed in one["tokens_per_second"][0].values())
     assert f"| {rows[0]} | " in printed and "| 1.00 |" in printed
+
+
+FAKE_EXPORT = """
+import subprocess, sys, time
+child = "x = bytearray(300_000_000); import time; time.sleep(3)"
+print("  weights   42%  eta 0:01  5 MB/s  model.norm.weight")
+print("  weights  tiny: all finite  (0.5 s)", flush=True)
+busy = time.process_time()
+while time.process_time() < busy + 0.5: pass
+subprocess.run([sys.executable, "-c", child])
+print("  imatrix  importance of inputs on 16,384 tokens  (458.1 s)", flush=True)
+sys.exit(1)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_real_size_measures_every_process_of_the_command(tmp_path: Path) -> None:
+    """Of a command in the place of lrc-edge, whose child takes the memory; a second run of the label replaces it."""
+    command = tmp_path / "lrc-edge"
+    command.write_text(f"#!{sys.executable}\n{FAKE_EXPORT}")
+    command.chmod(0o755)
+    results = tmp_path / "results"
+    for _ in range(2):
+        done = subprocess.run([sys.executable, str(BENCHMARKS / "real_size.py"), "--work", str(tmp_path), "--shape",
+                               "tiny", "--lrc-edge", str(command), "--label", "before", "--results", str(results)],
+                              capture_output=True, text=True)
+        assert done.returncode == 1, done.stderr
+    [found] = [json.loads(line) for line in (results / "runs.jsonl").read_text().splitlines()]
+    assert [(stage["name"], stage["seconds"]) for stage in found["stages"]] == [("weights", 0.5), ("imatrix", 458.1)]
+    assert found["status"] == 1 and 0.5 <= found["user"] + found["system"] < found["wall"]
+    for peak in (found["peak_bytes"], found["largest_process_bytes"], found["stages"][1]["peak_bytes"]):
+        assert 300e6 < peak < 400e6
+    assert found["stages"][0]["peak_bytes"] < 100e6 and 300e6 < found["peak_anonymous_bytes"] <= found["peak_bytes"]
+    assert found["float32_bytes"] == 4 * 426_624
+    table = (results / "table.md").read_text()
+    assert done.stdout.strip() == table.strip() and "| imatrix | 458.1 s, 0.3" in table

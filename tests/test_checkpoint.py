@@ -3,14 +3,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from families import FAMILIES
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
+from tiny_models import make_tiny
+from transformers import AutoModelForCausalLM
 
 from lrc_edge.checkpoint import DenseCheckpoint, all_finite, resolve_model
 from lrc_edge.errors import UserError
@@ -42,6 +47,48 @@ def test_a_whole_checkpoint_opens(tiny_llama: Path) -> None:
     assert model.shape.n_params == sum(p.numel() for p in reference.parameters())
     for weight in model.weights():
         torch.testing.assert_close(model.tensor(weight.name), reference.get_parameter(weight.name).detach())
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", FAMILIES.values(), ids=FAMILIES)
+def test_a_model_is_the_one_that_transformers_loads(settings: dict[str, Any], stored: torch.dtype, tmp_path: Path
+                                                    ) -> None:
+    """To the bit, also where the weights are converted one by one. RoPE's frequencies stay float32."""
+    checkpoint = DenseCheckpoint.open(make_tiny(tmp_path / "model", dtype=stored, **settings))
+    for dtype in (torch.float32, torch.bfloat16):
+        expected = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype, attn_implementation="sdpa")
+        got = checkpoint.model(dtype)
+        configs = [{**model.config.to_dict(), "_name_or_path": None} for model in (got, expected)]
+        assert type(got) is type(expected) and configs[0] == configs[1]
+        for kind in ("named_parameters", "named_buffers"):
+            pairs = zip(getattr(got, kind)(), getattr(expected, kind)(), strict=True)
+            assert all(a == b and x.dtype == y.dtype and torch.equal(x, y) for (a, x), (b, y) in pairs)
+        assert {buffer.dtype for buffer in got.buffers()} == {torch.float32} and got.dtype == dtype
+        assert (got.lm_head.weight is got.model.embed_tokens.weight) == checkpoint.shape.tied
+        ids = torch.arange(40)[None]
+        with torch.inference_mode():
+            assert torch.equal(got(ids).logits, expected.eval()(ids).logits)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_converted_model_is_not_in_memory_twice(tmp_path: Path) -> None:
+    path = make_tiny(tmp_path / "model", hidden_size=1024, intermediate_size=2048, layers=8, head_dim=256,
+                     dtype=torch.bfloat16)
+    script = """
+import re, sys, transformers, torch
+from lrc_edge.checkpoint import DenseCheckpoint
+def kb(name):
+    return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+tiny, path = map(DenseCheckpoint.open, sys.argv[1:])
+tiny.model()  # imports
+before = kb("VmRSS")
+model = path.model()
+print((kb("VmHWM") - before) * 1024 / (4 * path.shape.n_params))
+"""
+    tiny = make_tiny(tmp_path / "tiny", dtype=torch.bfloat16)
+    done = subprocess.run([sys.executable, "-c", script, str(tiny), str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 1.0 <= float(done.stdout.split()[-1]) < 1.25  # 1.5 when files are mapped while all is converted
 
 
 def test_truncated_safetensors(llama_copy: Path) -> None:

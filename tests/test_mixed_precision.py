@@ -97,7 +97,7 @@ def test_the_probe_is_measured_exactly(tmp_path: Path, monkeypatch: pytest.Monke
     from lrc_edge.export import sensitivity
 
     checkpoint = DenseCheckpoint.open(make_tiny(tmp_path / "tiny", layers=3, intermediate_size=128))
-    importance = collect(checkpoint, ROWS)
+    importance = collect(checkpoint, ROWS, dtype=torch.float32)
     monkeypatch.setattr(sensitivity, "candidates", lambda row: (PROBE,))
     costs = measure(checkpoint, ROWS, importance)
     for name, table in costs.items():

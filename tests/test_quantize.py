@@ -219,3 +219,19 @@ def test_the_file_notes_its_importance_matrix(f32_files: dict[tuple[int, int], P
                       if name.startswith("quantize.")})
     entries = {"quantize.imatrix.entries_count": len(importance)}
     assert noted == [{}, entries, entries | {"quantize.imatrix.chunks_count": 40}]
+
+
+def test_progress_names_each_tensor_and_what_it_raises_is_raised(f32_files: dict[tuple[int, int], Path],
+                                                                 tmp_path: Path) -> None:
+    """Among that Ctrl-C, which ctypes would drop."""
+    source, said = next(iter(f32_files.values())), []
+    quantize_file(source, tmp_path / "x.gguf", ENCODINGS["q4_0"], progress=said.append)
+    assert sorted(said) == sorted(tensor.name for tensor in GGUFReader(source).tensors)
+
+    def interrupted(name: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_file(source, tmp_path / "y.gguf", ENCODINGS["q4_0"], progress=interrupted)
+    quantize_file(source, tmp_path / "y.gguf", ENCODINGS["q4_0"])
+    assert (tmp_path / "y.gguf").read_bytes() == (tmp_path / "x.gguf").read_bytes()

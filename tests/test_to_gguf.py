@@ -21,9 +21,11 @@ from tiny_models import make_tiny
 
 from lrc_edge.artifact import sha256_of
 from lrc_edge.checkpoint import DenseCheckpoint
+from lrc_edge.console import QUIET
 from lrc_edge.errors import UserError
 from lrc_edge.export import to_gguf
 from lrc_edge.export.gguf_metadata import architecture_name
+from lrc_edge.export.passes import Passes
 from lrc_edge.export.quantize import ENCODINGS
 from lrc_edge.export.to_gguf import GGUF_NAMES, check_gguf, export_gguf, file_name, gguf_name, interleave_rotary
 from lrc_edge.export.tokenizer import read_vocabulary
@@ -224,7 +226,8 @@ def test_one_tensor_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(DenseCheckpoint, "tensor", counting)
     tracemalloc.start()
-    to_gguf._write(checkpoint, read_vocabulary(checkpoint), ENCODINGS["f16"], tmp_path / "file.gguf")
+    passes = Passes({}, 1, QUIET)
+    to_gguf._write(checkpoint, read_vocabulary(checkpoint), ENCODINGS["f16"], tmp_path / "file.gguf", passes)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(alive) == len(list(checkpoint.weights()))
