@@ -17,13 +17,14 @@ Cache = dict[str, onnxruntime.OrtValue]  # past_key_values.{layer}.{key|value} -
 class OnnxRuntime:
     """One .onnx file that to_onnx wrote, or any with the same inputs. Implements runtime.Runtime.
 
-    `threads`: of one operator. Raises UserError when the file does not load.
+    `threads`: of one operator; `spinning`: they wait for each other without sleeping. Raises UserError when the file does not load.
     """
 
-    def __init__(self, path: Path, threads: int = 1):
+    def __init__(self, path: Path, threads: int = 1, spinning: bool = True):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         options.log_severity_level = 4  # errors come as exceptions; the log would print them a second time
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

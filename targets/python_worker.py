@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +21,23 @@ from lrc_edge.errors import UserError
 
 TIMING_SECONDS = 0.2
 PLAIN_BUFFERS = "--plain-buffers"  # llama.cpp without its extra buffers (llama_probe.py)
+NO_SPINNING = "--no-spinning"  # threads that wait sleep: less CPU time beside other work, and not the fastest alone
 OPS = ("open", "score", "generate", "tokenize", "speed", "memory", "context", "prefill", "decode", "end_tokens", "chat")
 
 
-def open_llama_cpp(path: Path, n_ctx: int, threads: int, cache: str, extra_buffers: bool) -> Any:
+def open_llama_cpp(path: Path, n_ctx: int, threads: int, cache: str, flags: Collection[str]) -> Any:
     from lrc_edge.targets.llamacpp import LlamaCpp
 
-    return LlamaCpp(path, n_ctx, threads, cache, extra_buffers)
+    return LlamaCpp(path, n_ctx, threads, cache, extra_buffers=PLAIN_BUFFERS not in flags)
 
 
-def open_onnxruntime(path: Path, n_ctx: int, threads: int, cache: str, extra_buffers: bool) -> Any:
+def open_onnxruntime(path: Path, n_ctx: int, threads: int, cache: str, flags: Collection[str]) -> Any:
     from lrc_edge.targets.onnxrt import OnnxRuntime
 
-    return OnnxRuntime(path, threads)
+    return OnnxRuntime(path, threads, spinning=NO_SPINNING not in flags)
 
 
-def open_genai(path: Path, n_ctx: int, threads: int, cache: str, extra_buffers: bool) -> Any:
+def open_genai(path: Path, n_ctx: int, threads: int, cache: str, flags: Collection[str]) -> Any:
     from lrc_edge.targets.ort_genai import OrtGenai
 
     return OrtGenai(path.parent.parent, f"{path.parent.name}/{path.name}", threads)
@@ -46,16 +47,19 @@ OPEN = {"llama.cpp": open_llama_cpp, "onnxruntime": open_onnxruntime, "onnxrunti
 
 
 class PythonWorker:
-    """Answers the requests of worker.py for one of OPEN's runtimes. Raises KeyError for another name."""
+    """Answers the requests of worker.py for one of OPEN's runtimes. `flags`: PLAIN_BUFFERS, NO_SPINNING.
 
-    def __init__(self, runtime: str, extra_buffers: bool = True):
+    Raises KeyError for another runtime.
+    """
+
+    def __init__(self, runtime: str, flags: Collection[str] = ()):
         self._runtime_name = runtime
         self._open_runtime = OPEN[runtime]
-        self._extra_buffers = extra_buffers
+        self._flags = flags
         self._runtime: Any = None
 
     def open(self, path: str, n_ctx: int, threads: int, cache: str = "f16") -> dict[str, Any]:
-        self._runtime = self._open_runtime(Path(path), n_ctx, threads, cache, self._extra_buffers)
+        self._runtime = self._open_runtime(Path(path), n_ctx, threads, cache, self._flags)
         self._n_ctx = min(n_ctx, getattr(self._runtime, "n_ctx", n_ctx))
         return {"label": self._runtime.label, "n_ctx": self._n_ctx, "vocab_size": self._runtime.vocab_size}
 
@@ -170,4 +174,4 @@ def answer(worker: PythonWorker, line: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    answer_requests(PythonWorker(sys.argv[1], PLAIN_BUFFERS not in sys.argv[2:]))
+    answer_requests(PythonWorker(sys.argv[1], sys.argv[2:]))

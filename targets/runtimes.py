@@ -13,7 +13,7 @@ from lrc_edge.targets import browser, emulation, node_llama
 from lrc_edge.targets.kits import Kit, Pip, Unavailable
 from lrc_edge.targets.llama_probe import extra_buffers
 from lrc_edge.targets.profile import Profile, load_profile
-from lrc_edge.targets.python_worker import PLAIN_BUFFERS
+from lrc_edge.targets.python_worker import NO_SPINNING, PLAIN_BUFFERS
 from lrc_edge.targets.worker import Command
 
 # Given a folder that the artifact, and in a browser all that belongs to it, lies below.
@@ -106,7 +106,13 @@ def _native(name: str) -> Start:
     return lambda _: nullcontext(native_command(name))
 
 
-def native_command(name: str) -> Command:
-    """A worker with one of PYTHON's runtimes on this machine. Raises KeyError for another name."""
-    flags = (PLAIN_BUFFERS,) if name == "llama.cpp" and not extra_buffers().usable else ()
-    return Command((sys.executable, "-P", "-m", "lrc_edge.targets.python_worker", PYTHON[name].name, *flags))
+def native_command(name: str, spinning: bool = True) -> Command:
+    """A worker with one of PYTHON's runtimes on this machine. Raises KeyError for another name.
+
+    spinning: its threads wait for each other without sleeping, which is the runtimes' default and fastest where nothing
+    else runs; beside other work it costs several times the CPU time (docs/LOG.md).
+    """
+    flags = [PLAIN_BUFFERS] if name == "llama.cpp" and not extra_buffers().usable else []
+    flags += [] if spinning else [NO_SPINNING]
+    return Command((sys.executable, "-P", "-m", "lrc_edge.targets.python_worker", PYTHON[name].name, *flags),
+                   {} if spinning else {"OMP_WAIT_POLICY": "passive"})

@@ -89,7 +89,7 @@ class WorkerRuntime:
             raise WorkerFailed(self._why_not)
         if self._worker is not None:
             return
-        self._worker = Worker(native_command(self.name), files=[self._file.fileno()])
+        self._worker = Worker(native_command(self.name, spinning=False), files=[self._file.fileno()])
         n_ctx, n_rows, cache = self._context
         n_bytes = sum(file.stat().st_size for file in self._path.parent.glob(f"{self._path.name}*"))
         opened = self._request("open", BASE_SECONDS + n_bytes / SLOWEST_BYTES, path=str(self._path.resolve()),
