@@ -17,8 +17,8 @@ Cache = dict[str, onnxruntime.OrtValue]  # past_key_values.{layer}.{key|value} -
 class OnnxRuntime:
     """One .onnx file that to_onnx wrote, or any with the same inputs. Implements runtime.Runtime.
 
-    `threads`: of one operator; `spinning`: they wait for each other without sleeping. Raises UserError when the file does
-    not load.
+    `threads`: of one operator; `spinning`: they wait for each other without sleeping. Raises UserError when the file
+    does not load.
     """
 
     def __init__(self, path: Path, threads: int = 1, spinning: bool = True):
