@@ -113,7 +113,7 @@ def describe_gguf(path: Path) -> dict[str, Any]:
     header = read_header(path)
     metadata = {name: _shortened(value) for name, value in header.metadata.items()}
     tensors: list[dict[str, Any]] = [
-        {"name": t.name, "dtype": t.type.name if t.type else f"type {t.type_id}", "shape": list(t.shape),
+        {"name": t.name, "dtype": f"type {t.type_id}" if t.type is None else t.type.name, "shape": list(t.shape),
          "bytes": t.n_bytes} for t in header.tensors.values()]
     # RoPE's frequency factors take room but are no weights.
     n_params = sum(math.prod(t["shape"]) for t in tensors if not t["name"].startswith("rope_freqs"))

@@ -135,9 +135,9 @@ class Parity:
     row_len: int = 256  # tokens of one teacher-forced row
     # One row of each of these lengths, too, as far as the model's context goes; 0: the whole context.
     long_rows: tuple[int, ...] = (4096, 0)
-    long_positions: int = 64  # of each long row, spread over it, prefill and decode each
+    long_positions: int = 32  # of each long row, spread over it, prefill and decode each
     long_seconds: float = 60.0  # a row that PyTorch would read for longer is cut
-    kv_cache_positions: int = 1024  # for each type of llama.cpp's KV cache (f16, q8_0, q4_0)
+    kv_cache_positions: int = 512  # for each type of llama.cpp's KV cache (f16, q8_0, q4_0)
     near_tie: float = 0.01  # top-1 is not judged where the reference's two best logits are closer than this
     generate_tokens: int = 64  # of each sample text
     prompts: tuple[str, ...] = ()  # empty: the beginnings of held-out documents

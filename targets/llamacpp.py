@@ -14,6 +14,7 @@ from lrc_edge import llama_log
 from lrc_edge.errors import UserError
 from lrc_edge.machine import processors
 from lrc_edge.targets import llama_probe
+from lrc_edge.targets.runtime import parts
 
 CHUNK = 512  # tokens in one llama_decode; llama.cpp keeps logits for all of them, V * 4 bytes each
 # Types of the KV cache, with ggml's number of each. llama.cpp's own default is f16.
@@ -82,31 +83,22 @@ class LlamaCpp:
     # Logits
 
     def prefill(self, ids: np.ndarray, positions: Sequence[int] | None = None) -> np.ndarray:
-        tokens = _tokens(ids)
-        wanted = range(len(tokens)) if positions is None else positions
-        self._forget(len(tokens))
-        logits = np.empty((len(wanted), self.vocab_size), dtype=np.float32)
-        done = 0
-        for start in range(0, len(tokens), CHUNK):
-            part = tokens[start:start + CHUNK]
-            kept = [p - start for p in wanted if start <= p < start + CHUNK]
-            self._feed([(token, start + i, 0) for i, token in enumerate(part)], kept)
-            for i in kept:
-                logits[done] = self._logits(i)
-                done += 1
-        return logits
+        return self.read(ids, range(len(ids)) if positions is None else positions, ())
 
     def decode(self, ids: np.ndarray, positions: Sequence[int] | None = None) -> np.ndarray:
-        tokens = _tokens(ids)
-        wanted = range(len(tokens)) if positions is None else positions
+        wanted = range(len(ids)) if positions is None else positions
+        return self.read(ids, wanted, wanted)
+
+    def read(self, ids: np.ndarray, positions: Sequence[int], alone: Sequence[int]) -> np.ndarray:
+        tokens = [int(i) for i in np.asarray(ids).reshape(-1)]
         self._forget(len(tokens))
-        logits = np.empty((len(wanted), self.vocab_size), dtype=np.float32)
-        done = 0
-        for row, position in enumerate(wanted):
-            self._skip(tokens, done, position)
-            self._feed([(tokens[position], position, 0)], [0])
-            logits[row] = self._logits(0)
-            done = position + 1
+        logits = np.empty((len(positions), self.vocab_size), dtype=np.float32)
+        wanted = {position: row for row, position in enumerate(positions)}
+        for start, end in parts(len(tokens), alone, CHUNK):
+            kept = [p - start for p in range(start, end) if p in wanted]
+            self._feed([(tokens[p], p, 0) for p in range(start, end)], kept)
+            for i in kept:
+                logits[wanted[start + i]] = self._logits(i)
         return logits
 
     def decode_rows(self, rows: np.ndarray) -> np.ndarray:
@@ -123,7 +115,8 @@ class LlamaCpp:
     def generate(self, ids: list[int], n_tokens: int, stop: set[int]) -> list[int]:
         made: list[int] = []
         self._forget(len(ids) + n_tokens)
-        self._skip(ids, 0, len(ids) - 1)
+        for start, end in parts(len(ids) - 1, (), CHUNK):
+            self._feed([(ids[p], p, 0) for p in range(start, end)], [])
         position, token = len(ids) - 1, ids[-1]
         while len(made) < n_tokens:
             self._feed([(token, position, 0)], [0])
@@ -132,11 +125,6 @@ class LlamaCpp:
                 break
             made.append(token)
         return made
-
-    def _skip(self, tokens: Sequence[int], start: int, end: int) -> None:
-        """Read tokens[start:end] without their logits."""
-        for i in range(start, end, CHUNK):
-            self._feed([(tokens[p], p, 0) for p in range(i, min(i + CHUNK, end))], [])
 
     def _forget(self, n_tokens: int) -> None:
         """Empty the KV cache for rows of n_tokens."""
@@ -262,10 +250,6 @@ class LlamaCpp:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _tokens(ids: np.ndarray) -> list[int]:
-    return [int(i) for i in np.asarray(ids).reshape(-1)]
 
 
 def _rows_of_output(model: llama_cpp.llama_model_p) -> int:

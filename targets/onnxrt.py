@@ -8,6 +8,7 @@ import numpy as np
 import onnxruntime
 
 from lrc_edge.errors import UserError
+from lrc_edge.targets.runtime import parts
 
 CHUNK = 512  # tokens in one run; each has its logits, V * 4 bytes
 CACHE_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -45,30 +46,19 @@ class OnnxRuntime:
                             f"({' '.join(str(error).split())[:100]}); export it again") from error
 
     def prefill(self, ids: np.ndarray, positions: Sequence[int] | None = None) -> np.ndarray:
-        """(T,) -> (P, V). A row of more than CHUNK tokens is read in parts, through the KV cache."""
-        ids = np.asarray(ids)
-        if len(ids) <= CHUNK:
-            logits = self._step(ids[None], self._empty_cache(), 0)[0][0]
-            return logits if positions is None else logits[list(positions)]
-        cache, parts = self._empty_cache(), []
-        for start in range(0, len(ids), CHUNK):
-            logits, cache = self._step(ids[None, start:start + CHUNK], cache, start)
-            kept = range(len(logits[0])) if positions is None else [
-                p - start for p in positions if start <= p < start + CHUNK]
-            parts.append(logits[0, list(kept)])
-        return np.concatenate(parts)
+        return self.read(ids, range(len(ids)) if positions is None else positions, ())
 
     def decode(self, ids: np.ndarray, positions: Sequence[int] | None = None) -> np.ndarray:
-        """(T,) -> (P, V), one token in each run at `positions`, and CHUNK of them between those."""
-        ids = np.asarray(ids)
-        cache, done, rows = self._empty_cache(), 0, []
-        for position in range(len(ids)) if positions is None else positions:
-            for start in range(done, position, CHUNK):
-                _, cache = self._step(ids[None, start:min(start + CHUNK, position)], cache, start)
-            logits, cache = self._step(ids[None, position:position + 1], cache, position)
-            rows.append(logits[0, 0])
-            done = position + 1
-        return np.stack(rows)
+        wanted = range(len(ids)) if positions is None else positions
+        return self.read(ids, wanted, wanted)
+
+    def read(self, ids: np.ndarray, positions: Sequence[int], alone: Sequence[int]) -> np.ndarray:
+        ids, cache, rows = np.asarray(ids), self._empty_cache(), []
+        wanted = set(positions)
+        for start, end in parts(len(ids), alone, CHUNK):
+            logits, cache = self._step(ids[None, start:end], cache, start)
+            rows.append(logits[0, [p - start for p in range(start, end) if p in wanted]])
+        return np.concatenate(rows)
 
     def decode_rows(self, rows: np.ndarray) -> np.ndarray:
         """Rows (B, T) side by side, T runs of one token of each -> (B, T, V)."""

@@ -56,6 +56,10 @@ class OrtGenai:
             rows.append(np.array(generator.get_output("logits"), dtype=np.float32)[0, -1])
         return np.stack(rows if positions is None else [rows[p] for p in positions])
 
+    def read(self, ids: np.ndarray, positions: Sequence[int], alone: Sequence[int]) -> np.ndarray:
+        """Every token alone, if one is to be: the loop of genai has no other way."""
+        return self.decode(ids, positions) if alone else self.prefill(ids, positions)
+
     def generate(self, ids: list[int], n_tokens: int, stop: set[int]) -> list[int]:
         """Ends at the folder's own end-of-text ids too, whatever `stop` says: they are in genai's loop."""
         generator = self._generator(len(ids) + n_tokens)

@@ -104,7 +104,7 @@ class _Prover:
         """The work, in tokens that are read. `others`: models that PyTorch runs besides the student."""
         long = sum(map(len, self._text.long_rows)) if self._long is None else sum(rows.ids.size for rows in self._long)
         sampled = sum(len(prompt) + self._n_generated for prompt in self._prompts)
-        per_file = 2 * self._text.rows.size + 2 * long + sampled
+        per_file = 2 * self._text.rows.size + long + sampled
         caches = sum(a.format == "gguf" for a in artifacts) * len(self._cache_kinds()) * self._kv_rows().size
         models = 1 + sum(model is not None for model in others)
         self._task.expect(models * self._text.rows.size + long + len(artifacts) * per_file + caches, "tokens")
@@ -170,7 +170,7 @@ class _Prover:
 
     def _spread(self, n_tokens: int) -> list[int]:
         """Positions over a row, its last one among them."""
-        n = min(self._recipe.parity.long_positions, n_tokens)
+        n = min(2 * self._recipe.parity.long_positions, n_tokens)
         return sorted({int(p) for p in np.linspace(0, n_tokens, n + 1)[1:] - 1})
 
     def _sample(self, who: str, generate: Callable[[list[int], int, Any], list[int]]) -> list[list[int]]:
@@ -274,21 +274,25 @@ class _Prover:
 
     def _length_parity(self, artifact: Artifact, runtime: WorkerRuntime, entry: dict[str, Any], rows: HeldOutRows
                        ) -> None:
-        """One long row, at positions that are spread over it: read in parts, and one token at a time there."""
-        n_tokens, kind = rows.ids.shape[1], f"{artifact.format}:{artifact.encoding}"
-        for mode in ("prefill", "decode"):
-            name = f"{mode} at {n_tokens:,} tokens"
-            with self._failing(lambda why, name=name: gates_of_length(  # type: ignore[misc]
-                    artifact.path, kind, name, None, self._recipe.gates, why)):
-                runtime.open()
-                runtime.context(n_tokens)
+        """One long row in one pass, at positions that are spread over it: every other one is read alone."""
+        [ids], positions = rows.ids, rows.positions or ()
+        kind, limits = f"{artifact.format}:{artifact.encoding}", self._recipe.gates
+        names = [f"{mode} at {len(ids):,} tokens" for mode in ("prefill", "decode")]
+
+        def fail(why: str) -> list[Gate]:
+            return [gate for name in names for gate in gates_of_length(artifact.path, kind, name, None, limits, why)]
+
+        with self._failing(fail):
+            runtime.open()
+            runtime.context(len(ids))
+            logits = runtime.read(ids, positions, positions[1::2])
+            for first, name in enumerate(names):
                 comparison = Comparison(self._recipe.parity.near_tie)
-                ask = runtime.prefill if mode == "prefill" else runtime.decode
-                comparison.update(rows.logits[0], ask(rows.ids, rows.positions)[0], rows.next_ids(0))
+                comparison.update(rows.logits[0, first::2], logits[first::2], rows.next_ids(0)[first::2])
                 metrics = comparison.metrics()
                 entry["parity"][name] = metrics.as_dict()
-                self.proof.gates += gates_of_length(artifact.path, kind, name, metrics, self._recipe.gates)
-            self._advance(f"{artifact.path}: {name}", n_tokens)
+                self.proof.gates += gates_of_length(artifact.path, kind, name, metrics, limits)
+        self._advance(f"{artifact.path}: {len(ids):,} tokens", len(ids))
 
     def _cache_kinds(self) -> list[str]:
         """The types that the KV cache of this model can have."""

@@ -22,7 +22,8 @@ from lrc_edge.errors import UserError
 TIMING_SECONDS = 0.2
 PLAIN_BUFFERS = "--plain-buffers"  # llama.cpp without its extra buffers (llama_probe.py)
 NO_SPINNING = "--no-spinning"  # threads that wait sleep: less CPU time beside other work, and not the fastest alone
-OPS = ("open", "score", "generate", "tokenize", "speed", "memory", "context", "prefill", "decode", "end_tokens", "chat")
+OPS = ("open", "score", "generate", "tokenize", "speed", "memory", "context", "prefill", "decode", "read", "end_tokens",
+       "chat")
 
 
 def open_llama_cpp(path: Path, n_ctx: int, threads: int, cache: str, flags: Collection[str]) -> Any:
@@ -75,6 +76,9 @@ class PythonWorker:
         if positions is None and len(rows) > 1:
             return _send_logits(iter(self._runtime.decode_rows(np.array(rows))), fd)
         return _send_logits((self._runtime.decode(np.array(row), positions) for row in rows), fd)
+
+    def read(self, row: list[int], positions: list[int], alone: list[int], fd: int) -> dict[str, Any]:
+        return _send_logits(iter([self._runtime.read(np.array(row), positions, alone)]), fd)
 
     def end_tokens(self) -> dict[str, Any]:
         return {"ids": sorted(self._runtime.end_tokens)}

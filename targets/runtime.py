@@ -4,7 +4,7 @@ A runtime holds one loaded artifact. Logits always have the model's vocab_size c
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -22,6 +22,10 @@ class Runtime(Protocol):
 
     def decode(self, ids: np.ndarray, positions: Sequence[int] | None = None) -> np.ndarray:
         """The same logits, each of a token that is read alone, through the KV cache."""
+        ...
+
+    def read(self, ids: np.ndarray, positions: Sequence[int], alone: Sequence[int]) -> np.ndarray:
+        """Both in one pass: (P, V) at `positions`, ascending; those that are in `alone` are read alone."""
         ...
 
     def generate(self, ids: list[int], n_tokens: int, stop: set[int]) -> list[int]:
@@ -48,3 +52,15 @@ class TextRuntime(Runtime, Protocol):
     def render_chat(self, messages: list[dict[str, str]], engine: str = "jinja") -> tuple[str, list[int]]:
         """Messages through the artifact's own chat template, with generation prompt: the string and its ids."""
         ...
+
+
+def parts(n_tokens: int, alone: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of the parts in which a row is read: the tokens at `alone`, ascending, each a part of its own, the
+    others `size` at a time."""
+    done = 0
+    for position in [*alone, n_tokens]:
+        for start in range(done, position, size):
+            yield start, min(start + size, position)
+        if position < n_tokens:
+            yield position, position + 1
+        done = position + 1

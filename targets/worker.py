@@ -16,6 +16,7 @@ The native Python workers, which prove a build's files, answer these as well (py
     context   n_ctx, n_rows, cache       -> nothing; a new KV cache, of the type `cache` (llama.cpp only)
     prefill   rows (B, T), positions (P), fd    -> shape (B, P, V) of the float32 logits that it wrote to the file `fd`
     decode    the same                   -> the same, with one token at a time at each of the positions
+    read      row (T), positions (P), alone, fd -> shape (1, P, V); both in one pass: tokens in `alone` are read alone
     end_tokens                           -> ids at which the runtime ends a generation
     chat      messages, engine           -> text and ids of a rendered conversation
 """

@@ -62,6 +62,11 @@ class WorkerRuntime:
     def decode(self, rows: np.ndarray, positions: Sequence[int] | None = None) -> np.ndarray:
         return self._logits("decode", rows, positions)
 
+    def read(self, row: np.ndarray, positions: Sequence[int], alone: Sequence[int]) -> np.ndarray:
+        """(T,) -> (P, V): one pass in which the tokens at `alone` are read one at a time."""
+        asked = {"row": row.tolist(), "positions": [int(p) for p in positions], "alone": [int(p) for p in alone]}
+        return self._received("read", (1, len(positions)), row.size, asked)[0]
+
     def generate(self, ids: list[int], n_tokens: int, stop: Sequence[int]) -> list[int]:
         made: list[int] = self._ask("generate", len(ids) + n_tokens, ids=ids, n_tokens=n_tokens, stop=list(stop))["ids"]
         return made
@@ -122,8 +127,13 @@ class WorkerRuntime:
 
     def _logits(self, op: str, rows: np.ndarray, positions: Sequence[int] | None) -> np.ndarray:
         wanted = None if positions is None else [int(p) for p in positions]
-        shape = self._ask(op, rows.size, rows=rows.tolist(), positions=wanted, fd=self._file.fileno())["shape"]
-        expected = [len(rows), rows.shape[1] if wanted is None else len(wanted), self.vocab_size]
+        n_positions = rows.shape[1] if wanted is None else len(wanted)
+        return self._received(op, (len(rows), n_positions), rows.size, {"rows": rows.tolist(), "positions": wanted})
+
+    def _received(self, op: str, n: tuple[int, int], n_read: int, asked: dict[str, Any]) -> np.ndarray:
+        """The logits that the worker wrote to the shared file: (*n, V)."""
+        shape = self._ask(op, n_read, **asked, fd=self._file.fileno())["shape"]
+        expected = [*n, self.vocab_size]
         if shape != expected:
             raise WorkerFailed(f"{self.name}, {op}: logits of shape {shape}, need {expected}")
         logits = np.frombuffer(os.pread(self._file.fileno(), 4 * math.prod(shape), 0), np.float32).reshape(shape)
