@@ -20,7 +20,7 @@ from lrc_edge.inspect_path import print_description
 from lrc_edge.report import write_report
 
 SEED = 20261122
-N_MUTATIONS = 300
+N_MUTATIONS = 100
 ODD = [None, True, -1, 0, 1.5, 10**30, 1e308, float("nan"), float("inf"), "", "x", "\ud800", "\x1b[2J\n\u202e",
        "a" * 5000, [], [1], ["x"], [[[]]], {}, {"x": 1}, [None], [{"id": "x"}]]
 
