@@ -119,7 +119,7 @@ def _parquet_documents(path: Path, fields: Fields) -> Iterator[Document]:
             for table in batch.to_pylist():
                 row += 1
                 yield from _row_documents(table, fields, f"{path} row {row}")
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a readable parquet file ({_one_line(error)}); get it again") from error
 
 

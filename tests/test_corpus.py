@@ -88,6 +88,15 @@ def test_a_folder_that_datasets_wrote(tmp_path: Path) -> None:
     assert texts(tmp_path) == [f"Row {i}." for i in range(5)]
 
 
+def test_a_parquet_file_of_texts_that_are_not_utf8(tmp_path: Path) -> None:
+    """Parquet does not check what it calls a string."""
+    offsets, data = pyarrow.py_buffer(bytes([0, 0, 0, 0, 2, 0, 0, 0])), pyarrow.py_buffer(b"a\xff")
+    column = pyarrow.StringArray.from_buffers(1, offsets, data)
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="not a readable parquet file"):
+        texts(tmp_path / "a.parquet")
+
+
 def test_a_parquet_file_that_is_cut(tmp_path: Path) -> None:
     file = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": [f"{i} " * 100 for i in range(2000)]}), file)
