@@ -46,8 +46,11 @@ class LlamaCpp:
     def __init__(self, folder: Path, threads: int | None, n_ctx: int):
         import llama_cpp
 
-        self.llama = llama_cpp.Llama(str(next(folder.glob("*.gguf"))), n_ctx=n_ctx, n_threads=threads,
-                                     n_threads_batch=threads, verbose=False)
+        from lrc_edge.targets.llama_probe import sound_buffers
+
+        with sound_buffers():
+            self.llama = llama_cpp.Llama(str(next(folder.glob("*.gguf"))), n_ctx=n_ctx, n_threads=threads,
+                                         n_threads_batch=threads, verbose=False)
 
     def restart(self) -> None:
         self.llama.reset()

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from llama_cpp import Llama
 
 from lrc_edge import llama_log
 from lrc_edge.errors import UserError
-from lrc_edge.targets.llama_probe import extra_buffers, without_extra_buffers
+from lrc_edge.targets.llama_probe import sound_buffers
 
 
 class Chat:
@@ -19,7 +18,7 @@ class Chat:
     def __init__(self, path: Path, n_ctx: int, threads: int):
         llama_log.listen()  # llama-cpp-python's own log callback prints warnings as errors
         try:
-            with nullcontext() if extra_buffers().usable else without_extra_buffers():
+            with sound_buffers():
                 self.llm = Llama(str(path), n_ctx=n_ctx, n_threads=threads, verbose=False)
         except ValueError as error:
             raise UserError(f"{path}: llama.cpp cannot load it; check it with lrc-edge inspect") from error

@@ -104,10 +104,14 @@ def _run(use_extra: bool) -> np.ndarray | str:
 
 
 @contextmanager
-def without_extra_buffers() -> Iterator[None]:
-    """For llama-cpp-python's own `Llama`, which takes no such parameter: models opened in the block do without."""
+def sound_buffers() -> Iterator[None]:
+    """For llama-cpp-python's own `Llama`, which takes no such parameter: models that are opened in the block have the
+    extra buffers only where they are sound."""
     from llama_cpp import llama_cpp
 
+    if extra_buffers().usable:
+        yield
+        return
     default = llama_cpp.llama_model_default_params
 
     def params() -> Any:

@@ -17,6 +17,7 @@ from test_worker import RUNTIMES, alive, export
 from tiny_models import make_tiny
 
 from lrc_edge.checkpoint import DenseCheckpoint
+from lrc_edge.export.to_gguf import export_gguf
 from lrc_edge.targets import llama_probe, worker_runtime
 from lrc_edge.targets.llama_probe import ExtraBuffers, extra_buffers
 from lrc_edge.targets.reference import Reference
@@ -237,6 +238,16 @@ def test_targets_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "#20824" in done.stdout and "-mno-amx-tile" in done.stdout
+
+
+def test_chat_does_without_kernels_that_crash(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                              ) -> None:
+    """Where llama-cpp-python's own class opens the file, in the process that talks."""
+    [artifact] = export_gguf(DenseCheckpoint.open(tiny_llama), tmp_path / "gguf", ["q8_0"])
+    sabotage(tmp_path / "fault", AMX_CRASH, monkeypatch)
+    chat = [sys.executable, "-m", "lrc_edge.cli", "chat", str(tmp_path / artifact.path), "--max-tokens", "3"]
+    done = subprocess.run(chat, input="Hello there\n", capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 # A whole export
