@@ -138,7 +138,9 @@ class DenseCheckpoint:
         try:
             tokenizer = self._load_tokenizer()
             tokenizer("a", verbose=False)
-        except Exception as error:  # the libraries raise many types for a broken file
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the libraries raise many types for a broken file; Rust's panic is no Exception
             raise UserError(f"{self.path}: the tokenizer does not load ({one_line(error)}); "
                             "copy the model's tokenizer files again") from error
         _check_template(tokenizer, self.path)

@@ -82,7 +82,8 @@ class Comparison:
     def metrics(self) -> Metrics:
         kl, agree = np.concatenate(self._kl), np.concatenate(self._agree)
         nll = np.concatenate(self._nll, axis=1)
-        ppl_ref, ppl = np.exp(nll.mean(1))
+        with np.errstate(over="ignore"):  # of a damaged file: infinite, which no gate passes
+            ppl_ref, ppl = np.exp(nll.mean(1))
         # Error propagation through exp of the two means, which are correlated: the tokens are the same.
         gradient = np.array([-ppl_ref, ppl])
         variance = gradient @ (np.cov(nll) / nll.shape[1]) @ gradient if nll.shape[1] > 1 else np.nan
