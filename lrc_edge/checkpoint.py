@@ -32,7 +32,7 @@ from lrc_edge.config_file import (
     read_table,
     shape_of,
 )
-from lrc_edge.errors import UserError
+from lrc_edge.errors import UserError, quiet_panics, shortage
 from lrc_edge.roles import HEAD, Weight, weights_of
 from lrc_edge.shape import ModelShape
 
@@ -136,11 +136,14 @@ class DenseCheckpoint:
         own, so that ids depend on the version and no runtime that reads the file can agree. Raises UserError.
         """
         try:
-            tokenizer = self._load_tokenizer()
-            tokenizer("a", verbose=False)
+            with quiet_panics():
+                tokenizer = self._load_tokenizer()
+                tokenizer("a", verbose=False)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # the libraries raise many types for a broken file; Rust's panic is no Exception
+            if told := shortage(error):
+                raise UserError(told) from error
             raise UserError(f"{self.path}: the tokenizer does not load ({one_line(error)}); "
                             "copy the model's tokenizer files again") from error
         _check_template(tokenizer, self.path)

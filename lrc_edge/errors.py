@@ -2,12 +2,15 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM)
-# What libraries write of the same without Python's types: PyTorch, safetensors, onnxruntime and numpy.
+# What libraries write of the same without Python's types: PyTorch, safetensors, tokenizers, onnxruntime and numpy.
 _NO_MEMORY = re.compile(r"can(?:no|')t allocate memory|failed to allocate memory|bad_alloc|not enough memory|"
-                        r"can't start new thread|std::length_error|unable to allocate|"
+                        r"can't start new thread|ThreadPoolBuildError|std::length_error|unable to allocate|"
                         r"could not (?:create|execute) a primitive$", re.IGNORECASE)  # oneDNN says no more
 _NO_SPACE = re.compile(r"no space left on device|disk quota exceeded|file too large|\d+ requested and \d+ written",
                        re.IGNORECASE)
@@ -44,6 +47,31 @@ def _shortage(error: BaseException) -> str | None:
     if _NO_SPACE.search(text):
         return f"{_one_line(error)}; {kept}: free some disk space, then run the command again"
     return None
+
+
+@contextmanager
+def quiet_panics() -> Iterator[None]:
+    """Print what native code writes on stderr only where no exception comes of it.
+
+    A Rust library reports a panic twice: as an exception and in several lines on stderr.
+    """
+    stderr = os.dup(2)
+    reading, writing = os.pipe()
+    for end in (reading, writing):
+        os.set_blocking(end, False)  # what a pipe cannot hold is lost, and nothing waits
+    os.dup2(writing, 2)
+    os.close(writing)
+    panicked = True
+    try:
+        yield
+        panicked = False
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        with os.fdopen(reading, "rb", buffering=0) as printed:
+            text = printed.read() or b""
+        if not panicked:
+            os.write(2, text)
 
 
 def _one_line(error: BaseException) -> str:

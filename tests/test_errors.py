@@ -1,6 +1,8 @@
 """A full disk and too little memory, as each library reports them, are one line; anything else stays a traceback."""
 from __future__ import annotations
 
+import contextlib
+import os
 import resource
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lrc_edge.errors import shortage
+from lrc_edge.errors import quiet_panics, shortage
 
 MUCH = 10**15
 
@@ -68,3 +70,14 @@ def test_the_command_line_prints_one_line(tmp_path: Path) -> None:
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ended.returncode == 2 and ended.stderr.startswith("lrc-edge: out of memory"), ended.stderr
     assert ended.stderr.count("\n") == 1
+
+
+def test_a_panic_is_one_exception_and_no_lines(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(BaseException) as caught, quiet_panics():
+        with contextlib.suppress(BlockingIOError):  # more than a pipe holds
+            os.write(2, b"thread panicked\n" * 10000)
+        raise BaseException("panic")
+    assert str(caught.value) == "panic" and capfd.readouterr().err == ""
+    with quiet_panics():
+        os.write(2, b"a warning\n")
+    assert capfd.readouterr().err == "a warning\n"
