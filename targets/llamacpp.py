@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import llama_cpp
@@ -101,16 +101,13 @@ class LlamaCpp:
                 logits[wanted[start + i]] = self._logits(i)
         return logits
 
-    def decode_rows(self, rows: np.ndarray) -> np.ndarray:
-        """Rows (B, T) side by side, B at most what the context was made for -> (B, T, V)."""
+    def decode_rows(self, rows: np.ndarray) -> Iterator[np.ndarray]:
+        """Rows (B, T) side by side, B at most what the context was made for: T times (B, V)."""
         n_rows, length = rows.shape
         self._forget(length)
-        logits = np.empty((n_rows, length, self.vocab_size), dtype=np.float32)
         for t in range(length):
             self._feed([(int(rows[row, t]), t, row) for row in range(n_rows)], range(n_rows))
-            for row in range(n_rows):
-                logits[row, t] = self._logits(row)
-        return logits
+            yield np.stack([self._logits(row) for row in range(n_rows)])
 
     def generate(self, ids: list[int], n_tokens: int, stop: set[int]) -> list[int]:
         made: list[int] = []

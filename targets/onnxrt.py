@@ -1,7 +1,7 @@
 """Plain onnxruntime: a decoder graph with a KV cache on the CPU."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -60,13 +60,12 @@ class OnnxRuntime:
             rows.append(logits[0, [p - start for p in range(start, end) if p in wanted]])
         return np.concatenate(rows)
 
-    def decode_rows(self, rows: np.ndarray) -> np.ndarray:
-        """Rows (B, T) side by side, T runs of one token of each -> (B, T, V)."""
-        cache, steps = self._empty_cache(len(rows)), []
+    def decode_rows(self, rows: np.ndarray) -> Iterator[np.ndarray]:
+        """Rows (B, T) side by side, one token of each at a time: T times (B, V)."""
+        cache = self._empty_cache(len(rows))
         for t in range(rows.shape[1]):
             logits, cache = self._step(rows[:, t:t + 1], cache, t)
-            steps.append(logits)
-        return np.concatenate(steps, axis=1)
+            yield logits[:, 0]
 
     def generate(self, ids: list[int], n_tokens: int, stop: set[int]) -> list[int]:
         made: list[int] = []

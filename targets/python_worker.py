@@ -74,7 +74,7 @@ class PythonWorker:
 
     def decode(self, rows: list[list[int]], positions: list[int] | None, fd: int) -> dict[str, Any]:
         if positions is None and len(rows) > 1:
-            return _send_logits(iter(self._runtime.decode_rows(np.array(rows))), fd)
+            return _send_steps(self._runtime.decode_rows(np.array(rows)), len(rows[0]), fd)
         return _send_logits((self._runtime.decode(np.array(row), positions) for row in rows), fd)
 
     def read(self, row: list[int], positions: list[int], alone: list[int], fd: int) -> dict[str, Any]:
@@ -135,15 +135,34 @@ def peak_bytes() -> int | None:
 
 
 def _send_logits(rows: Iterator[np.ndarray], fd: int) -> dict[str, Any]:
-    """Write (P, V) logits of each row, one after the other, from the beginning of the file."""
-    offset, shape = 0, ()
+    """Write the logits (P, V) of each row, one after the other, from the beginning of the file."""
+    n_rows, shape = 0, ()
     for logits in rows:
-        data = memoryview(np.ascontiguousarray(logits, dtype=np.float32)).cast("B")  # type: ignore[arg-type]
+        _write_logits(fd, logits, n_rows * logits.size)
+        n_rows, shape = n_rows + 1, logits.shape
+    return {"shape": [n_rows, *shape]}
+
+
+def _send_steps(steps: Iterator[np.ndarray], n_steps: int, fd: int) -> dict[str, Any]:
+    """The same of rows that are read side by side: each step has the logits (B, V) of one position of every row.
+
+    Not held until the end: eight rows of 256 tokens with a vocabulary of 128k take 1 GB.
+    """
+    shape: tuple[int, ...] = ()
+    for step, logits in enumerate(steps):
         shape = logits.shape
-        while data:
-            written = os.pwrite(fd, data, offset)
-            data, offset = data[written:], offset + written
-    return {"shape": [offset // (4 * math.prod(shape)), *shape] if offset else [0]}
+        for row, of_row in enumerate(logits):
+            _write_logits(fd, of_row, (row * n_steps + step) * len(of_row))
+    return {"shape": [shape[0], n_steps, shape[1]]}
+
+
+def _write_logits(fd: int, logits: np.ndarray, at: int) -> None:
+    """`at`: the number of values in the file before them."""
+    data = memoryview(np.ascontiguousarray(logits, dtype=np.float32)).cast("B")  # type: ignore[arg-type]
+    offset = 4 * at
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
 
 
 def _log_sum_exp(row_V: np.ndarray) -> float:

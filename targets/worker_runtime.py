@@ -17,7 +17,7 @@ from lrc_edge.targets.worker import Worker, WorkerFailed
 # A request may take as long as the slowest machine that anyone would use: 0.5 GFLOP/s, 20 MB/s of a file's bytes.
 BASE_SECONDS = 120.0
 SLOWEST_FLOPS, SLOWEST_BYTES = 5e8, 2e7
-LOGITS_BYTES = 1 << 28  # of one answer
+LOGITS_BYTES = 1 << 31  # of one answer: on disk, and read one row at a time
 
 
 class WorkerRuntime:
@@ -56,7 +56,7 @@ class WorkerRuntime:
             self._ask("context", n_ctx=n_ctx, n_rows=n_rows, cache=cache)
 
     def prefill(self, rows: np.ndarray, positions: Sequence[int] | None = None) -> np.ndarray:
-        """(B, T) -> (B, P, V)"""
+        """(B, T) -> (B, P, V), in a file that the next request of this runtime overwrites."""
         return self._logits("prefill", rows, positions)
 
     def decode(self, rows: np.ndarray, positions: Sequence[int] | None = None) -> np.ndarray:
@@ -131,13 +131,15 @@ class WorkerRuntime:
         return self._received(op, (len(rows), n_positions), rows.size, {"rows": rows.tolist(), "positions": wanted})
 
     def _received(self, op: str, n: tuple[int, int], n_read: int, asked: dict[str, Any]) -> np.ndarray:
-        """The logits that the worker wrote to the shared file: (*n, V)."""
+        """The logits that the worker wrote to the shared file: (*n, V), mapped."""
         shape = self._ask(op, n_read, **asked, fd=self._file.fileno())["shape"]
         expected = [*n, self.vocab_size]
         if shape != expected:
             raise WorkerFailed(f"{self.name}, {op}: logits of shape {shape}, need {expected}")
-        logits = np.frombuffer(os.pread(self._file.fileno(), 4 * math.prod(shape), 0), np.float32).reshape(shape)
-        if n_flat := int((logits.min(-1) == logits.max(-1)).sum()):
+        if os.fstat(self._file.fileno()).st_size < 4 * math.prod(shape):
+            raise WorkerFailed(f"{self.name}, {op}: fewer logits than it says")
+        logits = np.memmap(self._file, np.float32, "r", shape=tuple(shape))
+        if n_flat := sum(int((row.min(-1) == row.max(-1)).sum()) for row in logits):
             raise WorkerFailed(f"{self.name}, {op}: every token has the same logit at {n_flat} positions: the runtime "
                                "returned no scores")
         return logits

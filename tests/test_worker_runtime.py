@@ -61,7 +61,7 @@ def test_logits_are_the_models(name: str, tiny_llama: Path, files: dict[str, Pat
         runtime.context(64)
         for ask in (runtime.prefill, runtime.decode):
             np.testing.assert_allclose(ask(ROWS, [3, 17, 39]), expected[:, [3, 17, 39]], atol=1e-4)
-        assert runtime.rows_at_once(40) == 8 and runtime.rows_at_once(1 << 16) == 2
+        assert runtime.rows_at_once(40) == 8 and runtime.rows_at_once(1 << 19) == 2
 
 
 @pytest.mark.parametrize("name", RUNTIMES[:2])
