@@ -2,6 +2,8 @@
 
     python benchmarks/real_size.py --work WORK                        15 GB of disk, 10 GB of RAM, up to half an hour
     python benchmarks/real_size.py --work WORK --lrc-edge OLD/.venv/bin/lrc-edge --label before
+    python benchmarks/real_size.py --work WORK --label same-positions --set parity.long_rows='[]' \
+        --set parity.kv_cache_positions=1           about as many positions as version 0.1.0 compared
 
 The student has random weights (random_student.py) and is made once, in --work. The measured command is a child process,
 so any version's executable can be measured; a run replaces earlier ones of its label in --results. CPU seconds are
@@ -130,7 +132,7 @@ def measure(command: list[str], heard: Callable[[str], None] = lambda _: None) -
                 largest_process_bytes=memory.largest, stages=stages)
 
 
-def export_run(lrc_edge: Path, student: Path, out: Path, label: str, formats: str) -> Run:
+def export_run(lrc_edge: Path, student: Path, out: Path, label: str, formats: str, settings: list[str]) -> Run:
     from lrc_edge.shape import ModelShape
 
     shape = ModelShape.from_config(json.loads((student / "config.json").read_text()), student.name)
@@ -140,7 +142,8 @@ def export_run(lrc_edge: Path, student: Path, out: Path, label: str, formats: st
         print(line, file=sys.stderr, flush=True)
 
     try:
-        found = measure([str(lrc_edge), "export", str(student), "--formats", formats, "--out", str(out)], show)
+        found = measure([str(lrc_edge), "export", str(student), "--formats", formats, "--out", str(out),
+                         *(word for one in settings for word in ("--set", one))], show)
     finally:
         shutil.rmtree(out, ignore_errors=True)
     return Run(label=label, shape=student.name, formats=formats, n_params=shape.n_params,
@@ -199,11 +202,12 @@ def main() -> int:
                         help="executable to measure; default: this environment's")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="lrc-1.5b")
     parser.add_argument("--formats", default=FORMATS)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe's key, as in lrc-edge")
     parser.add_argument("--label", default="now", help="the run's name in the results")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for runs.jsonl and table.md")
     args = parser.parse_args()
     student = make_student(args.work / "students", args.shape)
-    run = export_run(args.lrc_edge, student, args.work / "out" / args.label, args.label, args.formats)
+    run = export_run(args.lrc_edge, student, args.work / "out" / args.label, args.label, args.formats, args.set)
     print(save(run, args.results))
     return run.status
 
