@@ -202,7 +202,7 @@ def main() -> int:
                         help="executable to measure; default: this environment's")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="lrc-1.5b")
     parser.add_argument("--formats", default=FORMATS)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe's key, as in lrc-edge")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe's key")
     parser.add_argument("--label", default="now", help="the run's name in the results")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for runs.jsonl and table.md")
     args = parser.parse_args()
