@@ -46,9 +46,7 @@ faults: $(VENV)/installed
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
-	rm -rf build/types && mkdir -p build/types
-	cp -rs $(CURDIR)/lrc_edge build/types/ && cp -rs $(CURDIR)/train $(CURDIR)/export $(CURDIR)/targets build/types/lrc_edge/
-	cd build/types && MYPYPATH=. $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p lrc_edge
+	MYPYPATH=. $(BIN)/mypy -p lrc_edge
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -46,7 +46,7 @@ class LlamaCpp:
     def __init__(self, folder: Path, threads: int | None, n_ctx: int):
         import llama_cpp
 
-        from lrc_edge.targets.llama_probe import sound_buffers
+        from lrc_edge.targets.runtimes.llama_probe import sound_buffers
 
         with sound_buffers():
             self.llama = llama_cpp.Llama(str(next(folder.glob("*.gguf"))), n_ctx=n_ctx, n_threads=threads,

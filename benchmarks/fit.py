@@ -18,11 +18,11 @@ from pathlib import Path
 from random_student import SHAPES, make_student
 
 from lrc_edge.checkpoint import DenseCheckpoint
-from lrc_edge.export.to_gguf import export_gguf
-from lrc_edge.export.to_onnx import export_onnx
+from lrc_edge.export.gguf.to_gguf import export_gguf
+from lrc_edge.export.onnx.to_onnx import export_onnx
 from lrc_edge.shape import ModelShape
 from lrc_edge.targets.memory import memory_of
-from lrc_edge.targets.worker import Command, Worker
+from lrc_edge.targets.runtimes.worker import Command, Worker
 
 N_WRITTEN = 8
 CONTEXTS = {"cache": 4096, "small-weights": 1024, "small-vocabulary": 256}  # 2048 for the others
@@ -53,7 +53,7 @@ def files_of(student: Path, work: Path, formats: set[str]) -> dict[str, Path]:
 
 def measured_peak(runtime: str, file: Path, context: int, threads: int) -> int:
     prompt = [3 + i % 200 for i in range(context - N_WRITTEN)]
-    argv = (sys.executable, "-m", "lrc_edge.targets.python_worker", runtime)
+    argv = (sys.executable, "-m", "lrc_edge.targets.runtimes.python_worker", runtime)
     with Worker(Command(argv, {"OMP_NUM_THREADS": str(threads)})) as worker:
         worker.ask("open", path=str(file), n_ctx=context, threads=threads)
         worker.ask("generate", ids=prompt, n_tokens=N_WRITTEN, stop=[])

@@ -16,11 +16,11 @@ import torch
 from gguf import GGMLQuantizationType, quants
 
 from lrc_edge.checkpoint import DenseCheckpoint
-from lrc_edge.encode import token_ids
-from lrc_edge.sources import Fields, source_documents
+from lrc_edge.corpus.encode import token_ids
+from lrc_edge.corpus.sources import Fields, source_documents
 from lrc_edge.train import initialize
 from lrc_edge.train.clone import Clone
-from lrc_edge.train.trainer import held_out_loss
+from lrc_edge.train.loop.trainer import held_out_loss
 
 HELD_OUT_ROWS = 40
 

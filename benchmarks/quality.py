@@ -27,12 +27,12 @@ import onnxruntime
 from export import genai_builder
 from lrc_edge.artifact import Artifact
 from lrc_edge.checkpoint import DenseCheckpoint
-from lrc_edge.corpus import HeldOut
+from lrc_edge.corpus.held_out import HeldOut
+from lrc_edge.corpus.sources import Fields, documents
 from lrc_edge.parity import Metrics
-from lrc_edge.sources import Fields, documents
-from lrc_edge.targets.llamacpp import LlamaCpp
-from lrc_edge.targets.onnxrt import OnnxRuntime
-from lrc_edge.targets.reference import HeldOutRows, Reference
+from lrc_edge.targets.proof.reference import HeldOutRows, Reference
+from lrc_edge.targets.runtimes.llamacpp import LlamaCpp
+from lrc_edge.targets.runtimes.onnxrt import OnnxRuntime
 
 GGUF = ("f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "iq4_xs")
 MIXED = "4.25"

@@ -26,15 +26,15 @@ from efficiency_table import Run, best_rate, read_runs, render
 from torch import nn
 
 from lrc_edge.checkpoint import DenseCheckpoint
-from lrc_edge.corpus import HeldOut
+from lrc_edge.corpus.held_out import HeldOut
+from lrc_edge.corpus.sources import Fields, documents
 from lrc_edge.recipe import load_recipe
-from lrc_edge.sources import Fields, documents
 from lrc_edge.train import initialize, losses
 from lrc_edge.train.clone import Clone, Losses
-from lrc_edge.train.data import PackedRows, prepare
+from lrc_edge.train.data.tokenize import PackedRows, prepare
+from lrc_edge.train.loop.schedule import Schedule
+from lrc_edge.train.loop.trainer import Trainer, choose_device, choose_precision, held_out_loss
 from lrc_edge.train.masks import positions_of
-from lrc_edge.train.schedule import Schedule
-from lrc_edge.train.trainer import Trainer, choose_device, choose_precision, held_out_loss
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo"
 EVAL_TOKENS, CALIBRATION_ROWS = 8_192, 16

@@ -37,8 +37,8 @@ from lrc_edge.recipe import load_recipe
 from lrc_edge.shape import ModelShape
 from lrc_edge.train import initialize, losses
 from lrc_edge.train.clone import RESIDUAL_WRITERS, SAME_COORDINATES, Clone, Tap
-from lrc_edge.train.schedule import Schedule
-from lrc_edge.train.trainer import Trainer, choose_device, choose_precision
+from lrc_edge.train.loop.schedule import Schedule
+from lrc_edge.train.loop.trainer import Trainer, choose_device, choose_precision
 
 
 @dataclass(frozen=True)

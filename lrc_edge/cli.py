@@ -60,7 +60,7 @@ def build(teacher: Teacher, out: Out, recipe: RecipeFile = None, settings: Setti
 
     [dim]lrc-edge build HuggingFaceTB/SmolLM2-360M --data stories.jsonl --target raspberry-pi-5 --out out[/]
     """
-    from lrc_edge import commands
+    from lrc_edge.pipeline import commands
 
     job = _recipe(recipe, settings, data, formats, bits_per_weight, target)
     _exit(commands.build(teacher, out, job, _console()))
@@ -70,7 +70,7 @@ def build(teacher: Teacher, out: Out, recipe: RecipeFile = None, settings: Setti
 def train(teacher: Teacher, out: Out, recipe: RecipeFile = None, settings: Settings = None,
           data: Sources = None) -> None:
     """Train only (the GPU's part of a build). `build` or `fold` on the same directory goes on."""
-    from lrc_edge import commands
+    from lrc_edge.pipeline import commands
 
     _exit(commands.build(teacher, out, _recipe(recipe, settings, data), _console(), until="train"))
 
@@ -78,7 +78,7 @@ def train(teacher: Teacher, out: Out, recipe: RecipeFile = None, settings: Setti
 @app.command()
 def fold(directory: BuildDirectory) -> None:
     """Fold a trained DIR into DIR/student: an ordinary dense Hugging Face checkpoint."""
-    from lrc_edge import commands
+    from lrc_edge.pipeline import commands
 
     _exit(commands.fold(directory, _console()))
 
@@ -93,7 +93,7 @@ def export(model: Annotated[str, typer.Argument(metavar="HF_DIR", help="Any dens
 
     [dim]lrc-edge export Qwen/Qwen3-0.6B --out out --formats gguf:q4_k_m,onnx:q4[/]
     """
-    from lrc_edge import commands
+    from lrc_edge.pipeline import commands
 
     job = _recipe(recipe, settings, data, formats, bits_per_weight, target)
     _exit(commands.export(model, out, job, _console()))
@@ -108,10 +108,10 @@ def check(directory: BuildDirectory, target: Annotated[list[str] | None, typer.O
     With --target it needs neither PyTorch nor transformers: DIR/check holds what the PyTorch student says.
     """
     if target:
-        from lrc_edge.target_checks import check_targets
+        from lrc_edge.pipeline.device_checks import check_targets
 
         _exit(check_targets(directory, target, _plain_console()))
-    from lrc_edge import commands
+    from lrc_edge.pipeline import commands
 
     _exit(commands.check(directory, _console()))
 
@@ -133,7 +133,7 @@ def verify(model: Annotated[str, typer.Argument(metavar="MODEL", help="The Huggi
 
     [dim]lrc-edge verify Qwen/Qwen3-0.6B Qwen3-0.6B-Q4_K_M.gguf --out verified[/]
     """
-    from lrc_edge.verify import verify as verify_files
+    from lrc_edge.pipeline.verify import verify as verify_files
 
     _exit(verify_files(model, files, out, _recipe(recipe, settings, data), _console()))
 
@@ -141,7 +141,7 @@ def verify(model: Annotated[str, typer.Argument(metavar="MODEL", help="The Huggi
 @app.command()
 def report(directory: BuildDirectory) -> None:
     """Print the gates of DIR and write report.html again from its report.json."""
-    from lrc_edge import commands
+    from lrc_edge.pipeline import commands
 
     _exit(commands.show_report(directory, _console()))
 
@@ -152,7 +152,7 @@ def chat(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A build,
          temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.7,
          max_tokens: Annotated[int, typer.Option(min=1, help="Of one answer.")] = 256) -> None:
     """Talk to the GGUF in the terminal, through llama.cpp. Ctrl-D ends."""
-    from lrc_edge import commands
+    from lrc_edge.pipeline import commands
 
     commands.chat(directory, encoding, temperature, max_tokens, _console())
 
@@ -163,7 +163,7 @@ def serve(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A build
           host: Annotated[str, typer.Option(help="0.0.0.0 lets other devices in; they get one thread.")] = "127.0.0.1",
           encoding: Annotated[str, typer.Option(help="Which GGUF of a build; default: the smallest.")] = "") -> None:
     """A page in which the GGUF answers in the browser. It works with the network off. Ctrl-C ends."""
-    from lrc_edge import target_commands
+    from lrc_edge.pipeline import target_commands
 
     target_commands.serve(directory, encoding, host, port)
 
@@ -172,7 +172,7 @@ def serve(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A build
 def inspect(path: Annotated[Path, typer.Argument(help="Hugging Face directory, .gguf, .onnx, or a build directory.")],
             tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False) -> None:
     """What is in a model: shapes, types, real bits per weight, metadata."""
-    from lrc_edge.inspect_path import print_description
+    from lrc_edge.inspect.command import print_description
 
     print_description(path, _console(), tensors=tensors)
 
@@ -194,7 +194,7 @@ app.add_typer(targets_app, name="targets")
 def targets(context: typer.Context) -> None:
     """List the devices that are known, with what they have and which artifact to take."""
     if context.invoked_subcommand is None:
-        from lrc_edge.target_commands import list_targets
+        from lrc_edge.pipeline.target_commands import list_targets
 
         list_targets(_plain_console())
 
@@ -203,7 +203,7 @@ def targets(context: typer.Context) -> None:
 def show_target(target: Annotated[str, typer.Argument(metavar="NAME", help="A target, or a file like ./device.toml.")]
                 ) -> None:
     """Explain one: every figure with its source, and why its formats run well there."""
-    from lrc_edge import target_commands
+    from lrc_edge.pipeline import target_commands
 
     target_commands.show_target(target, _plain_console())
 
@@ -217,7 +217,7 @@ def fit_target(model: Annotated[str, typer.Argument(help="A teacher (directory o
 
     [dim]lrc-edge targets fit HuggingFaceTB/SmolLM2-360M --target android-low --set student.hidden_size=512[/]
     """
-    from lrc_edge import target_commands
+    from lrc_edge.pipeline import target_commands
 
     _exit(target_commands.fit(model, target, context, _recipe(recipe, settings), _plain_console()))
 
@@ -227,7 +227,7 @@ def setup_targets(names: Annotated[list[str], typer.Argument(
         metavar="NAME...", help="Targets, or single runtimes (wllama, llama.cpp).")],
                   yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False) -> None:
     """Install what the check of a target runs: emulator, browser, runtimes. It says what before it does it."""
-    from lrc_edge import target_commands
+    from lrc_edge.pipeline import target_commands
 
     target_commands.setup(names, yes, _plain_console())
 

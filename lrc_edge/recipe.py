@@ -16,8 +16,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
+from lrc_edge.corpus.sources import SELF
 from lrc_edge.errors import UserError
-from lrc_edge.sources import SELF
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lrc_edge.targets.runtimes import Start
-from lrc_edge.targets.worker import Worker
+from lrc_edge.targets.runtimes.table import Start
+from lrc_edge.targets.runtimes.worker import Worker
 
 N_PROMPT, N_DECODE = 128, 64  # tokens read and written at each depth
 DEPTH = 1024  # tokens in the cache before the second measurement, where the context has room for them

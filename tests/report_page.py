@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 from typing import Any
 from xml.etree import ElementTree as ET
 
-from lrc_edge.report import render_report
+from lrc_edge.report.report_file import render_report
 
 SVG = {"s": "http://www.w3.org/2000/svg"}
 VOID = {"meta", "br", "link", "img", "hr", "input"}

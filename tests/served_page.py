@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lrc_edge.targets.serve import page_server
-from lrc_edge.targets.web_kits import CHROMIUM, PLAYWRIGHT
+from lrc_edge.targets.devices.web_kits import CHROMIUM, PLAYWRIGHT
+from lrc_edge.targets.serve.command import page_server
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 PHONE = {"width": 375, "height": 812}

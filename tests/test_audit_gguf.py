@@ -23,10 +23,10 @@ from tiny_models import make_tiny
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
-from lrc_edge.export import audit_values
-from lrc_edge.export.audit_gguf import audit_gguf
-from lrc_edge.export.quantize import ENCODINGS, dequantize, quantize_file, quantize_matrix
-from lrc_edge.export.to_gguf import export_gguf
+from lrc_edge.export.audit import values as audit_values
+from lrc_edge.export.audit.gguf_file import audit_gguf
+from lrc_edge.export.gguf.to_gguf import export_gguf
+from lrc_edge.export.quantize.encodings import ENCODINGS, dequantize, quantize_file, quantize_matrix
 from lrc_edge.finding import Finding, faults
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}

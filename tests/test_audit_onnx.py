@@ -18,8 +18,8 @@ from tiny_models import make_tiny
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
-from lrc_edge.export.audit_onnx import audit_onnx
-from lrc_edge.export.to_onnx import FILES, export_onnx
+from lrc_edge.export.audit.onnx_folder import audit_onnx
+from lrc_edge.export.onnx.to_onnx import FILES, export_onnx
 from lrc_edge.finding import Finding, faults
 
 MORE_SHAPES: dict[str, dict[str, Any]] = {

@@ -21,9 +21,9 @@ from worker_cases import (
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
-from lrc_edge.export.to_onnx import export_onnx
-from lrc_edge.targets import browser
-from lrc_edge.targets.worker import Worker, WorkerFailed
+from lrc_edge.export.onnx.to_onnx import export_onnx
+from lrc_edge.targets.devices import browser
+from lrc_edge.targets.runtimes.worker import Worker, WorkerFailed
 
 runs_chromium = pytest.mark.targets
 

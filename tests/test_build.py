@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lrc_edge.build import PARTIAL, BuildDir, free_bytes, replace_tree, write_atomically
 from lrc_edge.errors import UserError
+from lrc_edge.workspace import PARTIAL, BuildDir, free_bytes, replace_tree, write_atomically
 
 
 def test_a_stage_is_done_until_its_inputs_or_outputs_change(tmp_path: Path) -> None:

@@ -9,11 +9,11 @@ from rich.console import Console
 from tiny_models import TEXT, make_tiny
 
 from lrc_edge.checkpoint import DenseCheckpoint
-from lrc_edge.corpus import OVERLAP, HeldOut, is_held_out
+from lrc_edge.corpus.held_out import OVERLAP, HeldOut, is_held_out
 from lrc_edge.errors import UserError
-from lrc_edge.pipeline import Pipeline
+from lrc_edge.pipeline.pipeline import Pipeline
 from lrc_edge.recipe import load_recipe
-from lrc_edge.train.data import prepare
+from lrc_edge.train.data.tokenize import prepare
 
 SHARE = 0.2
 

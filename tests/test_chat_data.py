@@ -10,11 +10,11 @@ import pyarrow.parquet
 import pytest
 from tiny_models import make_tokenizer
 
-from lrc_edge.corpus import HeldOut, is_held_out
-from lrc_edge.encode import encode, render
+from lrc_edge.corpus.encode import encode, render
+from lrc_edge.corpus.held_out import HeldOut, is_held_out
+from lrc_edge.corpus.sources import Document, Fields, Messages, source_documents
 from lrc_edge.errors import UserError
-from lrc_edge.sources import Document, Fields, Messages, source_documents
-from lrc_edge.train.data import PackedRows, describe, prepare, read_summary
+from lrc_edge.train.data.tokenize import PackedRows, describe, prepare, read_summary
 
 CHAT: Messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello there?"},
                   {"role": "assistant", "content": "Hi."}, {"role": "user", "content": "Who are you?"},

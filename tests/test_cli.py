@@ -14,10 +14,10 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from lrc_edge import preflight
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.console import Task
 from lrc_edge.errors import UserError
+from lrc_edge.pipeline import preflight
 from lrc_edge.recipe import load_recipe
 
 COMMANDS = ("build", "train", "fold", "export", "check", "report", "chat", "inspect", "recipe")

@@ -12,9 +12,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from lrc_edge.corpus import OVERLAP, Calibration, HeldOut, built_in_text, is_held_out
+from lrc_edge.corpus.held_out import OVERLAP, Calibration, HeldOut, built_in_text, is_held_out
+from lrc_edge.corpus.sources import LONGEST_PASSAGE, Document, Fields, documents
 from lrc_edge.errors import UserError
-from lrc_edge.sources import LONGEST_PASSAGE, Document, Fields, documents
 
 
 def texts(*sources: Path | str) -> list[Document]:

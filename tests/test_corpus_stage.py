@@ -11,16 +11,16 @@ import pytest
 from rich.console import Console
 from tiny_models import TEXT, make_tiny
 
-from lrc_edge.build import BuildDir
 from lrc_edge.checkpoint import DenseCheckpoint
-from lrc_edge.commands import build
 from lrc_edge.errors import UserError
-from lrc_edge.pipeline import Pipeline
-from lrc_edge.preflight import check_build
+from lrc_edge.pipeline.base import Teacher
+from lrc_edge.pipeline.commands import build
+from lrc_edge.pipeline.pipeline import Pipeline
+from lrc_edge.pipeline.preflight import check_build
 from lrc_edge.recipe import Recipe, load_recipe
-from lrc_edge.stages import Teacher
-from lrc_edge.train import corpus_stage
-from lrc_edge.train.data import PackedRows, read_summary
+from lrc_edge.train.data import stage as corpus_stage
+from lrc_edge.train.data.tokenize import PackedRows, read_summary
+from lrc_edge.workspace import BuildDir
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_a_build_stopped_in_its_data_continues(tiny_llama: Path, text: Path, tmp
             yield document
 
     monkeypatch.setattr(corpus_stage, "source_documents", breaks)
-    monkeypatch.setattr("lrc_edge.train.data.BATCH_DOCUMENTS", 2)
+    monkeypatch.setattr("lrc_edge.train.data.tokenize.BATCH_DOCUMENTS", 2)
     with pytest.raises(KeyboardInterrupt):
         build_data(tmp_path / "out", tiny_llama, recipe_of(text))
     assert (broken / "tokens-00000.npy").exists() and not (tmp_path / "out" / "data").exists()

@@ -16,8 +16,8 @@ from rich.console import Console
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
-from lrc_edge.inspect_path import print_description
-from lrc_edge.report import write_report
+from lrc_edge.inspect.command import print_description
+from lrc_edge.report.report_file import write_report
 
 SEED = 20261122
 N_MUTATIONS = 100

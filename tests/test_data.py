@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from tiny_models import make_tokenizer
 
-from lrc_edge.corpus import HeldOut, is_held_out
-from lrc_edge.encode import token_ids
+from lrc_edge.corpus.encode import token_ids
+from lrc_edge.corpus.held_out import HeldOut, is_held_out
+from lrc_edge.corpus.sources import Document
 from lrc_edge.errors import UserError
-from lrc_edge.sources import Document
-from lrc_edge.train import token_cache
-from lrc_edge.train.data import STATE_FILE, PackedRows, describe, prepare, read_summary
-from lrc_edge.train.shards import shard_count, shard_file
+from lrc_edge.train.data import token_cache
+from lrc_edge.train.data.shards import shard_count, shard_file
+from lrc_edge.train.data.tokenize import STATE_FILE, PackedRows, describe, prepare, read_summary
 
 TOKENIZER = make_tokenizer("llama3")
 SHARE = 0.1
@@ -40,7 +40,7 @@ def stream_of(documents: Sequence[Document]) -> list[list[int]]:
 
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lrc_edge.train.data.BATCH_DOCUMENTS", 8)
+    monkeypatch.setattr("lrc_edge.train.data.tokenize.BATCH_DOCUMENTS", 8)
 
 
 def test_every_token_once_in_order_and_the_rest_held_out(tmp_path: Path) -> None:

@@ -15,11 +15,11 @@ from tiny_models import make_tiny
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
-from lrc_edge.export.to_gguf import export_gguf
-from lrc_edge.export.to_onnx import export_onnx
-from lrc_edge.targets import emulation
-from lrc_edge.targets.emulation import CPUS, KIT, command
-from lrc_edge.targets.worker import Command, Worker, WorkerFailed
+from lrc_edge.export.gguf.to_gguf import export_gguf
+from lrc_edge.export.onnx.to_onnx import export_onnx
+from lrc_edge.targets.devices import emulation
+from lrc_edge.targets.devices.emulation import CPUS, KIT, command
+from lrc_edge.targets.runtimes.worker import Command, Worker, WorkerFailed
 
 CONTEXT = 512
 # Runtime, encoding, and the limit of the mean KL. Where activations are quantized too, one step more or less makes this
@@ -62,7 +62,7 @@ def answers(start: Command, file: Path, reads_text: bool) -> dict[str, Any]:
 def test_emulated_processors_say_what_this_one_says(runtime: str, encoding: str, limit: float, files: dict[str, Path]
                                                     ) -> None:
     """A whole context at once: matrix kernels that single tokens do not reach are at work."""
-    native = Command((sys.executable, "-m", "lrc_edge.targets.python_worker", runtime))
+    native = Command((sys.executable, "-m", "lrc_edge.targets.runtimes.python_worker", runtime))
     reads_text = runtime != "onnxruntime"
     here = answers(native, files[encoding], reads_text)
     for cpu in CPUS:

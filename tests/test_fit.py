@@ -13,8 +13,8 @@ from tiny_models import make_tiny
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
-from lrc_edge.export.to_gguf import export_gguf
-from lrc_edge.export.to_onnx import export_onnx
+from lrc_edge.export.gguf.to_gguf import export_gguf
+from lrc_edge.export.onnx.to_onnx import export_onnx
 from lrc_edge.shape import ModelShape
 from lrc_edge.targets import profile as profiles
 from lrc_edge.targets.fit import bytes_read_per_token, check_fit, judge

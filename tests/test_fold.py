@@ -18,7 +18,7 @@ from lrc_edge.export import fold as fold_module
 from lrc_edge.export.fold import fold
 from lrc_edge.train import initialize
 from lrc_edge.train.clone import Clone
-from lrc_edge.train.trainer import save_trained
+from lrc_edge.train.loop.trainer import save_trained
 
 PROVENANCE = {"name": "tiny-LRC-32", "teacher": "someone/tiny", "tool": "lrc-edge"}
 

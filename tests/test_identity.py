@@ -12,7 +12,7 @@ from tiny_models import make_tiny
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.export.fold import fold
 from lrc_edge.recipe import Gates
-from lrc_edge.targets.reference import Reference
+from lrc_edge.targets.proof.reference import Reference
 
 
 @pytest.mark.parametrize("name", FAMILIES)

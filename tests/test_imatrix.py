@@ -12,7 +12,7 @@ from recorder import Recorder
 from tiny_models import make_tiny
 
 from lrc_edge.checkpoint import DenseCheckpoint
-from lrc_edge.export.imatrix import collect
+from lrc_edge.export.quantize.imatrix import collect
 
 ROWS = np.random.default_rng(0).integers(5, 500, (3, 64))
 
@@ -66,7 +66,7 @@ def test_bfloat16_moves_it_by_little(family: str, tied: bool, tmp_path: Path) ->
 def test_the_model_computes_in_what_the_processor_multiplies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = DenseCheckpoint.open(make_tiny(tmp_path / "tiny"))
     for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr("lrc_edge.export.imatrix.multiplies_bfloat16", lambda native=native: native)
+        monkeypatch.setattr("lrc_edge.export.quantize.imatrix.multiplies_bfloat16", lambda native=native: native)
         first, again, same = (collect(checkpoint, ROWS, dtype=given) for given in (None, None, dtype))
         for name, values in first.items():
             assert (values == again[name]).all() and (values == same[name]).all()
@@ -75,8 +75,8 @@ def test_the_model_computes_in_what_the_processor_multiplies(tmp_path: Path, mon
 @pytest.mark.parametrize("batch_tokens, batches", [(1, (1, 2, 3)), (128, (2, 3)), (1024, (3,))])
 def test_it_counts_every_token_of_every_row_once(batch_tokens: int, batches: tuple[int, ...], tmp_path: Path,
                                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lrc_edge.export.imatrix.BATCH_TOKENS", batch_tokens)
-    monkeypatch.setattr("lrc_edge.export.imatrix.PIECE", 1000)  # no divisor of anything
+    monkeypatch.setattr("lrc_edge.export.quantize.imatrix.BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr("lrc_edge.export.quantize.imatrix.PIECE", 1000)  # no divisor of anything
     checkpoint, said = DenseCheckpoint.open(make_tiny(tmp_path / "tiny")), Recorder()
     rows = [collect(checkpoint, ROWS[i:i + 1].astype(np.uint16), dtype=torch.float32) for i in range(3)]
     together = collect(checkpoint, ROWS, said, torch.float32)
@@ -118,7 +118,7 @@ def test_weights_on_silent_channels_survive_quantization(encoding: str, tmp_path
     pytest.importorskip("llama_cpp")
     from gguf import GGUFReader, quants
 
-    from lrc_edge.export.to_gguf import export_gguf, gguf_name
+    from lrc_edge.export.gguf.to_gguf import export_gguf, gguf_name
 
     def edit(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.layers.0.post_attention_layernorm.weight"][64:160] = 0  # three whole blocks of the FFN's input
@@ -142,7 +142,7 @@ def test_weights_on_silent_channels_survive_quantization(encoding: str, tmp_path
 
 def test_an_importance_of_another_model_is_an_error(tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
-    from lrc_edge.export.to_gguf import export_gguf
+    from lrc_edge.export.gguf.to_gguf import export_gguf
 
     checkpoint = DenseCheckpoint.open(make_tiny(tmp_path / "tiny"))
     importance = collect(checkpoint, ROWS)
@@ -158,7 +158,7 @@ def test_llama_cpp_spends_its_error_where_it_matters_less(tmp_path: Path) -> Non
     pytest.importorskip("llama_cpp")
     from gguf import GGUFReader, quants
 
-    from lrc_edge.export.to_gguf import export_gguf, gguf_name
+    from lrc_edge.export.gguf.to_gguf import export_gguf, gguf_name
 
     checkpoint = DenseCheckpoint.open(make_tiny(tmp_path / "tiny", family="qwen3", tokenizer="qwen2"))
     rng = np.random.default_rng(0)
@@ -183,8 +183,8 @@ def test_types_that_need_it_work_with_it_and_are_refused_without(tmp_path: Path)
     from gguf import GGUFReader
 
     from lrc_edge.errors import UserError
-    from lrc_edge.export.to_gguf import export_gguf
-    from lrc_edge.targets.llamacpp import LlamaCpp
+    from lrc_edge.export.gguf.to_gguf import export_gguf
+    from lrc_edge.targets.runtimes.llamacpp import LlamaCpp
 
     checkpoint = DenseCheckpoint.open(make_tiny(tmp_path / "tiny", hidden_size=256, intermediate_size=256, layers=1))
     with pytest.raises(UserError, match="importance matrix"):

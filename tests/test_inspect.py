@@ -18,9 +18,9 @@ from tiny_models import make_tiny
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
-from lrc_edge.export.to_onnx import FILES, export_onnx
-from lrc_edge.inspect_path import describe, print_description
-from lrc_edge.report import write_report
+from lrc_edge.export.onnx.to_onnx import FILES, export_onnx
+from lrc_edge.inspect.command import describe, print_description
+from lrc_edge.report.report_file import write_report
 
 
 def printed(path: Path, **options: Any) -> str:
@@ -173,7 +173,7 @@ def test_onnx_corrupt(tmp_path: Path, content: bytes) -> None:
 @pytest.mark.parametrize(("family", "tied"), [("llama", True), ("qwen2", False)])
 def test_exported_files_are_read_back_as_their_writers_count(tmp_path: Path, family: str, tied: bool) -> None:
     """Bits a weight and parameters, through packed matrices, shared or gathered embeddings, and RoPE tables."""
-    from lrc_edge.export.to_gguf import export_gguf
+    from lrc_edge.export.gguf.to_gguf import export_gguf
 
     checkpoint = DenseCheckpoint.open(make_tiny(tmp_path / "m", family, tied=tied))
     made = [*export_onnx(checkpoint, tmp_path / "onnx", list(FILES), shard_bytes=60_000),

@@ -11,9 +11,9 @@ from tiny_models import make_tiny
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
-from lrc_edge.export.to_gguf import export_gguf
-from lrc_edge.targets.llamacpp import CHUNK, LlamaCpp
-from lrc_edge.targets.runtime import Runtime, TextRuntime
+from lrc_edge.export.gguf.to_gguf import export_gguf
+from lrc_edge.targets.runtimes.llamacpp import CHUNK, LlamaCpp
+from lrc_edge.targets.runtimes.protocol import Runtime, TextRuntime
 
 CONVERSATION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi é 😀\n<|eot_id|> {{ x }}"},
                 {"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "How are you?"}]

@@ -25,9 +25,9 @@ from lrc_edge.checkpoint import DenseCheckpoint
 
 small, large, out, format, encoding = *map(Path, sys.argv[1:4]), *sys.argv[4:]
 if format == "gguf":
-    from lrc_edge.export.to_gguf import export_gguf as export
+    from lrc_edge.export.gguf.to_gguf import export_gguf as export
 else:
-    from lrc_edge.export.to_onnx import export_onnx as export
+    from lrc_edge.export.onnx.to_onnx import export_onnx as export
 
 def status(key):
     return 1024 * int(re.search(rf"^{key}:\\s+(\\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)[1])

@@ -20,11 +20,11 @@ from gguf import GGUFReader, quants
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
-from lrc_edge.export.imatrix import collect
-from lrc_edge.export.mixed_precision import allocate, candidates, check_size, choose, tensor_bytes
-from lrc_edge.export.quantize import quantize_matrix
-from lrc_edge.export.sensitivity import PROBE, measure
-from lrc_edge.export.to_gguf import export_gguf, gguf_name, rope_factor_bytes
+from lrc_edge.export.gguf.to_gguf import export_gguf, gguf_name, rope_factor_bytes
+from lrc_edge.export.quantize.encodings import quantize_matrix
+from lrc_edge.export.quantize.imatrix import collect
+from lrc_edge.export.quantize.mixed_precision import allocate, candidates, check_size, choose, tensor_bytes
+from lrc_edge.export.quantize.sensitivity import PROBE, measure
 from lrc_edge.roles import weights_of
 
 ROWS = np.random.default_rng(0).integers(5, 500, (2, 48))
@@ -94,7 +94,7 @@ def test_sensitivity_is_the_divergence_of_the_changed_model(family: str, tied: b
 
 
 def test_the_probe_is_measured_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lrc_edge.export import sensitivity
+    from lrc_edge.export.quantize import sensitivity
 
     checkpoint = DenseCheckpoint.open(make_tiny(tmp_path / "tiny", layers=3, intermediate_size=128))
     importance = collect(checkpoint, ROWS, dtype=torch.float32)
@@ -129,7 +129,7 @@ def test_what_never_fires_gets_the_fewest_bits(tmp_path: Path) -> None:
     (dict(hidden_size=64, intermediate_size=172, rope_scaling={"rope_type": "llama3", "factor": 8.0,
           "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}), 8.0)])
 def test_the_file_is_what_was_allocated(settings: dict[str, Any], bits: float, tmp_path: Path) -> None:
-    from lrc_edge.targets.llamacpp import LlamaCpp
+    from lrc_edge.targets.runtimes.llamacpp import LlamaCpp
 
     checkpoint = DenseCheckpoint.open(make_tiny(tmp_path / "tiny", **settings))
     importance = collect(checkpoint, ROWS)

@@ -15,8 +15,8 @@ from worker_cases import (
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
-from lrc_edge.targets import node_llama
-from lrc_edge.targets.worker import Worker, WorkerFailed
+from lrc_edge.targets.devices import node_llama
+from lrc_edge.targets.runtimes.worker import Worker, WorkerFailed
 
 runs_node = pytest.mark.targets
 

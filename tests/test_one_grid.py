@@ -13,9 +13,9 @@ from onnx import numpy_helper
 from tiny_models import make_tiny
 
 from lrc_edge.checkpoint import DenseCheckpoint
-from lrc_edge.export.imatrix import collect
-from lrc_edge.export.to_gguf import export_gguf, gguf_name
-from lrc_edge.export.to_onnx import export_onnx
+from lrc_edge.export.gguf.to_gguf import export_gguf, gguf_name
+from lrc_edge.export.onnx.to_onnx import export_onnx
+from lrc_edge.export.quantize.imatrix import collect
 
 Tensors = dict[str, np.ndarray]
 TWINS = {"q4": "q4_0", "q8": "q8_0"}  # ONNX encoding -> GGUF's
@@ -116,7 +116,7 @@ def test_threads_and_parts_change_nothing(tiny_llama: Path, tmp_path: Path, monk
     importance = importance_of(checkpoint)
     digests = set()
     for threads, part in ((1, 1 << 20), (2, 1 << 20), (3, 200)):
-        monkeypatch.setattr("lrc_edge.export.onnx_weights.PART_WEIGHTS", part)
+        monkeypatch.setattr("lrc_edge.export.onnx.weights.PART_WEIGHTS", part)
         artifacts = export_onnx(checkpoint, tmp_path / "onnx", ["fp32", "fp16", *TWINS], importance=importance,
                                 threads=threads)
         digests.add(tuple(artifact.sha256 for artifact in artifacts))

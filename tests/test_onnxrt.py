@@ -14,12 +14,12 @@ from tiny_models import make_tiny
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
-from lrc_edge.export.to_onnx import FILES, export_onnx
+from lrc_edge.export.onnx.to_onnx import FILES, export_onnx
 from lrc_edge.parity import compare
-from lrc_edge.targets.onnxrt import OnnxRuntime
-from lrc_edge.targets.ort_genai import OrtGenai
-from lrc_edge.targets.reference import Reference
-from lrc_edge.targets.runtime import Runtime, TextRuntime
+from lrc_edge.targets.proof.reference import Reference
+from lrc_edge.targets.runtimes.onnxrt import OnnxRuntime
+from lrc_edge.targets.runtimes.ort_genai import OrtGenai
+from lrc_edge.targets.runtimes.protocol import Runtime, TextRuntime
 
 TEXTS = [
     "", " ", "  ", "\n", "\n\n\n", "\t", "Hello", " Hello", "Hello ", "Hello, world!", "  two  spaces  ", "a\n\nb\n",
@@ -117,7 +117,7 @@ def test_more_tokens_than_the_context_holds_fail(llama: DenseCheckpoint, folder:
 THREADS_STARTED = """
 import os, sys
 from pathlib import Path
-from lrc_edge.targets.ort_genai import OrtGenai
+from lrc_edge.targets.runtimes.ort_genai import OrtGenai
 import onnxruntime
 before = len(os.listdir("/proc/self/task"))
 kind, folder = sys.argv[1], Path(sys.argv[2])

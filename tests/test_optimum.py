@@ -13,11 +13,11 @@ from tiny_models import make_tiny
 pytest.importorskip("optimum.onnxruntime")
 
 from lrc_edge.checkpoint import DenseCheckpoint
-from lrc_edge.export.to_onnx import FILES, export_onnx
+from lrc_edge.export.onnx.to_onnx import FILES, export_onnx
 from lrc_edge.parity import compare
-from lrc_edge.targets.onnxrt import OnnxRuntime
-from lrc_edge.targets.optimum_ort import OptimumOrt
-from lrc_edge.targets.reference import Reference
+from lrc_edge.targets.proof.reference import Reference
+from lrc_edge.targets.runtimes.onnxrt import OnnxRuntime
+from lrc_edge.targets.runtimes.optimum_ort import OptimumOrt
 
 
 @pytest.mark.parametrize("name", FAMILIES)

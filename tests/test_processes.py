@@ -13,11 +13,11 @@ import pytest
 from safetensors.torch import load_file
 from tiny_models import TEXT, tiny_data
 
-from lrc_edge.corpus import HeldOut
+from lrc_edge.corpus.held_out import HeldOut
 from lrc_edge.errors import UserError
-from lrc_edge.train.data import HELD_OUT_FILE
-from lrc_edge.train.schedule import ProcessBatches, RowOrder, Schedule
-from lrc_edge.train.trainer import EVAL_TOKENS, METRICS_FILE, TRAINED_FILE, read_metrics
+from lrc_edge.train.data.tokenize import HELD_OUT_FILE
+from lrc_edge.train.loop.schedule import ProcessBatches, RowOrder, Schedule
+from lrc_edge.train.loop.trainer import EVAL_TOKENS, METRICS_FILE, TRAINED_FILE, read_metrics
 
 SETTINGS = ["train.precision=fp32", "train.dense_share=0.5", "train.micro_batch=1"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -144,7 +144,7 @@ from pathlib import Path
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from lrc_edge.train.processes import agreed, gathered, join, leave
+from lrc_edge.train.loop.processes import agreed, gathered, join, leave
 
 peers = join(torch.device("cpu"))
 shard = distribute_tensor(torch.arange(4.0), init_device_mesh("cpu", (2,)), [Shard(0)])

@@ -14,7 +14,8 @@ from tiny_models import make_tiny
 from lrc_edge import llama_log
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
-from lrc_edge.export.quantize import (
+from lrc_edge.export.gguf.to_gguf import export_gguf
+from lrc_edge.export.quantize.encodings import (
     ENCODINGS,
     judge_type,
     parse_encoding,
@@ -22,8 +23,7 @@ from lrc_edge.export.quantize import (
     quantize_matrix,
     read_contents,
 )
-from lrc_edge.export.to_gguf import export_gguf
-from lrc_edge.targets.llamacpp import LlamaCpp
+from lrc_edge.targets.runtimes.llamacpp import LlamaCpp
 
 QUANTIZED = [name for name, encoding in ENCODINGS.items() if not encoding.direct]
 # (hidden size, FFN width) -> whether the output has its own tensor. 172 is stories260K's: no multiple of 32.

@@ -24,8 +24,8 @@ from rich.console import Console
 import lrc_edge
 from lrc_edge.errors import UserError
 from lrc_edge.figures import figure, human_bytes, human_count, percent, prose, visible
-from lrc_edge.report import gate_table, read_report, render_report, verdict, write_report
-from lrc_edge.report_view import split_at_difference
+from lrc_edge.report.report_file import gate_table, read_report, render_report, verdict, write_report
+from lrc_edge.report.view import split_at_difference
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=y>\" ' & \x1b[31m\u202e{{ 7*7 }}"
 REPORTS = {"passed": example_report, "failed": failed_report, "many": many_artifacts}
@@ -261,15 +261,16 @@ def test_a_report_that_cannot_be_rendered_leaves_the_old_one(tmp_path: Path) -> 
 
 
 def test_report_needs_no_heavy_library() -> None:
-    code = ("import sys, lrc_edge.report, lrc_edge.inspect_path\n"
+    code = ("import sys, lrc_edge.report.report_file, lrc_edge.inspect.command\n"
             "print({'torch', 'transformers', 'onnx', 'gguf', 'matplotlib'} & {*sys.modules})")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
 def test_template_and_style_are_packaged() -> None:
-    folder = Path(lrc_edge.__file__).parent
-    table = tomllib.loads((folder.parent / "pyproject.toml").read_text())
-    patterns = table["tool"]["setuptools"]["package-data"]["lrc_edge"]
+    root = Path(lrc_edge.__file__).parents[1]
+    folder = root / "lrc_edge" / "report"
+    table = tomllib.loads((root / "pyproject.toml").read_text())
+    patterns = table["tool"]["setuptools"]["package-data"]["lrc_edge.report"]
     for name in ("report.css", "report.html.jinja"):
         assert (folder / name).exists() and any(fnmatch(name, pattern) for pattern in patterns), name
 

@@ -7,8 +7,8 @@ import pytest
 from report_example import example_report, many_artifacts
 from report_page import SVG, Page, chart, titles
 
-from lrc_edge.charts import Bar, Point, Scale, bar_chart, point_chart
-from lrc_edge.report import render_report
+from lrc_edge.report.report_file import render_report
+from lrc_edge.report.svg import Bar, Point, Scale, bar_chart, point_chart
 
 
 def test_loss_charts_hold_the_curve() -> None:

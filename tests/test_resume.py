@@ -18,9 +18,9 @@ from tiny_models import tiny_data
 from train_runs import run
 
 from lrc_edge.errors import UserError
-from lrc_edge.train import checkpoints
-from lrc_edge.train.guard import Guard
-from lrc_edge.train.trainer import METRICS_FILE, TRAINED_FILE, read_metrics
+from lrc_edge.train.loop import checkpoints
+from lrc_edge.train.loop.guard import Guard
+from lrc_edge.train.loop.trainer import METRICS_FILE, TRAINED_FILE, read_metrics
 
 KILLS, STEPS = 20, 60
 LONG = [f"train.tokens={256 * STEPS}", "train.checkpoint_every=2", "train.eval_every=7", "train.dense_share=0.5",

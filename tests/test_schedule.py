@@ -4,7 +4,7 @@ from __future__ import annotations
 import pytest
 
 from lrc_edge.recipe import MAX_RATE, PEAK_RATE, load_recipe
-from lrc_edge.train.schedule import Schedule
+from lrc_edge.train.loop.schedule import Schedule
 
 
 def schedule(*settings: str, n_tokens: int = 10**7, positions: int = 4096, width: int = 64) -> Schedule:

@@ -13,8 +13,8 @@ from tiny_models import make_tiny
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
-from lrc_edge.train import self_data
-from lrc_edge.train.self_data import self_documents
+from lrc_edge.train.data import self_data
+from lrc_edge.train.data.self_data import self_documents
 
 
 def sample(teacher: Path, file: Path, n: int, **changes: Any) -> list[str]:

@@ -15,8 +15,8 @@ from worker_cases import STORYTELLER, gguf, native
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
-from lrc_edge.targets.chat import Chat
-from lrc_edge.targets.serve import page_server
+from lrc_edge.targets.serve.chat import Chat
+from lrc_edge.targets.serve.command import page_server
 
 runs_chromium = pytest.mark.targets
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from lrc_edge.errors import UserError
-from lrc_edge.targets.server import StaticServer
+from lrc_edge.targets.serve.server import StaticServer
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,13 @@ from tiny_models import make_tiny
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
-from lrc_edge.export import tokenizer as tokenizer_module
-from lrc_edge.export.to_gguf import export_gguf
-from lrc_edge.export.to_onnx import export_onnx
-from lrc_edge.export.tokenizer import check_tokenizer, read_vocabulary
-from lrc_edge.targets.llamacpp import LlamaCpp
-from lrc_edge.targets.ort_genai import OrtGenai
-from lrc_edge.train.self_data import _Sampler
+from lrc_edge.export.gguf import vocabulary as tokenizer_module
+from lrc_edge.export.gguf.to_gguf import export_gguf
+from lrc_edge.export.gguf.vocabulary import check_tokenizer, read_vocabulary
+from lrc_edge.export.onnx.to_onnx import export_onnx
+from lrc_edge.targets.runtimes.llamacpp import LlamaCpp
+from lrc_edge.targets.runtimes.ort_genai import OrtGenai
+from lrc_edge.train.data.self_data import _Sampler
 
 UNKNOWN = ("<stop-0>", "<stop-1>", "<stop-2>", "<stop-3>")  # ids 512 to 515; llama.cpp knows no such text
 

@@ -20,12 +20,12 @@ from lrc_edge.artifact import smallest_gguf
 from lrc_edge.errors import UserError
 from lrc_edge.machine import architecture
 from lrc_edge.parity import CHANGES
+from lrc_edge.pipeline.device_checks import TEACHER_FILE, BuildFacts, kept_results
 from lrc_edge.stored_reference import REFERENCE_FILE, StoredReference
-from lrc_edge.target_checks import TEACHER_FILE, BuildFacts, kept_results
-from lrc_edge.targets.device_check import check_artifact
+from lrc_edge.targets.devices.device_check import check_artifact
 from lrc_edge.targets.profile import load_profile
-from lrc_edge.targets.runtimes import runtimes_of
-from lrc_edge.targets.worker import Command
+from lrc_edge.targets.runtimes.table import runtimes_of
+from lrc_edge.targets.runtimes.worker import Command
 
 FIGURE = 'value = {}\nsource = "this machine"\ndate = 2026-11-21\n'
 PROFILE = f"""
@@ -254,7 +254,7 @@ def test_results_are_kept_while_they_are_of_these_files(out: Path) -> None:
 # A runtime that writes on where its context is full, as one does that forgets the beginning; and one that dies there.
 FAULTY = """
 import os, sys
-from lrc_edge.targets.python_worker import PythonWorker, answer_requests
+from lrc_edge.targets.runtimes.python_worker import PythonWorker, answer_requests
 
 class Faulty(PythonWorker):
     def generate(self, ids, n_tokens, stop):

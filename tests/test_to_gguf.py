@@ -23,15 +23,15 @@ from lrc_edge.artifact import sha256_of
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.console import QUIET
 from lrc_edge.errors import UserError
-from lrc_edge.export import to_gguf
-from lrc_edge.export.gguf_metadata import architecture_name
+from lrc_edge.export.gguf import to_gguf
+from lrc_edge.export.gguf.metadata import architecture_name
+from lrc_edge.export.gguf.to_gguf import GGUF_NAMES, check_gguf, export_gguf, file_name, gguf_name, interleave_rotary
+from lrc_edge.export.gguf.vocabulary import read_vocabulary
 from lrc_edge.export.passes import Passes
-from lrc_edge.export.quantize import ENCODINGS
-from lrc_edge.export.to_gguf import GGUF_NAMES, check_gguf, export_gguf, file_name, gguf_name, interleave_rotary
-from lrc_edge.export.tokenizer import read_vocabulary
+from lrc_edge.export.quantize.encodings import ENCODINGS
 from lrc_edge.roles import EMBEDDING, FINAL_NORM, HEAD, Role, Weight
 from lrc_edge.roles import FAMILIES as ROLES
-from lrc_edge.targets.llamacpp import LlamaCpp
+from lrc_edge.targets.runtimes.llamacpp import LlamaCpp
 
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}

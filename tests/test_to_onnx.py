@@ -21,14 +21,14 @@ from tiny_models import make_tiny
 from lrc_edge.artifact import sha256_of
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
-from lrc_edge.export.onnx_graph import ROPE_TABLES
-from lrc_edge.export.onnx_weights import GRIDS, Q4_0, Q8_0, Grid, pack
-from lrc_edge.export.to_onnx import FILES, export_onnx
+from lrc_edge.export.onnx.graph import ROPE_TABLES
+from lrc_edge.export.onnx.to_onnx import FILES, export_onnx
+from lrc_edge.export.onnx.weights import GRIDS, Q4_0, Q8_0, Grid, pack
 from lrc_edge.parity import compare
 from lrc_edge.roles import Weight
-from lrc_edge.targets.onnxrt import OnnxRuntime
-from lrc_edge.targets.ort_genai import OrtGenai
-from lrc_edge.targets.reference import Reference
+from lrc_edge.targets.proof.reference import Reference
+from lrc_edge.targets.runtimes.onnxrt import OnnxRuntime
+from lrc_edge.targets.runtimes.ort_genai import OrtGenai
 
 MORE_SHAPES: dict[str, dict[str, Any]] = {
     # q_proj has as many outputs as the vocabulary: nothing but its role tells it from the head.

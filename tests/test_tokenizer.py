@@ -16,12 +16,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
-from lrc_edge.export import tokenizer as tokenizer_module
-from lrc_edge.export.to_gguf import export_gguf
-from lrc_edge.export.tokenizer import check_tokenizer, read_vocabulary
-from lrc_edge.targets.awkward_text import awkward_strings
-from lrc_edge.targets.llamacpp import LlamaCpp
-from lrc_edge.targets.token_parity import TokenParity, compare_token_ids
+from lrc_edge.export.gguf import vocabulary as tokenizer_module
+from lrc_edge.export.gguf.to_gguf import export_gguf
+from lrc_edge.export.gguf.vocabulary import check_tokenizer, read_vocabulary
+from lrc_edge.targets.proof.token_parity import TokenParity, compare_token_ids
+from lrc_edge.targets.proof.tokenizer_strings import awkward_strings
+from lrc_edge.targets.runtimes.llamacpp import LlamaCpp
 
 KINDS = {"llama3": "llama-bpe", "qwen2": "qwen2", "smollm": "smollm", "gpt2": "gpt-2", "spm": "default"}
 SPACE = "▁"

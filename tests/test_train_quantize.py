@@ -18,17 +18,17 @@ from torch.func import functional_call
 from train_runs import run
 
 from lrc_edge.checkpoint import DenseCheckpoint
-from lrc_edge.corpus import HeldOut
+from lrc_edge.corpus.held_out import HeldOut
 from lrc_edge.errors import UserError
 from lrc_edge.export.fold import with_weights
-from lrc_edge.export.quantize import quantize_matrix
-from lrc_edge.export.to_gguf import export_gguf
-from lrc_edge.preflight import check_export
+from lrc_edge.export.gguf.to_gguf import export_gguf
+from lrc_edge.export.quantize.encodings import quantize_matrix
+from lrc_edge.pipeline.preflight import check_export
 from lrc_edge.recipe import load_recipe
 from lrc_edge.train.clone import Clone
 from lrc_edge.train.grids import on_grid, on_q4_0, on_q8_0
+from lrc_edge.train.loop.trainer import METRICS_FILE, TRAINED_FILE, read_metrics
 from lrc_edge.train.losses import Objective
-from lrc_edge.train.trainer import METRICS_FILE, TRAINED_FILE, read_metrics
 
 Q4_0, Q8_0 = GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0
 GRID = ("quantize.tokens=5120", "quantize.batch_tokens=256")

@@ -12,13 +12,13 @@ import torch
 from rich.console import Console
 from tiny_models import TEXT
 
-from lrc_edge.build import BuildDir
-from lrc_edge.commands import build
 from lrc_edge.errors import UserError
+from lrc_edge.pipeline.commands import build
 from lrc_edge.recipe import load_recipe
-from lrc_edge.train import stage
-from lrc_edge.train.checkpoints import claim, latest
-from lrc_edge.train.trainer import METRICS_FILE, TRAINED_FILE, read_metrics
+from lrc_edge.train.loop import stage
+from lrc_edge.train.loop.checkpoints import claim, latest
+from lrc_edge.train.loop.trainer import METRICS_FILE, TRAINED_FILE, read_metrics
+from lrc_edge.workspace import BuildDir
 
 STEPS = 100
 SETTINGS = ["train.seq_len=64", "train.batch_tokens=128", f"train.tokens={128 * STEPS}", "train.log_every=1",
@@ -83,7 +83,7 @@ SIGNALLED_AT_STEP_5 = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from lrc_edge.cli import main
-from lrc_edge.train.trainer import Trainer
+from lrc_edge.train.loop.trainer import Trainer
 
 sent, row = int(sys.argv.pop(1)), Trainer.row
 

@@ -10,10 +10,10 @@ from tiny_models import tiny_data
 from train_runs import run
 
 from lrc_edge.checkpoint import DenseCheckpoint
-from lrc_edge.corpus import HeldOut
+from lrc_edge.corpus.held_out import HeldOut
 from lrc_edge.errors import UserError
-from lrc_edge.train.stage import load_clone
-from lrc_edge.train.trainer import EVAL_TOKENS, TRAINED_FILE, choose_device, choose_precision, held_out_loss
+from lrc_edge.train.loop.stage import load_clone
+from lrc_edge.train.loop.trainer import EVAL_TOKENS, TRAINED_FILE, choose_device, choose_precision, held_out_loss
 
 
 @pytest.fixture(scope="module")

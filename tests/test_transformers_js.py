@@ -14,8 +14,8 @@ from rounded import rounded_model
 from tiny_models import make_tiny
 
 from lrc_edge.checkpoint import DenseCheckpoint
-from lrc_edge.export.to_onnx import FILES, export_onnx
-from lrc_edge.targets.reference import Reference
+from lrc_edge.export.onnx.to_onnx import FILES, export_onnx
+from lrc_edge.targets.proof.reference import Reference
 
 NODE = Path(__file__).parent / "node"
 TEXT = "Once upon a time, naïve 日本 😀\n\nthere were 3 cats."

@@ -22,14 +22,14 @@ from tiny_models import make_tiny
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
-from lrc_edge.export.imatrix import collect
-from lrc_edge.export.imatrix_file import read_imatrix, write_imatrix
-from lrc_edge.export.to_gguf import export_gguf
-from lrc_edge.export.to_onnx import export_onnx
+from lrc_edge.export.gguf.to_gguf import export_gguf
+from lrc_edge.export.onnx.to_onnx import export_onnx
+from lrc_edge.export.quantize.imatrix import collect
+from lrc_edge.export.quantize.imatrix_file import read_imatrix, write_imatrix
+from lrc_edge.pipeline.verify import verify
 from lrc_edge.recipe import load_recipe
 from lrc_edge.stored_reference import DeviceComparison, StoredReference
-from lrc_edge.targets.llama_probe import extra_buffers
-from lrc_edge.verify import verify
+from lrc_edge.targets.runtimes.llama_probe import extra_buffers
 
 Report = dict[str, Any]
 PARITY = {"positions": 96, "row_len": 48, "generate_tokens": 4, "long_rows": [400], "long_positions": 16,

@@ -17,11 +17,11 @@ from tiny_models import make_tiny
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
-from lrc_edge.export.to_gguf import export_gguf
-from lrc_edge.export.to_onnx import export_onnx
-from lrc_edge.targets import emulation, kits
-from lrc_edge.targets.kits import Npm, unfinished
-from lrc_edge.targets.worker import Command, Worker, WorkerFailed
+from lrc_edge.export.gguf.to_gguf import export_gguf
+from lrc_edge.export.onnx.to_onnx import export_onnx
+from lrc_edge.targets.devices import emulation, kits
+from lrc_edge.targets.devices.kits import Npm, unfinished
+from lrc_edge.targets.runtimes.worker import Command, Worker, WorkerFailed
 
 IDS = list(range(40))
 RUNTIMES = ["llama.cpp", "onnxruntime", "onnxruntime-genai"]
@@ -31,12 +31,12 @@ import importlib, resource, runpy, sys
 importlib.import_module({"llama.cpp": "llama_cpp"}.get(sys.argv[1], sys.argv[1]))
 status = dict(line.split(":") for line in open("/proc/self/status"))
 resource.setrlimit(resource.RLIMIT_AS, (1024 * int(status["VmSize"].split()[0]) + (8 << 20),) * 2)
-runpy.run_module("lrc_edge.targets.python_worker", run_name="__main__")
+runpy.run_module("lrc_edge.targets.runtimes.python_worker", run_name="__main__")
 """
 
 
 def worker_of(runtime: str) -> Worker:
-    return Worker(Command((sys.executable, "-m", "lrc_edge.targets.python_worker", runtime)))
+    return Worker(Command((sys.executable, "-m", "lrc_edge.targets.runtimes.python_worker", runtime)))
 
 
 def program(text: str) -> Command:
@@ -102,7 +102,7 @@ def test_a_request_that_is_wrong_is_answered_and_the_next_one_too(files: dict[st
 
 
 def test_lines_that_are_not_requests() -> None:
-    done = subprocess.run([sys.executable, "-m", "lrc_edge.targets.python_worker", "llama.cpp"], text=True,
+    done = subprocess.run([sys.executable, "-m", "lrc_edge.targets.runtimes.python_worker", "llama.cpp"], text=True,
                           input='garbage\n[1]\n{}\n{"op": "memory"}\n', capture_output=True, timeout=60)
     *errors, memory = map(json.loads, done.stdout.splitlines())
     assert done.returncode == 0 and len(errors) == 3 and all(list(error) == ["error"] for error in errors)

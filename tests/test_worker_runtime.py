@@ -17,13 +17,13 @@ from test_worker import RUNTIMES, alive, export
 from tiny_models import make_tiny
 
 from lrc_edge.checkpoint import DenseCheckpoint
-from lrc_edge.export.to_gguf import export_gguf
-from lrc_edge.targets import llama_probe, worker_runtime
-from lrc_edge.targets.llama_probe import ExtraBuffers, extra_buffers
-from lrc_edge.targets.reference import Reference
-from lrc_edge.targets.runtimes import native_command
-from lrc_edge.targets.worker import WorkerFailed
-from lrc_edge.targets.worker_runtime import WorkerRuntime
+from lrc_edge.export.gguf.to_gguf import export_gguf
+from lrc_edge.targets.proof.reference import Reference
+from lrc_edge.targets.runtimes import llama_probe, worker_runtime
+from lrc_edge.targets.runtimes.llama_probe import ExtraBuffers, extra_buffers
+from lrc_edge.targets.runtimes.table import native_command
+from lrc_edge.targets.runtimes.worker import WorkerFailed
+from lrc_edge.targets.runtimes.worker_runtime import WorkerRuntime
 
 ROWS = np.random.default_rng(0).integers(0, 512, (3, 40))
 
@@ -162,9 +162,9 @@ def test_no_worker_outlives_a_killed_parent(files: dict[str, Path], tmp_path: Pa
     parent = subprocess.Popen([sys.executable, "-c", f"""if True:
         import numpy as np
         from pathlib import Path
-        from lrc_edge.targets import llama_probe
+        from lrc_edge.targets.runtimes import llama_probe
         llama_probe.SECONDS = 0.0
-        from lrc_edge.targets.worker_runtime import WorkerRuntime
+        from lrc_edge.targets.runtimes.worker_runtime import WorkerRuntime
         with WorkerRuntime("llama.cpp", Path({str(files['llama.cpp'])!r}), 64, 1, 100_000) as runtime:
             runtime.prefill(np.zeros((1, 8), int))
         """])

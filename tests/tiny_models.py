@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lrc_edge.checkpoint import DenseCheckpoint
-from lrc_edge.train.data import prepare
+from lrc_edge.train.data.tokenize import prepare
 
 TEXT = "\n\n".join(pydoc_data.topics.topics.values())  # English that every Python installation holds
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"

@@ -8,9 +8,9 @@ import torch
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.recipe import load_recipe
-from lrc_edge.train.processes import join, leave
-from lrc_edge.train.quantize import train_on_grid
-from lrc_edge.train.stage import Plan, train
+from lrc_edge.train.loop.processes import join, leave
+from lrc_edge.train.loop.quantized_stage import train_on_grid
+from lrc_edge.train.loop.stage import Plan, train
 
 SETTINGS = ["train.seq_len=64", "train.batch_tokens=256", "train.tokens=5120", "train.eval_every=5",
             "train.log_every=1", "train.checkpoint_every=4", "train.device=cpu", "student.hidden_size=32"]

@@ -12,8 +12,8 @@ import pytest
 from tiny_models import make_tiny
 
 from lrc_edge.checkpoint import DenseCheckpoint
-from lrc_edge.export.to_gguf import export_gguf
-from lrc_edge.targets.worker import Command, Worker, WorkerFailed
+from lrc_edge.export.gguf.to_gguf import export_gguf
+from lrc_edge.targets.runtimes.worker import Command, Worker, WorkerFailed
 
 STORYTELLER = Path(__file__).parents[1] / "examples/demo/storyteller"
 N_CTX = 256
@@ -22,7 +22,7 @@ TEXTS = ("Once upon a time", "", " ", "naïve 日本 😀\n\nthere were 3 cats."
 
 @contextmanager
 def native(runtime: str) -> Iterator[Worker]:
-    with Worker(Command((sys.executable, "-m", "lrc_edge.targets.python_worker", runtime))) as worker:
+    with Worker(Command((sys.executable, "-m", "lrc_edge.targets.runtimes.python_worker", runtime))) as worker:
         yield worker
 
 

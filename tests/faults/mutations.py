@@ -44,7 +44,7 @@ def command(*words: str) -> Callable[[Bench, Path, Path], Callable[[], None]]:
 def read_text(bench: Bench, folder: Path, file: Path) -> Callable[[], None]:
     """All documents of a data source, as the first stage of a build reads them."""
     def action() -> None:
-        from lrc_edge.sources import Fields, documents
+        from lrc_edge.corpus.sources import Fields, documents
 
         _as_a_command(lambda: sum(1 for _ in documents([str(file)], Fields())))
 
@@ -54,7 +54,7 @@ def read_text(bench: Bench, folder: Path, file: Path) -> Callable[[], None]:
 def read_importance(bench: Bench, folder: Path, file: Path) -> Callable[[], None]:
     def action() -> None:
         from lrc_edge.checkpoint import DenseCheckpoint
-        from lrc_edge.export.imatrix_file import read_imatrix
+        from lrc_edge.export.quantize.imatrix_file import read_imatrix
 
         _as_a_command(lambda: read_imatrix(file, DenseCheckpoint.open(bench.built / "student")))
 

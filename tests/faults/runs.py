@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 HEAVY = ("torch", "transformers", "safetensors.torch", "gguf", "llama_cpp", "onnx", "onnxruntime", "onnxruntime_genai",
-         "pyarrow.parquet", "sentencepiece", "huggingface_hub", "rich.console", "lrc_edge.commands",
-         "lrc_edge.target_commands", "lrc_edge.target_checks", "lrc_edge.inspect_path", "lrc_edge.pipeline",
-         "lrc_edge.export.to_gguf", "lrc_edge.export.to_onnx", "lrc_edge.export.imatrix_file", "lrc_edge.export.fold",
-         "lrc_edge.export.mixed_precision", "lrc_edge.export.sensitivity", "lrc_edge.train.quantize",
-         "lrc_edge.train.corpus_stage", "lrc_edge.train.stage", "lrc_edge.targets.prove",
-         "lrc_edge.targets.reference", "lrc_edge.cli")
+         "pyarrow.parquet", "sentencepiece", "huggingface_hub", "rich.console", "lrc_edge.pipeline.commands",
+         "lrc_edge.pipeline.target_commands", "lrc_edge.pipeline.device_checks", "lrc_edge.inspect.command",
+         "lrc_edge.pipeline.pipeline", "lrc_edge.export.gguf.to_gguf", "lrc_edge.export.onnx.to_onnx",
+         "lrc_edge.export.quantize.imatrix_file", "lrc_edge.export.fold", "lrc_edge.export.quantize.mixed_precision",
+         "lrc_edge.export.quantize.sensitivity", "lrc_edge.train.loop.quantized_stage", "lrc_edge.train.data.stage",
+         "lrc_edge.train.loop.stage", "lrc_edge.targets.proof.prove", "lrc_edge.targets.proof.reference",
+         "lrc_edge.cli")
 PR_SET_CHILD_SUBREAPER = 36
 ORPHANS_LIVE = 5.0  # seconds that a killed run's children have to notice
 BUG = 70  # exit status of an action of ours that raised; a command's traceback has status 1
@@ -129,9 +130,9 @@ _stages = -1  # in a child: where it writes the names of its stages
 
 def watch_stages(note: Callable[[Stage], None] | None = None) -> None:
     """In a child: tell the parent, and `note`, of each stage that begins, and of "" when it has ended."""
-    from lrc_edge import target_checks
-    from lrc_edge.pipeline import Pipeline
-    from lrc_edge.stages import Stages
+    from lrc_edge.pipeline import device_checks as target_checks
+    from lrc_edge.pipeline.base import Stages
+    from lrc_edge.pipeline.pipeline import Pipeline
 
     def begins(stage: Stage) -> None:
         os.write(_stages, f"{stage}\n".encode())

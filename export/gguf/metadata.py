@@ -1,0 +1,215 @@
+"""Everything in a GGUF file but its tensors: hyperparameters, RoPE, identity and lineage, vocabulary."""
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import torch
+from gguf import GGML_QUANT_VERSION, MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, RopeScalingType, size_label
+
+import lrc_edge
+from lrc_edge.checkpoint import DenseCheckpoint
+from lrc_edge.errors import UserError
+from lrc_edge.export.gguf.vocabulary import Vocabulary
+from lrc_edge.export.quantize.encodings import Encoding
+
+# What each rope_type says, all of it but attention_factor needed; anything else would be dropped in silence.
+_ROPE_FIELDS = {
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "yarn": {"factor", "original_max_position_embeddings", "attention_factor"},
+}
+# Yarn's settings that llama.cpp reads for other architectures only: for ours its own values hold.
+_YARN_FIXED = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
+_SAMPLING = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
+             "repetition_penalty": "penalty_repeat"}  # generation_config.json -> GGUFWriter.add_sampling_*
+
+
+def architecture(checkpoint: DenseCheckpoint) -> MODEL_ARCH:
+    """llama.cpp's graph for the checkpoint. Raises UserError when none computes it.
+
+    llama.cpp's qwen2 takes head_dim for hidden_size / heads (its attn_output is square) and knows no frequency
+    factors; a narrowed qwen2 therefore goes to the llama graph, which is the same arithmetic: it takes q/k/v biases.
+    """
+    shape, scaling = checkpoint.shape, checkpoint.rope.scaling or {}
+    llama3_rope = scaling.get("rope_type") == "llama3"
+    if shape.family == "qwen3":
+        if llama3_rope:
+            raise UserError(f"{checkpoint.path}: llama.cpp has no llama3 RoPE scaling for qwen3; "
+                            "leave gguf out of --formats")
+        return MODEL_ARCH.QWEN3
+    if shape.family == "qwen2" and shape.q_size == shape.hidden_size and not llama3_rope:
+        return MODEL_ARCH.QWEN2
+    return MODEL_ARCH.LLAMA
+
+
+def check_rope(checkpoint: DenseCheckpoint) -> None:
+    """Raise UserError when llama.cpp cannot rotate as the checkpoint asks."""
+    scaling = dict(checkpoint.rope.scaling or {"rope_type": "default"})
+    kind = scaling.pop("rope_type")
+    scaling.pop("partial_rotary_factor", None)
+    tables = (checkpoint.config, checkpoint.config.get("rope_parameters"), checkpoint.config.get("rope_scaling"))
+    if any(table.get("partial_rotary_factor", 1) != 1 for table in tables if table):
+        raise UserError(f"{checkpoint.path}: partial_rotary_factor other than 1 is not supported in GGUF; "
+                        "leave gguf out of --formats")
+    if kind != "default" and kind not in _ROPE_FIELDS:
+        raise UserError(f"{checkpoint.path}: RoPE scaling {kind!r} is not supported in GGUF; "
+                        f"supported: {', '.join(_ROPE_FIELDS)}")
+    if missing := _ROPE_FIELDS.get(kind, set()) - {"attention_factor"} - scaling.keys():
+        raise UserError(f"{checkpoint.path}: RoPE scaling {kind!r} lacks {min(missing)}; mend the config")
+    for name, value in scaling.items():
+        usual = kind == "yarn" and value == _YARN_FIXED.get(name)
+        if value is not None and name not in _ROPE_FIELDS.get(kind, ()) and not usual:
+            raise UserError(f"{checkpoint.path}: {name} = {value!r} of RoPE scaling {kind!r} is not supported in GGUF; "
+                            "leave gguf out of --formats")
+
+
+def llama3_rope_factors(checkpoint: DenseCheckpoint) -> torch.Tensor | None:
+    """What llama.cpp divides each RoPE frequency by: (head_dim / 2,) float32, or None without llama3 scaling.
+
+    Frequencies above a band stay, those below are divided by `factor`, between them the two are mixed (Llama 3.1).
+    """
+    scaling = checkpoint.rope.scaling or {}
+    if scaling.get("rope_type") != "llama3":
+        return None
+    head_dim = checkpoint.shape.head_dim
+    frequency = checkpoint.rope.theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)  # in the original context
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    share = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 / ((1 - share) / scaling["factor"] + share)).float()
+
+
+def write_hyperparameters(writer: GGUFWriter, checkpoint: DenseCheckpoint, encoding: Encoding) -> None:
+    shape = checkpoint.shape
+    writer.add_type("model")
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    writer.add_file_type(encoding.ftype)
+    writer.add_vocab_size(shape.vocab_size)
+    writer.add_context_length(checkpoint.context_length)
+    writer.add_embedding_length(shape.hidden_size)
+    writer.add_feed_forward_length(shape.intermediate_size)
+    writer.add_block_count(shape.num_hidden_layers)
+    writer.add_head_count(shape.num_attention_heads)
+    writer.add_head_count_kv(shape.num_key_value_heads)
+    writer.add_key_length(shape.head_dim)
+    writer.add_value_length(shape.head_dim)
+    writer.add_layer_norm_rms_eps(float(checkpoint.config.get("rms_norm_eps", 1e-6)))
+    writer.add_rope_dimension_count(shape.head_dim)
+    _write_rope(writer, checkpoint)
+
+
+def _write_rope(writer: GGUFWriter, checkpoint: DenseCheckpoint) -> None:
+    rope, scaling = checkpoint.rope, checkpoint.rope.scaling or {}
+    writer.add_rope_freq_base(rope.theta)
+    if scaling.get("rope_type") == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(scaling["factor"])
+    if scaling.get("rope_type") == "yarn":
+        writer.add_rope_scaling_type(RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(scaling["factor"])
+        writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+        if scaling.get("attention_factor") is not None:
+            writer.add_rope_scaling_attn_factors(yarn_attention_factor(scaling))
+
+
+def yarn_attention_factor(scaling: dict[str, Any]) -> float:
+    """What llama.cpp multiplies yarn's default attention factor by; Hugging Face's attention_factor replaces it."""
+    if scaling.get("attention_factor") is None:
+        return 1.0
+    return float(scaling["attention_factor"] / (0.1 * math.log(scaling["factor"]) + 1))
+
+
+def write_identity(writer: GGUFWriter, checkpoint: DenseCheckpoint) -> None:
+    """Name, size, licence, lineage, our own keys lrc_edge.*, and the sampling that the model's authors advise."""
+    card = checkpoint.card
+    base, made_by_us, tune = checkpoint.name.partition("-LRC-")
+    writer.add_name(checkpoint.name)
+    writer.add_basename(base)
+    if made_by_us:
+        writer.add_finetune(f"LRC-{tune}")
+    writer.add_size_label(model_size(checkpoint))
+    writer.add_quantized_by(f"lrc-edge {lrc_edge.__version__}")
+    # Hugging Face's licence ids are SPDX identifiers in lower case, and SPDX compares without regard to case.
+    for key, add in (("license", writer.add_license), ("license_name", writer.add_license_name),
+                     ("license_link", writer.add_license_link)):
+        if card.get(key):
+            add(", ".join(_strings(card[key])))
+    if tags := _strings(card.get("tags")):
+        writer.add_tags(tags)
+    if languages := _strings(card.get("language")):
+        writer.add_languages(languages)
+    _write_base_models(writer, checkpoint)
+    for key, value in checkpoint.provenance.items():
+        writer.add_string(f"lrc_edge.{key}", str(value))
+    _write_sampling(writer, checkpoint)
+
+
+def _write_base_models(writer: GGUFWriter, checkpoint: DenseCheckpoint) -> None:
+    """base_model.0 is a student's teacher; of a foreign checkpoint, what its card says."""
+    teacher = checkpoint.provenance.get("teacher")
+    models = [teacher] if teacher else _strings(checkpoint.card.get("base_model"))
+    if not models:
+        return
+    writer.add_base_model_count(len(models))
+    for i, model in enumerate(models):
+        hub_id = re.fullmatch(r"([\w.-]+)/([\w.-]+)", model)
+        # Of a local directory only the name: its path is nobody's business.
+        writer.add_base_model_name(i, hub_id[2] if hub_id else re.split(r"[/\\]", model.rstrip("/\\"))[-1])
+        if hub_id:
+            writer.add_base_model_organization(i, hub_id[1])
+            writer.add_base_model_repo_url(i, f"https://huggingface.co/{model}")
+        revision = checkpoint.provenance.get("teacher_revision", "local")
+        if teacher and revision != "local":
+            writer.add_base_model_version(i, revision)
+
+
+def _write_sampling(writer: GGUFWriter, checkpoint: DenseCheckpoint) -> None:
+    advice = checkpoint.generation
+    if advice.get("do_sample") is False:
+        return
+    for field, key in _SAMPLING.items():
+        add = getattr(writer, f"add_sampling_{key}", None)  # older gguf packages have no such keys
+        if add and advice.get(field) is not None:
+            add(advice[field])
+
+
+def _strings(value: Any) -> list[str]:
+    """A card's field that may be one string, a list, or missing."""
+    return [str(item) for item in (value if isinstance(value, list) else [value]) if item]
+
+
+def model_size(checkpoint: DenseCheckpoint) -> str:
+    """GGUF's size label: "4.5M"."""
+    n_params = checkpoint.shape.n_params
+    return str(size_label(n_params, n_params, 0, 0))
+
+
+def write_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    if vocabulary.scores is not None:
+        writer.add_token_scores(vocabulary.scores)
+        writer.add_add_space_prefix(vocabulary.add_space_prefix)
+    if vocabulary.merges is not None:
+        writer.add_token_merges(vocabulary.merges)
+    for name, token in vocabulary.special_ids.items():
+        getattr(writer, f"add_{name}_token_id")(token)
+    writer.add_add_bos_token(vocabulary.add_bos)
+    writer.add_add_eos_token(vocabulary.add_eos)
+    if vocabulary.chat_template is not None:
+        writer.add_chat_template(vocabulary.chat_template)
+
+
+def write_metadata(writer: GGUFWriter, checkpoint: DenseCheckpoint, vocabulary: Vocabulary, encoding: Encoding) -> None:
+    """All keys, in the order in which a reader looks for them."""
+    write_hyperparameters(writer, checkpoint, encoding)
+    write_identity(writer, checkpoint)
+    write_vocabulary(writer, vocabulary)
+
+
+def architecture_name(checkpoint: DenseCheckpoint) -> str:
+    return str(MODEL_ARCH_NAMES[architecture(checkpoint)])

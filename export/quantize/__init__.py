@@ -1,0 +1,1 @@
+"""Encodings, importance matrix, and mixed precision."""

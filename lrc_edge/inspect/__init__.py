@@ -1,0 +1,1 @@
+"""`lrc-edge inspect`: what model files hold."""

@@ -1,0 +1,200 @@
+"""`--target`: the artifacts of a build in the runtimes of devices. Needs no PyTorch: the build left its answers."""
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lrc_edge.artifact import Artifact
+from lrc_edge.console import Task, running
+from lrc_edge.errors import UserError
+from lrc_edge.figures import NONE, figure, percent, visible
+from lrc_edge.machine import architecture, threads_for
+from lrc_edge.parity import CHANGES
+from lrc_edge.recipe import recorded_recipe
+from lrc_edge.report.devices import failures, memory_text, speed_text, target_tables
+from lrc_edge.report.report_file import REPORT, damage_reported, read_report, write_report
+from lrc_edge.report.view import Names, gate_cells
+from lrc_edge.stored_reference import REFERENCE_FILE, StoredReference
+from lrc_edge.targets import speed
+from lrc_edge.targets.devices.device_check import Checked, check_artifact
+from lrc_edge.targets.profile import Profile, load_profiles
+from lrc_edge.targets.runtimes.table import runtimes_of
+from lrc_edge.targets.runtimes.worker import WorkerFailed, ended_by_signals
+from lrc_edge.workspace import MANIFEST, BuildDir, write_atomically
+
+TEACHER_FILE = "check/teacher.gguf"  # for speed beside it
+PASSED, FAILED, NOT_CHECKED = 0, 1, 3  # exit statuses
+
+
+@dataclass(frozen=True)
+class BuildFacts:
+    """What a build's folder tells without PyTorch."""
+
+    out: Path
+    artifacts: tuple[Artifact, ...]
+    given: Checked
+
+    @classmethod
+    def read(cls, out: Path) -> BuildFacts:
+        """Raises UserError when the folder holds no build, or not what a check needs of it."""
+        build = BuildDir(out)
+        job, stages = build.manifest.get("job"), build.manifest["stages"]
+        if job is None:
+            raise UserError(f"{out}: no build here (no build.json); give the --out folder of a build or an export")
+        try:
+            artifacts = tuple(Artifact.from_dict(table) for name in ("gguf", "onnx") if name in stages
+                              for table in stages[name]["result"])
+            recipe = recorded_recipe(job["recipe"], out)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{out / MANIFEST}: damaged ({error!r}); copy it again, or build again") from error
+        reference = StoredReference.load(out / REFERENCE_FILE)
+        return cls(out, artifacts, Checked(out, reference, recipe, threads_for(reference.shape)))
+
+    def artifacts_for(self, profile: Profile) -> list[Artifact]:
+        """Those that the profile runs. Raises UserError when there are none, or when one is not where it was."""
+        wanted = [a for a in self.artifacts if _kind(a) in profile.format_names]
+        if not wanted:
+            raise UserError(f"{self.out}: holds none of what {profile.name} runs ({', '.join(profile.format_names)}); "
+                            f"build it with --target {profile.given}")
+        for artifact in wanted:
+            if not (self.out / artifact.path).exists():
+                raise UserError(f"{self.out / artifact.path}: missing, though the build wrote it; copy it here or "
+                                "build again")
+        return wanted
+
+
+def _kind(artifact: Artifact) -> str:
+    return f"{artifact.format}:{artifact.encoding}"
+
+
+def check_targets(out: Path, targets: Sequence[str], console: Console) -> int:
+    """Check `out` on each target, print its table, add it to the report. Returns the exit status: what failed counts
+    before what could not be checked. What is wrong with the input is said before anything runs."""
+    if not targets:
+        return PASSED
+    profiles, facts = load_profiles(targets), BuildFacts.read(out)
+    plans = [(profile, facts.artifacts_for(profile)) for profile in profiles]
+    report = read_report(out) if (out / REPORT).exists() else None
+    states = set()
+    for profile, artifacts in plans:
+        with ended_by_signals():
+            result = _check_target(facts, artifacts, profile, console)
+        write_atomically(out / "check" / f"{profile.name}.json", json.dumps(result, indent=1) + "\n")
+        show(result, console)
+        if report is not None:  # at once: what comes next may take an hour, and be interrupted
+            add_results(report, [result])
+            write_report(report, out)
+        states |= {row["state"] for row in result["rows"]}
+    return FAILED if "failed" in states else NOT_CHECKED if "not checked" in states else PASSED
+
+
+def _check_target(facts: BuildFacts, artifacts: list[Artifact], profile: Profile, console: Console) -> dict[str, Any]:
+    with running(console, profile.name) as task:
+        rows = [check_artifact(artifact, runtime, profile, facts.given, task.update) for artifact in artifacts
+                for runtime in runtimes_of(profile) if runtime.format == artifact.format]
+        _add_speed(facts, profile, rows, task)
+    there = {_kind(artifact) for artifact in artifacts}
+    return {"target": profile.name, "description": profile.description,
+            "absent": [name for name in profile.format_names if name not in there],
+            "sha256": {artifact.path: artifact.sha256 for artifact in artifacts},
+            "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "machine": architecture(), "rows": rows}
+
+
+def _add_speed(facts: BuildFacts, profile: Profile, rows: list[dict[str, Any]], task: Task) -> None:
+    """Where the hardware is the target's own: tokens/s, and how many times the teacher's."""
+    runtimes = {runtime.name: runtime for runtime in runtimes_of(profile) if runtime.timed}
+    timed = {f"{row['artifact']} in {row['runtime']}": row for row in rows
+             if row["state"] == "passed" and row["runtime"] in runtimes}
+    files = {name: (runtimes[row["runtime"]].start, facts.out / row["artifact"]) for name, row in timed.items()}
+    teacher = facts.out / TEACHER_FILE
+    if timed and "llama.cpp" in runtimes and teacher.exists():
+        files = {"teacher": (runtimes["llama.cpp"].start, teacher), **files}
+    n_ctx = min(facts.given.reference.shape.max_position_embeddings, 2 * speed.DEPTH)
+    prompt = facts.given.reference.long_prompt(n_ctx)
+    try:
+        found = speed.measure(files, prompt, n_ctx, facts.given.threads, task.update) if timed else {}
+    except WorkerFailed as error:  # no reason to lose the rows
+        task.console.print(f"{profile.name}: speed was not measured: {visible(str(error))}", style="yellow",
+                           highlight=False, markup=False, soft_wrap=True)
+        return
+    for name, row in timed.items():
+        row["speed"] = found[name]
+        for mine, theirs in zip(found[name], found.get("teacher", []), strict=False):
+            mine |= {f"{key}_of_teacher": mine[key] / theirs[key] for key in ("prefill", "decode")
+                     if mine[key] and theirs[key]}
+
+
+def kept_results(out: Path, artifacts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Earlier results that are still of these artifacts. Raises UserError for a file that does not hold one."""
+    now, names = {artifact["path"]: artifact["sha256"] for artifact in artifacts}, Names({"artifacts": artifacts})
+    kept = []
+    for file in sorted((out / "check").glob("*.json")):
+        with damage_reported(file, "delete it, then check that target again"):
+            result = json.loads(file.read_text(encoding="utf-8"))
+            target_tables({"targets": [result]}, names)
+            gates = [gate for row in result["rows"] for gate in row["gates"]]
+            [gate_cells(gate, names) for gate in gates]
+            changed = any(gate["metric"] == CHANGES and not gate["passed"] for gate in gates)
+            if result["sha256"].items() <= now.items() and not changed:
+                kept.append(result)
+    return kept
+
+
+def add_results(report: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    """Put targets' results into a report's table, in place of older ones."""
+    names = {result["target"] for result in results}
+    report["targets"] = [old for old in report.get("targets", []) if old["target"] not in names] + results
+    report["gates"] = [gate for gate in report["gates"] if gate.get("target") not in names]
+    report["gates"] += [gate for result in results for row in result["rows"] for gate in row["gates"]]
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """The table of one target; below it why a row failed or was not checked, and what was timed."""
+    console.print(f"\n{result['target']}: {result['description']}", style="bold", highlight=False, soft_wrap=True)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("", no_wrap=True)
+    table.add_column("artifact")
+    for name in ("KL mean", "top-1", "token ids", "memory"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in result["rows"]:
+        table.add_row(*_cells(row))
+    console.print(table)
+    if result["absent"]:
+        console.print(f"not in this build: {', '.join(result['absent'])}", style="yellow", highlight=False,
+                      soft_wrap=True)
+    # What keeps one row from being checked mostly keeps others, too.
+    unchecked = dict.fromkeys(row["why"] for row in result["rows"] if row["state"] == "not checked")
+    for why in unchecked:
+        console.print(f"not checked: {visible(why)}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+    for row in result["rows"]:
+        for reason in failures(row):
+            console.print(f"failed: {_who(row)}: {reason}", style="red", highlight=False, markup=False, soft_wrap=True)
+        for rates in row.get("speed", []):
+            console.print(_speed_line(row, rates), highlight=False, markup=False, soft_wrap=True)
+
+
+def _cells(row: dict[str, Any]) -> list[Text]:
+    mark = {"passed": Text("pass", "green"), "failed": Text("FAIL", "bold red")}.get(row["state"],
+                                                                                     Text("not checked", "yellow"))
+    wrong = row.get("token_mismatches")
+    tokens = NONE if wrong is None else f"{wrong:,} wrong" if wrong else f"all {row['n_texts']:,}"
+    cells = [_who(row), figure(row.get("kl_mean")), percent(row.get("top1")), tokens,
+             memory_text(row)]
+    return [mark, *(Text(visible(cell)) for cell in cells)]
+
+
+def _who(row: dict[str, Any]) -> str:
+    emulated = f", emulated {row['emulated']}" if row["emulated"] else ""
+    return f"{row['format']}:{row['encoding']} in {row['runtime']}{emulated}"
+
+
+def _speed_line(row: dict[str, Any], rates: dict[str, Any]) -> str:
+    return f"{_who(row)}, {speed_text(rates)}"

@@ -1,0 +1,133 @@
+"""`verify`: the proof for files that others made, against the Hugging Face directory that they claim to hold.
+
+Nothing in a file is believed: what it says of itself is compared with the directory (the audit), and then it runs.
+"""
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lrc_edge.artifact import Artifact, sha256_of
+from lrc_edge.checkpoint import DenseCheckpoint, resolve_model
+from lrc_edge.console import running, stage_line
+from lrc_edge.errors import UserError
+from lrc_edge.finding import Finding, faults
+from lrc_edge.inspect.files import describe_gguf
+from lrc_edge.inspect.onnx_files import describe_onnx
+from lrc_edge.machine import threads_for
+from lrc_edge.parity import Gate
+from lrc_edge.pipeline.pipeline import Pipeline
+from lrc_edge.recipe import Recipe
+from lrc_edge.report.report_file import read_report, show_verdict, write_report
+from lrc_edge.workspace import MANIFEST
+
+# ONNX files have no name for their encoding: it follows from the bits of a weight, scales included.
+ONNX_BITS = {"fp32": 24.0, "fp16": 12.0, "q8": 7.0, "q4": 0.0}
+
+
+@dataclass
+class Subject:
+    """One file, what was found in it, and the artifact that the proof runs; None of a file that cannot be read."""
+
+    path: Path
+    findings: list[Finding] = field(default_factory=list)
+    artifact: Artifact | None = None
+
+    def gates(self) -> list[Gate]:
+        """A failed gate for each fault; a passed one for a file without any."""
+        found = faults(self.findings)
+        return [Gate(fault.name, str(self.path), "faults", 1, 0, "==", fault.text) for fault in found] or [
+            Gate("description", str(self.path), "faults", 0, 0, "==")]
+
+
+def verify(source: str, files: Sequence[Path], out: Path, recipe: Recipe, console: Console) -> bool:
+    """Audit and run each file, write the report. Returns whether every gate passed. Raises UserError."""
+    path, name, _ = resolve_model(source)
+    model = DenseCheckpoint.open(path, name)
+    for file in files:
+        if not file.exists():
+            raise UserError(f"{file}: no such file; give a .gguf file, an .onnx file or an ONNX folder")
+    if (out / MANIFEST).exists():
+        raise UserError(f"{out}: holds a build, whose report would be replaced; give another --out")
+    pipeline = Pipeline(out, recipe, console)
+    text = pipeline.proof_text(model)
+    with running(console, "audit") as task:
+        subjects = []
+        for file in dict.fromkeys(file.resolve() for file in files):
+            task.update(str(file))
+            subjects.append(_examine(file, model))
+    n_faults = sum(len(faults(subject.findings)) for subject in subjects)
+    stage_line(console, "audit", f"{len(subjects)} files against {model.name}: {n_faults} faults")
+    table = _prove(pipeline, [s.artifact for s in subjects if s.artifact], model, text)
+    report = pipeline.report_of(table, model)
+    report["gates"] = [gate.as_dict() for subject in subjects for gate in subject.gates()] + report["gates"]
+    report["notes"] += [f"{subject.path.name}: {finding.text}" for subject in subjects for finding in subject.findings
+                        if finding.severity == "note"]
+    write_report(report, out)
+    show_verdict(read_report(out), out, console)
+    return all(gate["passed"] for gate in report["gates"])
+
+
+def _prove(pipeline: Pipeline, artifacts: list[Artifact], model: DenseCheckpoint, text: Any) -> dict[str, Any]:
+    """The result of a build's check stage, for files anywhere."""
+    from lrc_edge.targets.proof.prove import prove
+
+    with running(pipeline.console, "check") as task:
+        proof = prove(artifacts, pipeline.out, model, None, text, pipeline.recipe, threads_for(model.shape), None, task)
+    gates = [gate.as_dict() for gate in proof.gates]
+    stage_line(pipeline.console, "check", f"{sum(gate['passed'] for gate in gates)} of {len(gates)} gates passed")
+    return {**vars(proof), "gates": gates}
+
+
+def _examine(file: Path, model: DenseCheckpoint) -> Subject:
+    """Audit the file. What cannot be read at all is a finding too, so that the other files are still verified."""
+    subject = Subject(file)
+    try:
+        if file.suffix == ".gguf":
+            from lrc_edge.export.audit.gguf_file import audit_gguf
+
+            subject.findings = audit_gguf(file, model)
+            subject.artifact = _gguf_artifact(file)
+        else:
+            from lrc_edge.export.audit.onnx_folder import audit_onnx, model_file
+
+            subject.findings = audit_onnx(file, model)
+            subject.path = model_file(file)
+            subject.artifact = _onnx_artifact(subject.path)
+    except UserError as error:
+        subject.findings.append(Finding("readable", str(error)))
+    return subject
+
+
+def _gguf_artifact(file: Path) -> Artifact:
+    """By the type of most of its bytes, whatever its metadata call it."""
+    found = describe_gguf(file)
+    sizes: Counter[str] = Counter()
+    for tensor in found["tensors"]:
+        if len(tensor["shape"]) > 1:
+            sizes[tensor["dtype"]] += tensor["bytes"]
+    if not sizes:
+        raise UserError(f"{file}: holds no matrix; give the GGUF of a model")
+    types = Counter(tensor["dtype"] for tensor in found["tensors"])
+    return _artifact(file, "gguf", sizes.most_common(1)[0][0].lower(), found, dict(types), [file])
+
+
+def _onnx_artifact(file: Path) -> Artifact:
+    found = describe_onnx(file)
+    bits = found["bits_per_weight"] or 0.0
+    encoding = next(name for name, least in ONNX_BITS.items() if bits >= least)
+    types = Counter(tensor["dtype"] for tensor in found["tensors"])
+    data = [file.parent / name for name in found["data_files"]]
+    return _artifact(file, "onnx", encoding, found, dict(types), [file, *data])
+
+
+def _artifact(file: Path, format_: str, encoding: str, found: dict[str, Any], types: dict[str, int],
+              parts: Sequence[Path]) -> Artifact:
+    return Artifact(path=str(file), format=format_, encoding=encoding, bytes=found["bytes"],
+                    bits_per_weight=found["bits_per_weight"] or 0.0, sha256=sha256_of(*parts), fallbacks=(),
+                    tensor_types=types)

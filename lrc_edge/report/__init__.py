@@ -1,0 +1,1 @@
+"""report.json, report.html and the verdict on the terminal."""

@@ -1,0 +1,104 @@
+"""The report's charts: which figures of a report go into which picture."""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from markupsafe import Markup
+
+from lrc_edge.figures import figure, human_bytes, human_count, is_number, tick, visible
+from lrc_edge.parity import AS_TRAINED
+from lrc_edge.report.svg import Bar, Point, Series, bar_chart, line_chart, point_chart
+from lrc_edge.report.view import Names, Report, student_perplexity, worst_kl
+
+BINS = 120  # points of one loss curve; longer ones are averaged
+
+
+def loss_charts(report: Report) -> list[dict[str, Any]]:
+    """Cross entropy of training and held-out text, and the parts of the objective."""
+    curve = (report["student"].get("training") or {}).get("curve") or []
+    theirs: Any = ((report.get("teacher") or {}).get("held_out") or {}).get("loss")
+    level = ("teacher, held-out", float(theirs)) if is_number(theirs) else None
+    entropy = [_series(curve, "lm", "training (LM loss)", "c1"),
+               _series(curve, "held_out_loss", "held-out", "c2", dots=True)]
+    parts = [_series(curve, key, name, css) for key, name, css in (
+        ("loss", "total", "c4 thick"), ("lm", "LM", "c1"), ("kl", "KL", "c2"), ("clone", "clone", "c3"))]
+    charts = []
+    if any(s.points for s in entropy):
+        charts.append({"title": "Cross entropy", "note": "nats a token", "svg": Markup(line_chart(
+            "Cross entropy over training", [s for s in entropy if s.points], x_name="training tokens",
+            y_name="nats a token", x_tick=lambda n: tick(human_count(n)), level=level))})
+    if any(s.points for s in parts):
+        charts.append({"title": "The objective and its parts", "note": "logarithmic", "svg": Markup(line_chart(
+            "Parts of the training objective", [s for s in parts if s.points], x_name="training tokens", y_name="loss",
+            x_tick=lambda n: tick(human_count(n)), log=True))})
+    return charts
+
+
+def _series(curve: list[dict[str, Any]], key: str, name: str, css: str, dots: bool = False) -> Series:
+    rows = [row for row in curve if is_number(row.get(key)) and (row[key] > 0 or key == "held_out_loss")]
+    points = [(float(row["tokens"]), float(row[key])) for row in rows]
+    return Series(name, css, tuple(points if dots else _binned(points)), dots)
+
+
+def _binned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    size = math.ceil(len(points) / BINS) or 1
+    groups = (points[i:i + size] for i in range(0, len(points), size))
+    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
+
+
+def kl_chart(report: Report, names: Names) -> Markup | None:
+    bars = []
+    for a in report["artifacts"]:
+        # The chart is of the distance from the student; that from the weights trained on a grid has another limit.
+        gates = [g for g in report["gates"] if g["artifact"] == a["path"] and g["metric"] == "kl_mean"
+                 and g["name"] != AS_TRAINED]
+        values = tuple((visible(what), m.get("kl_mean") if is_number(m.get("kl_mean")) else None)
+                       for what, m in (a.get("parity") or {}).items() if m and what != AS_TRAINED)
+        if values:
+            limit = min((g["limit"] for g in gates if is_number(g["limit"])), default=None)
+            bars.append(Bar(names(a["path"]), values, limit, any(g.get("passed") is not True for g in gates)))
+    return Markup(bar_chart("Mean KL divergence of each artifact", bars, value_name="mean KL, nats a token",
+                            limit_name="gate limit")) if bars else None
+
+
+def size_chart(report: Report, names: Names) -> dict[str, Any] | None:
+    """Size against perplexity, or against KL where no perplexity was measured."""
+    points = list(_perplexity_points(report, names))
+    against = "perplexity"
+    if not points:
+        against = "KL"
+        points = [_point(a, names, kl, f"KL {figure(kl)}") for a in report["artifacts"] if (kl := worst_kl(a))]
+    if not points:
+        return None
+    svg = point_chart(f"Size against {against}", points, x_name="size, bytes", log_y=against == "KL",
+                      y_name="perplexity" if against == "perplexity" else "mean KL, nats a token",
+                      x_tick=lambda n: tick(human_bytes(n)))
+    return {"against": against, "svg": Markup(svg), "with_teacher": points[-1].name == "teacher"}
+
+
+def _point(artifact: dict[str, Any], names: Names, y: float, note: str, error: float = 0.0) -> Point:
+    """The colour says the format, so the encoding is label enough."""
+    name = names(artifact["path"])
+    label = name.rpartition("/")[2].removeprefix(f"{artifact['format']}:")
+    css, radius = ("c1", 5.5) if artifact["format"] == "gguf" else ("c2", 3.6)  # the same grid: the same spot
+    return Point(label, name, artifact["bytes"], y, css, f"{human_bytes(artifact['bytes'])}, {note}", error, radius)
+
+
+def _perplexity_points(report: Report, names: Names) -> Iterable[Point]:
+    perplexity = student_perplexity(report)
+    if perplexity is None:
+        return
+    for a in report["artifacts"]:
+        m = (a.get("parity") or {}).get("prefill")
+        if m and is_number(m.get("ppl")):
+            error = m["delta_ppl_se"] if is_number(m.get("delta_ppl_se")) else 0.0
+            yield _point(a, names, m["ppl"], f"perplexity {figure(m['ppl'], 4)} ± {figure(error, 2)}", error)
+    teacher = report.get("teacher") or {}
+    models = [("student", "c4", report["student"], perplexity)]
+    if is_number(teacher.get("proof_perplexity")):
+        models.append(("teacher", "c3", teacher, teacher["proof_perplexity"]))
+    for name, css, model, value in models:
+        size = 2 * model["n_params"]
+        yield Point(name, name, size, value, css, f"{human_bytes(size)} at 16 bits, perplexity {figure(value, 4)}")

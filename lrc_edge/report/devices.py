@@ -1,0 +1,64 @@
+"""What the page tells of devices: a table a target, rows as they were checked, why others were not."""
+from __future__ import annotations
+
+from typing import Any
+
+from lrc_edge.figures import NONE, figure, human_bytes, percent, visible
+from lrc_edge.parity import CHANGES
+from lrc_edge.report.view import Names, Report
+
+
+def target_tables(report: Report, names: Names) -> list[dict[str, Any]]:
+    return [{"name": visible(result["target"]), "description": visible(result["description"]),
+             "absent": ", ".join(result.get("absent", [])),
+             "rows": [_row(row, names) for row in result["rows"]]} for result in report.get("targets") or []]
+
+
+def _row(row: dict[str, Any], names: Names) -> dict[str, Any]:
+    positions = row.get("positions")
+    n_texts = row.get("n_texts")
+    return {"state": row["state"], "mark": {"passed": "pass", "failed": "FAIL"}.get(row["state"], "not checked"),
+            "artifact": names(row["artifact"]), "label": visible(row["label"]),
+            "why": failures(row) or ([visible(row["why"])] if "why" in row else []),
+            "kl": figure(row.get("kl_mean")), "top1": percent(row.get("top1")),
+            "positions": f"{positions:,}" if positions else "",
+            "note": f"p99 {figure(row['kl_p99'])}" if positions else "",
+            "token_ids": f"{n_texts - row['token_mismatches']:,} of {n_texts:,}" if n_texts else NONE,
+            "context": f"{row['n_ctx']:,}" if "context" in row else NONE,
+            "memory": memory_text(row), "memory_note": visible(_memory_note(row.get("memory", {}))),
+            "speed": [speed_text(rates) for rates in row.get("speed", [])]}
+
+
+def _memory_note(memory: dict[str, Any]) -> str:
+    return str(memory["how"]) if memory.get("peak_bytes") else "reckoned" if memory else ""
+
+
+def failures(row: dict[str, Any]) -> list[str]:
+    """Why a row failed: what the runtime said, and the gates that it missed. None of a row that did not."""
+    if row["state"] != "failed":
+        return []
+    told = [visible(row["why"])] if "why" in row else []
+    for gate in row["gates"]:
+        if gate["metric"] == CHANGES and not gate["passed"]:
+            told.append("the file is not what the build wrote (its SHA-256 differs)")
+        elif gate["metric"] != "failures" and not gate["passed"]:
+            told.append(f"{gate['name']}: {gate['metric']} {figure(gate['value'], 4)}, need {gate['relation']} "
+                        f"{figure(gate['limit'], 4)}")
+    return told
+
+
+def memory_text(row: dict[str, Any]) -> str:
+    """What was measured; else, marked as such, what was reckoned from the shape."""
+    memory = row.get("memory", {})
+    if memory.get("peak_bytes"):
+        return human_bytes(memory["peak_bytes"])
+    return f"~{human_bytes(memory['predicted_bytes'])}" if memory else NONE
+
+
+def speed_text(rates: dict[str, Any]) -> str:
+    """ "after 1,024 tokens: prefill 155 tok/s (3.1 x the teacher), decode 42 tok/s (4.0 x the teacher)"."""
+    told = []
+    for key in ("prefill", "decode"):
+        ratio = rates.get(f"{key}_of_teacher")
+        told.append(f"{key} {figure(rates[key])} tok/s" + (f" ({figure(ratio)} × the teacher)" if ratio else ""))
+    return f"after {rates['depth']:,} tokens: {', '.join(told)}"

@@ -1,0 +1,58 @@
+"""The report as a table, report.json: what the stages left in build.json, with names, shapes and versions."""
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+from lrc_edge import __version__
+from lrc_edge.checkpoint import DenseCheckpoint
+from lrc_edge.machine import processors
+
+
+def report_table(stages: dict[str, Any], student: DenseCheckpoint, teacher: DenseCheckpoint | None,
+                 curve: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the table that report.json holds. `stages`: as build.json records them, "check" among them. `curve`: the
+    rows of metrics.jsonl; empty if nothing was trained."""
+    check = stages["check"]["result"]
+    training = stages["train"]["result"] if "train" in stages else None
+    gates = [gate for stage in ("identity", "fold") if stage in stages for gate in stages[stage]["result"]]
+    table: dict[str, Any] = {
+        "lrc_edge": __version__, "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "versions": {name: version(name) for name in ("torch", "transformers", "gguf", "llama-cpp-python", "onnx",
+                                                      "onnxruntime", "onnxruntime-genai")},
+        "machine": f"{processors()} processors",
+        "teacher": _describe(teacher) if teacher else None,
+        "student": _describe(student), "artifacts": check["artifacts"], "gates": gates + check["gates"],
+        "calibration": stages["imatrix"]["result"] if "imatrix" in stages else None,
+        "grid": stages["quantize"]["result"] if "quantize" in stages else None,
+        "allocation": _allocation(stages["allocate"]["result"], check["artifacts"]) if "allocate" in stages else None,
+        "rounding": check["rounding"], "lengths": check["lengths"], "notes": check["notes"],
+        "tokenizer": check["tokenizer"], "chat_template": check["chat_template"], "samples": check["samples"]}
+    if table["teacher"]:
+        table["teacher"]["proof_perplexity"] = check["teacher_perplexity"]
+    if training is not None:
+        table["student"]["training"] = {**training, "curve": curve}
+        for who in ("teacher", "student"):
+            table[who]["held_out"] = _held_out_figures(training[f"{who}_held_out_loss"],
+                                                       training["bytes_per_token"])
+    return table
+
+
+def _allocation(table: dict[str, Any], artifacts: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What the mixed precision was meant to be, beside what its file measured; None while that is not yet written."""
+    file = next((a for a in artifacts if a["encoding"] == f"{table['bits_per_weight']:g}bpw"), None)
+    return file and {**table, "measured_bits_per_weight": file["bits_per_weight"],
+                     "measured_kl": file["parity"]["prefill"]["kl_mean"]}
+
+
+def _describe(model: DenseCheckpoint) -> dict[str, Any]:
+    shape = model.shape.as_dict()
+    family = shape.pop("family")
+    return {"name": model.name, "path": model.path.name, "family": family, "shape": shape,
+            "n_params": model.shape.n_params, "license": model.card.get("license"), "provenance": model.provenance}
+
+
+def _held_out_figures(loss: float, bytes_per_token: float) -> dict[str, float]:
+    return {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": loss / math.log(2) / bytes_per_token}

@@ -1,0 +1,1 @@
+"""Emulated processors, browsers and node, and how to install them."""

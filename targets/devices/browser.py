@@ -1,0 +1,50 @@
+"""Runtimes in a browser's page: wllama (llama.cpp) and transformers.js (onnxruntime-web) in headless Chromium.
+
+Worker (worker.py) -> node/browser.mjs, which drives Chromium -> pages/*.mjs, which run the model. Everything comes
+from one server on 127.0.0.1; a request to anyone else is refused and remembered, and when the model is loaded the page
+is taken offline.
+"""
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from lrc_edge.errors import UserError
+from lrc_edge.targets.devices.kits import Kit, missing
+from lrc_edge.targets.devices.web_kits import CHROMIUM, PLAYWRIGHT, TRANSFORMERS_JS, WLLAMA
+from lrc_edge.targets.runtimes.worker import Command
+from lrc_edge.targets.serve.server import PAGES, Mounts, StaticServer
+
+NODE = Path(__file__).parent / "node"
+
+KITS: dict[str, tuple[Kit, ...]] = {"wllama": (WLLAMA, PLAYWRIGHT, CHROMIUM),
+                                    "transformers.js": (TRANSFORMERS_JS, PLAYWRIGHT, CHROMIUM)}
+FORMATS = {"wllama": "gguf", "transformers.js": "onnx"}
+MODULES = {"wllama": "/page/wllama.mjs", "transformers.js": "/page/transformers_js.mjs"}
+
+
+@contextmanager
+def command(runtime: str, folder: Path) -> Iterator[Command]:
+    """What starts the worker of `runtime` ("wllama", "transformers.js"), while a server shows it the files in `folder`.
+
+    The path that `open` gets is the resolved one of a file below it: a .gguf, or an onnx/*.onnx of a transformers.js
+    folder. A worker opens one file: afterwards its page is offline.
+    Raises UserError when a kit is missing.
+    """
+    if why := missing(KITS[runtime]):
+        raise UserError(f"{runtime}: {why}; run lrc-edge targets setup {runtime}")
+    folder = folder.resolve()
+    mounts: Mounts = {"/page": PAGES, "/files/model": folder, "/wllama": WLLAMA.module("@wllama/wllama"),
+                      "/transformers": TRANSFORMERS_JS.module("@huggingface/transformers"),
+                      "/onnxruntime": TRANSFORMERS_JS.module("onnxruntime-web")}
+    # Playwright's and Chromium's temporary folders: the worker is killed, and would leave them. Chromium ends a moment
+    # later than the worker.
+    with StaticServer(mounts) as server, TemporaryDirectory(prefix="lrc-edge-", ignore_cleanup_errors=True) as scratch:
+        settings = {"playwright": str(PLAYWRIGHT.module("playwright-core")), "chromium": str(CHROMIUM.program),
+                    "origin": server.origin, "page": MODULES[runtime], "folder": str(folder)}
+        yield Command((str(shutil.which("node")), str(NODE / "browser.mjs"), json.dumps(settings)),
+                      {"TMPDIR": scratch})

@@ -1,0 +1,66 @@
+"""python_worker in the bare Python of an emulated aarch64 processor, where emulation.py starts it."""
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from lrc_edge.targets.runtimes.python_worker import PythonWorker, answer_requests
+
+
+class EmulatedWorker(PythonWorker):
+    """`label`: the runtime's build and the emulated processor."""
+
+    def __init__(self, runtime: str, label: str):
+        super().__init__(runtime)
+        self._label = label
+
+    def open(self, path: str, n_ctx: int, threads: int, cache: str = "f16") -> dict[str, Any]:
+        if self._runtime_name != "llama.cpp":
+            return super().open(path, n_ctx, threads, cache) | {"label": self._label}
+        load_backends(llama_libraries())
+        return super().open(path, n_ctx, threads, cache) | {"label": f"{self._label}, {cpu_backend()}"}
+
+    def memory(self) -> dict[str, Any]:
+        return super().memory() | {"how": "VmHWM, the emulator included"}
+
+
+class OlderLibrary(ctypes.CDLL):
+    """A llama.cpp a little older than its bindings: a function that it lacks fails when called, not at import."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if not name.startswith("llama_"):
+                raise
+            why = str(error)
+
+        def lacking(*_: Any) -> None:
+            raise RuntimeError(why)
+        return lacking
+
+
+def llama_libraries() -> Path:
+    """The folder of llama.cpp's libraries, its bindings imported."""
+    ctypes.CDLL = OlderLibrary  # type: ignore[misc]
+    import llama_cpp
+
+    return Path(llama_cpp.__file__).parent / "lib"
+
+
+def load_backends(libraries: Path) -> None:
+    """Of a build with a CPU backend for each generation of processors, the one that suits this processor best."""
+    ctypes.CDLL(str(libraries / "libggml.so")).ggml_backend_load_all_from_path(os.fsencode(libraries))
+
+
+def cpu_backend() -> str:
+    """The CPU backend that is loaded: libggml-cpu-armv8.2_2.so."""
+    loaded = re.search(r"libggml-cpu-\S+", Path("/proc/self/maps").read_text())
+    return loaded.group() if loaded else "no CPU backend"
+
+
+def main(runtime: str, label: str) -> None:
+    answer_requests(EmulatedWorker(runtime, label))

@@ -1,0 +1,1 @@
+"""Compare each artifact, in its runtime, with the PyTorch student."""

@@ -1,0 +1,107 @@
+"""Does a runtime write a conversation as Hugging Face does? Each engine that renders the template, reported by name.
+
+llama.cpp has three: llama-cpp-python renders with Jinja, llama_chat_apply_template (the C API, which many bindings use)
+imitates the templates of some families, and llama-server has a Jinja of its own. The first is a gate. The C API cannot
+render every template, so its result is only reported; so is the server's, where this machine has one.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from lrc_edge.parity import Gate
+from lrc_edge.targets.runtimes.llama_server import LlamaServer, server_program
+from lrc_edge.targets.runtimes.worker import WorkerFailed
+from lrc_edge.targets.runtimes.worker_runtime import WorkerRuntime
+
+CONVERSATIONS: tuple[list[dict[str, str]], ...] = (
+    [{"role": "user", "content": "Hello!"}],
+    [{"role": "system", "content": "You tell stories."}, {"role": "user", "content": "  One about a cat, please.\n"}],
+    [{"role": "user", "content": "Count: 1 2 3"}, {"role": "assistant", "content": "4, 5 é 😀"},
+     {"role": "user", "content": "{{ 'go' }} <on> & \"on\""}],
+)
+Render = Callable[[list[dict[str, str]]], tuple[str, list[int]]]
+
+
+class ChatParity:
+    """What Hugging Face renders, once; then each runtime's engines against it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._bos, self._bos_text = tokenizer.bos_token_id, str(tokenizer.bos_token or "")
+        self._expected: list[tuple[list[dict[str, str]], str, list[int]]] = []
+        for messages in CONVERSATIONS if tokenizer.chat_template else ():
+            try:
+                text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            except Exception:  # a template may refuse a role, by raising whatever it likes
+                continue
+            self._expected.append((messages, text, list(tokenizer(text, add_special_tokens=False)["input_ids"])))
+
+    def judge(self, artifact: str, runtime: WorkerRuntime, name: str, file: Path
+              ) -> tuple[list[Gate], dict[str, Any] | None]:
+        """The gates of the runtime's own Jinja, and the report's row; nothing for a model without a template."""
+        if not self._expected:
+            return [], None
+        gate = Gate(name, artifact, "mismatches", None, 0, "==")
+        once = Gate(f"{name}, BOS", artifact, "mismatches", None, 0, "==")
+        row: dict[str, Any] = {"artifact": artifact, "equal": False, "expected": self._expected[0][1], "got": "",
+                               "engines": {}}
+        try:
+            found = [runtime.render_chat(messages) for messages, _, _ in self._expected]
+        except WorkerFailed as error:
+            return [gate.because(str(error)), once.because(str(error))], {**row, "got": str(error)}
+        row["artifact"] = f"{artifact} ({runtime.label})"
+        wrong = [(want, got) for want, got in zip(self._expected, found, strict=True)
+                 if (want[1], want[2]) != (got[0], list(got[1]))]
+        row |= {"equal": not wrong, "got": found[0][0]}
+        if wrong:
+            (_, text, ids), (got, got_ids) = wrong[0]
+            row |= {"expected": text, "got": got + (f" {list(got_ids)} instead of {ids}" if got == text else "")}
+        if runtime.name == "llama.cpp":
+            row["engines"] = {"Jinja (llama-cpp-python)": _yes(not wrong), **self._other_engines(runtime, file)}
+        doubled = [(self._leading_bos(want[2]), self._leading_bos(got[1]))
+                   for want, got in zip(self._expected, found, strict=True)]
+        bos = [(want, got) for want, got in doubled if want != got or got > 1]
+        why = f"{bos[0][1]} BOS before a chat, Hugging Face writes {bos[0][0]}; need at most one" if bos else ""
+        return [gate.judged(len(wrong)), once.judged(len(bos)).because(why)], row
+
+    def _leading_bos(self, ids: list[int]) -> int:
+        n = 0
+        while self._bos is not None and n < len(ids) and ids[n] == self._bos:
+            n += 1
+        return n
+
+    def _other_engines(self, runtime: WorkerRuntime, file: Path) -> dict[str, str]:
+        """Name -> "yes", "no", or why it did not run."""
+        engines = {"llama.cpp's C API": self._report(lambda messages: runtime.render_chat(messages, "c_api"))}
+        program = server_program()
+        if program is None:
+            engines["llama-server"] = "not run: no llama-server on PATH"
+            return engines
+        try:
+            with LlamaServer(program, file) as server:
+                engines["llama-server"] = self._report(server.render_chat)
+        except WorkerFailed as error:
+            engines["llama-server"] = f"not run: {error}"
+        return engines
+
+    def _report(self, render: Render) -> str:
+        """Text first: what the program adds while it tokenizes, a BOS, is told apart from it."""
+        try:
+            for messages, text, ids in self._expected:
+                got, got_ids = render(messages)
+                bos = self._leading_bos(got_ids)
+                # The C API leaves the BOS that the template writes to the tokenizer.
+                if got != text and not (bos == 1 == self._leading_bos(ids) and text == self._bos_text + got):
+                    return f"no: {got[:80]!r} instead of {text[:80]!r}"
+                if bos > 1:
+                    return f"no: {bos} BOS before a chat"
+        except WorkerFailed as error:
+            return f"no: {error}"
+        return "yes"
+
+
+def _yes(equal: bool) -> str:
+    return "yes" if equal else "no"

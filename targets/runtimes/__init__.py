@@ -1,0 +1,1 @@
+"""The runtimes, each in a process of its own."""

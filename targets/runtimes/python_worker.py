@@ -1,0 +1,200 @@
+"""The worker of the runtimes that have Python bindings: llama.cpp, onnxruntime, onnxruntime-genai. See worker.py.
+
+Run as `python -m lrc_edge.targets.runtimes.python_worker llama.cpp`. Of lrc-edge's dependencies it needs only numpy and
+that runtime, so it also runs in a bare Python on an emulated processor.
+"""
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+import traceback
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lrc_edge.errors import UserError
+
+TIMING_SECONDS = 0.2
+PLAIN_BUFFERS = "--plain-buffers"  # llama.cpp without its extra buffers (llama_probe.py)
+NO_SPINNING = "--no-spinning"  # threads that wait sleep: less CPU time beside other work, and not the fastest alone
+OPS = ("open", "score", "generate", "tokenize", "speed", "memory", "context", "prefill", "decode", "read", "end_tokens",
+       "chat")
+
+
+def open_llama_cpp(path: Path, n_ctx: int, threads: int, cache: str, flags: Collection[str]) -> Any:
+    from lrc_edge.targets.runtimes.llamacpp import LlamaCpp
+
+    return LlamaCpp(path, n_ctx, threads, cache, extra_buffers=PLAIN_BUFFERS not in flags)
+
+
+def open_onnxruntime(path: Path, n_ctx: int, threads: int, cache: str, flags: Collection[str]) -> Any:
+    from lrc_edge.targets.runtimes.onnxrt import OnnxRuntime
+
+    return OnnxRuntime(path, threads, spinning=NO_SPINNING not in flags)
+
+
+def open_genai(path: Path, n_ctx: int, threads: int, cache: str, flags: Collection[str]) -> Any:
+    from lrc_edge.targets.runtimes.ort_genai import OrtGenai
+
+    return OrtGenai(path.parent.parent, f"{path.parent.name}/{path.name}", threads)
+
+
+OPEN = {"llama.cpp": open_llama_cpp, "onnxruntime": open_onnxruntime, "onnxruntime-genai": open_genai}
+
+
+class PythonWorker:
+    """Answers the requests of worker.py for one of OPEN's runtimes. `flags`: PLAIN_BUFFERS, NO_SPINNING.
+
+    Raises KeyError for another runtime.
+    """
+
+    def __init__(self, runtime: str, flags: Collection[str] = ()):
+        self._runtime_name = runtime
+        self._open_runtime = OPEN[runtime]
+        self._flags = flags
+        self._runtime: Any = None
+
+    def open(self, path: str, n_ctx: int, threads: int, cache: str = "f16") -> dict[str, Any]:
+        self._runtime = self._open_runtime(Path(path), n_ctx, threads, cache, self._flags)
+        self._n_ctx = min(n_ctx, getattr(self._runtime, "n_ctx", n_ctx))
+        return {"label": self._runtime.label, "n_ctx": self._n_ctx, "vocab_size": self._runtime.vocab_size}
+
+    def context(self, n_ctx: int, n_rows: int, cache: str) -> dict[str, Any]:
+        self._runtime.new_context(n_ctx, n_rows, cache)
+        self._n_ctx = n_ctx
+        return {}
+
+    def prefill(self, rows: list[list[int]], positions: list[int] | None, fd: int) -> dict[str, Any]:
+        return _send_logits((self._runtime.prefill(np.array(row), positions) for row in rows), fd)
+
+    def decode(self, rows: list[list[int]], positions: list[int] | None, fd: int) -> dict[str, Any]:
+        if positions is None and len(rows) > 1:
+            return _send_steps(self._runtime.decode_rows(np.array(rows)), len(rows[0]), fd)
+        return _send_logits((self._runtime.decode(np.array(row), positions) for row in rows), fd)
+
+    def read(self, row: list[int], positions: list[int], alone: list[int], fd: int) -> dict[str, Any]:
+        return _send_logits(iter([self._runtime.read(np.array(row), positions, alone)]), fd)
+
+    def end_tokens(self) -> dict[str, Any]:
+        return {"ids": sorted(self._runtime.end_tokens)}
+
+    def chat(self, messages: list[dict[str, str]], engine: str) -> dict[str, Any]:
+        text, ids = self._runtime.render_chat(messages, engine)
+        return {"text": text, "ids": ids}
+
+    def score(self, ids: list[int], wanted: list[list[int]]) -> dict[str, Any]:
+        logits_TV = self._runtime.prefill(np.array(ids))
+        top = logits_TV.argmax(-1)
+        # Row by row: a whole row's float64 log-softmax at 128k tokens of vocabulary would be the peak of memory.
+        logprobs = [(row[columns].astype(np.float64) - _log_sum_exp(row)).tolist()
+                    for row, columns in zip(logits_TV, wanted, strict=True)]
+        return {"logprobs": logprobs, "argmax": top.tolist()}
+
+    def generate(self, ids: list[int], n_tokens: int, stop: list[int]) -> dict[str, Any]:
+        return {"ids": self._runtime.generate(ids, min(n_tokens, self._n_ctx - len(ids)), set(stop))}
+
+    def tokenize(self, texts: list[str]) -> dict[str, Any]:
+        return {"ids": [self._runtime.tokenize(text) for text in texts]}
+
+    def speed(self, ids: list[int], n_prompt: int, n_decode: int) -> dict[str, Any]:
+        """Differences of generations from prompts of two lengths, and of two lengths from one prompt."""
+        depth = len(ids) - n_prompt
+        self._quickest(ids[:16], 2)  # pages in, threads started
+        before = self._quickest(ids[:depth], 1)[0] if depth else 0.0
+        read, one = self._quickest(ids, 1)
+        written, made = self._quickest(ids, 1 + n_decode)
+        # onnxruntime-genai ends at an end of text, whoever asks for more.
+        decode = (made - one) / (written - read) if made > n_decode // 2 and written > read else None
+        return {"prefill": n_prompt / (read - before) if read > before else None, "decode": decode}
+
+    def _quickest(self, ids: list[int], n_tokens: int) -> tuple[float, int]:
+        """Seconds of a generation, and what it made: the quickest of as many as there is time for."""
+        started, best, made = time.perf_counter(), math.inf, 0
+        while best == math.inf or time.perf_counter() - started < TIMING_SECONDS:
+            began = time.perf_counter()
+            made = len(self._runtime.generate(ids, n_tokens, set()))
+            best = min(best, time.perf_counter() - began)
+        return best, made
+
+    def memory(self) -> dict[str, Any]:
+        return {"peak_bytes": peak_bytes(), "how": "VmHWM"}
+
+
+def peak_bytes() -> int | None:
+    """The largest resident set that this process has had; None where the kernel does not tell."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    return next((1024 * int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")),
+                None)
+
+
+def _send_logits(rows: Iterator[np.ndarray], fd: int) -> dict[str, Any]:
+    """Write the logits (P, V) of each row, one after the other, from the beginning of the file."""
+    n_rows, shape = 0, ()
+    for logits in rows:
+        _write_logits(fd, logits, n_rows * logits.size)
+        n_rows, shape = n_rows + 1, logits.shape
+    return {"shape": [n_rows, *shape]}
+
+
+def _send_steps(steps: Iterator[np.ndarray], n_steps: int, fd: int) -> dict[str, Any]:
+    """The same of rows that are read side by side: each step has the logits (B, V) of one position of every row.
+
+    Not held until the end: eight rows of 256 tokens with a vocabulary of 128k take 1 GB.
+    """
+    shape: tuple[int, ...] = ()
+    for step, logits in enumerate(steps):
+        shape = logits.shape
+        for row, of_row in enumerate(logits):
+            _write_logits(fd, of_row, (row * n_steps + step) * len(of_row))
+    return {"shape": [shape[0], n_steps, shape[1]]}
+
+
+def _write_logits(fd: int, logits: np.ndarray, at: int) -> None:
+    """`at`: the number of values in the file before them."""
+    data = memoryview(np.ascontiguousarray(logits, dtype=np.float32)).cast("B")  # type: ignore[arg-type]
+    offset = 4 * at
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def _log_sum_exp(row_V: np.ndarray) -> float:
+    row = row_V.astype(np.float64)
+    largest = float(row.max())
+    return largest + float(np.log(np.exp(row - largest).sum()))
+
+
+def answer_requests(worker: PythonWorker) -> None:
+    """Runtimes print on stdout as they please: it is kept for answers, and what they print goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    os.environ["GGML_NO_BACKTRACE"] = "1"  # llama.cpp's last words are why it aborts
+    for line in sys.stdin:
+        answers.write(json.dumps(answer(worker, line)) + "\n")
+        answers.flush()
+
+
+def answer(worker: PythonWorker, line: str) -> dict[str, Any]:
+    try:
+        request = json.loads(line)
+        op = request.pop("op")
+        if op not in OPS:
+            raise ValueError(f"unknown request {op!r}; known: {', '.join(OPS)}")
+        found: dict[str, Any] = getattr(worker, op)(**request)
+    except UserError as error:
+        return {"error": str(error)}
+    except Exception as error:  # whatever a runtime raises is its answer; the traceback goes to stderr
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}"}
+    return found
+
+
+if __name__ == "__main__":
+    answer_requests(PythonWorker(sys.argv[1], sys.argv[2:]))

@@ -1,0 +1,1 @@
+"""Chat with a GGUF on the terminal and in a browser."""

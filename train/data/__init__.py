@@ -1,0 +1,1 @@
+"""Tokenized text on disk, and the rows that training reads."""

@@ -1,0 +1,77 @@
+"""The data stage as a build runs it: the recipe's sources, the teacher's own samples among them, and the cache."""
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lrc_edge.checkpoint import DenseCheckpoint
+from lrc_edge.corpus.sources import SELF, Document, Fields, source_documents
+from lrc_edge.recipe import Recipe
+from lrc_edge.train.data.self_data import SELF_FILE, self_documents
+from lrc_edge.train.data.token_cache import make_or_link, make_resumable
+from lrc_edge.train.data.tokenize import check_enough, describe, prepare, read_summary
+
+Progress = Callable[[str, int], None]  # gets a line and the tokens so far
+
+
+def tokenize_corpus(teacher: DenseCheckpoint, recipe: Recipe, folder: Path, key: str, progress: Progress) -> str:
+    """Leave the corpus that `key` stands for in `folder`, from the cache if it is there. Returns what to tell of it."""
+    seq_len = row_length(recipe, teacher)
+
+    def make(work: Path) -> None:
+        sources = [(source, _documents(source, teacher, recipe, work)) for source in recipe.data.sources]
+        with _all_processors():
+            prepare(sources, teacher.tokenizer(), work, weights=recipe.data.weights,
+                    held_out_share=recipe.data.held_out_share, max_tokens=recipe.train.tokens or None, seq_len=seq_len,
+                    progress=_with_speed(progress))
+
+    if recipe.data.cache:
+        make_or_link(Path(recipe.data.cache).expanduser(), key, folder, make)
+    else:
+        make_resumable(folder, key, make)
+    tallies = read_summary(folder)
+    check_enough(tallies, seq_len, recipe.data.held_out_share)
+    return describe(tallies)
+
+
+def row_length(recipe: Recipe, teacher: DenseCheckpoint) -> int:
+    return min(recipe.train.seq_len, teacher.shape.max_position_embeddings)
+
+
+def _documents(source: str, teacher: DenseCheckpoint, recipe: Recipe, work: Path) -> Iterator[Document]:
+    if source != SELF:
+        yield from source_documents(source, Fields(recipe.data.text_field, recipe.data.messages_field))
+        return
+    from lrc_edge.train.loop.trainer import choose_device, choose_precision
+
+    device = choose_device(recipe.train.device)
+    yield from self_documents(teacher, work / SELF_FILE, max_length=row_length(recipe, teacher), seed=recipe.train.seed,
+                              device=device, dtype=choose_precision(recipe.train.precision, device))
+
+
+def _with_speed(progress: Progress) -> Callable[[int], None]:
+    """The first call says what there is to begin with: what a killed run had made."""
+    began: list[tuple[float, int]] = []
+
+    def tell(n_tokens: int) -> None:
+        now = time.monotonic()
+        if not began:
+            began.append((now, n_tokens))
+        started, had = began[0]
+        progress(f"{n_tokens:,} tokens  {(n_tokens - had) / max(now - started, 1e-9):,.0f} tok/s", n_tokens)
+
+    return tell
+
+
+@contextmanager
+def _all_processors() -> Iterator[None]:
+    """The tokenizer on every processor; off again afterwards, as the command line sets it, because workers fork."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    try:
+        yield
+    finally:
+        os.environ["TOKENIZERS_PARALLELISM"] = before or "false"

@@ -1,0 +1,215 @@
+"""The data stage: documents of all sources tokenized once, in the shares that the weights ask for, into shards."""
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from lrc_edge.corpus.encode import encode
+from lrc_edge.corpus.held_out import HELD_OUT_TOKENS, HeldOut, is_held_out
+from lrc_edge.corpus.sources import Document
+from lrc_edge.errors import UserError
+from lrc_edge.train.data.rows import PackedRows
+from lrc_edge.train.data.shards import SHARD_TOKENS, ShardWriter
+from lrc_edge.workspace import write_atomically
+
+__all__ = ["HELD_OUT_FILE", "SUMMARY_FILE", "PackedRows", "Tally", "check_enough", "prepare", "read_summary"]
+
+BATCH_DOCUMENTS, BATCH_CHARS = 512, 32_000  # tokenized in one call: whichever comes first
+LOOK_ON_CHARS, LOOK_ON_DOCUMENTS = 20_000, 512  # enough held out for a proof, or enough looked at for it
+HELD_OUT_FILE, SUMMARY_FILE = "held_out.npz", "data.json"
+STATE_FILE = "state.json"  # while the stage runs: where a killed one continues
+
+
+@dataclass
+class Tally:
+    """What was taken of one source."""
+
+    source: str
+    documents: int = 0  # trained on
+    tokens: int = 0
+    held_out_documents: int = 0
+    skipped_conversations: int = 0  # refused by the chat template, or without an answer that the loss could look at
+    missed_answers: int = 0  # of the other conversations: without loss (lrc_edge/encode.py says why)
+    ran_out: bool = False
+    read: int = 0  # documents taken off the stream, blank ones too: where to continue
+
+
+@dataclass
+class _State:
+    tallies: list[Tally]
+    n_shards: int = 0
+    held_out: list[Document] = field(default_factory=list)
+    held_out_chars: int = 0
+
+    @classmethod
+    def load(cls, folder: Path, names: Iterable[str]) -> _State:
+        file = folder / STATE_FILE
+        if not file.exists():
+            return cls([Tally(name) for name in names])
+        table = json.loads(file.read_text())
+        return cls(**{**table, "tallies": [Tally(**tally) for tally in table["tallies"]]})
+
+    def save(self, folder: Path) -> None:
+        write_atomically(folder / STATE_FILE, json.dumps(asdict(self)))
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(tally.tokens for tally in self.tallies)
+
+    def hold_out(self, document: Document) -> None:
+        """Keep it for evaluation and proof, as long as they have not enough."""
+        if self.held_out_chars < HELD_OUT_TOKENS * 8:
+            self.held_out.append(document)
+            self.held_out_chars += _size(document)
+
+    def next_source(self, weights: Sequence[float]) -> int | None:
+        """The source that is furthest behind its weight; without weights the first that has not run out."""
+        left = [i for i, tally in enumerate(self.tallies) if not tally.ran_out]
+        return min(left, key=lambda i: self.tallies[i].tokens / weights[i] if weights else i, default=None)
+
+
+def prepare(sources: Sequence[tuple[str, Iterable[Document]]], tokenizer: PreTrainedTokenizerBase, folder: Path, *,
+            weights: Sequence[float] = (), held_out_share: float, max_tokens: int | None, seq_len: int,
+            progress: Callable[[int], None], shard_tokens: int = SHARD_TOKENS) -> int:
+    """Write shards (about max_tokens, or all), held_out.npz and data.json into `folder`; return the training tokens.
+
+    `sources` are (name, documents). A source that runs out leaves the mixture, and the others go on: data.json holds
+    the shares that came of it. Where a killed call worked on the same sources in `folder`, goes on behind the last
+    shard that it closed. Raises UserError when there is no text, or too little to fill one row and hold some out.
+    """
+    state = _State.load(folder, (name for name, _ in sources))
+    writer = ShardWriter(folder, len(tokenizer), state.n_shards)
+    streams = [_batches(islice(documents, tally.read, None))
+               for (_, documents), tally in zip(sources, state.tallies, strict=True)]
+    progress(state.n_tokens)
+    for tally, batch in _mixture(state, streams, weights, max_tokens):
+        _take(batch, state, tally, held_out_share, tokenizer, writer)
+        if writer.n_tokens >= shard_tokens:
+            writer.close_shard()
+            state.n_shards = writer.n_shards
+            state.save(folder)
+        progress(state.n_tokens)
+    writer.close_shard()
+    state.n_shards = writer.n_shards
+    _look_on(state, streams, held_out_share)
+    check_enough(state.tallies, seq_len, held_out_share)
+    HeldOut.from_texts(state.held_out, tokenizer).save(folder / HELD_OUT_FILE)
+    _write_summary(folder, state)
+    (folder / STATE_FILE).unlink(missing_ok=True)
+    return state.n_tokens
+
+
+def _mixture(state: _State, streams: Sequence[Iterator[list[Document]]], weights: Sequence[float],
+             max_tokens: int | None) -> Iterator[tuple[Tally, list[Document]]]:
+    """Batches in the order that the weights ask for, until the tokens that came of them are enough."""
+    while max_tokens is None or state.n_tokens < max_tokens:
+        i = state.next_source(weights)
+        if i is None:
+            return
+        batch = next(streams[i], None)
+        if batch is None:
+            state.tallies[i].ran_out = True
+        else:
+            yield state.tallies[i], batch
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Small enough that the shares of a mixture come out within some ten thousand tokens."""
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += _size(document)
+        if len(batch) == BATCH_DOCUMENTS or size >= BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _size(document: Document) -> int:
+    """Characters of its text."""
+    return len(document) if isinstance(document, str) else sum(len(message["content"]) for message in document)
+
+
+def _take(batch: list[Document], state: _State, tally: Tally, held_out_share: float,
+          tokenizer: PreTrainedTokenizerBase, writer: ShardWriter) -> None:
+    """Tokenize what of a batch is trained on."""
+    for encoded in encode(tokenizer, _split(batch, state, tally, held_out_share)):
+        if encoded is None:
+            tally.skipped_conversations += 1
+            continue
+        writer.add(encoded)
+        tally.documents += 1
+        tally.tokens += len(encoded.ids)
+        tally.missed_answers += encoded.n_missed
+
+
+def _split(batch: list[Document], state: _State, tally: Tally, held_out_share: float) -> list[Document]:
+    """What of a batch is trained on; the rest is held out."""
+    kept: list[Document] = []
+    for document in batch:
+        if isinstance(document, str) and not document.strip():
+            continue
+        if is_held_out(document, held_out_share):
+            tally.held_out_documents += 1
+            state.hold_out(document)
+        else:
+            kept.append(document)
+    tally.read += len(batch)
+    return kept
+
+
+def _look_on(state: _State, streams: Sequence[Iterator[list[Document]]], held_out_share: float) -> None:
+    """A small budget ends before much is held out: the documents that follow have more of it; none is trained on."""
+    n_seen = 0
+    for tally, stream in zip(state.tallies, streams, strict=True):
+        while state.held_out_chars < LOOK_ON_CHARS and n_seen < LOOK_ON_DOCUMENTS and (batch := next(stream, None)):
+            _split(batch, state, tally, held_out_share)
+            n_seen += len(batch)
+
+
+def _write_summary(folder: Path, state: _State) -> None:
+    table = {"tokens": state.n_tokens, "shards": state.n_shards,
+             "sources": [{**asdict(tally), "share": tally.tokens / state.n_tokens} for tally in state.tallies]}
+    (folder / SUMMARY_FILE).write_text(json.dumps(table, indent=1) + "\n")
+
+
+def read_summary(folder: Path) -> list[Tally]:
+    """What prepare took of each source, from data.json."""
+    rows = json.loads((folder / SUMMARY_FILE).read_text())["sources"]
+    return [Tally(**{key: value for key, value in row.items() if key != "share"}) for row in rows]
+
+
+def describe(tallies: list[Tally]) -> str:
+    """The realised shares and what was left out, for the stage's line; empty where there is nothing to tell."""
+    total = sum(tally.tokens for tally in tallies)
+    parts = [f"{tally.source} {tally.tokens / total:.1%}" + ", ran out" * tally.ran_out for tally in tallies]
+    told = "; ".join(parts) if len(tallies) > 1 else ""
+    for what, n in (("skipped conversations", sum(t.skipped_conversations for t in tallies)),
+                    ("answers without loss", sum(t.missed_answers for t in tallies))):
+        told += f"; {what}: {n:,}" if n else ""
+    return told.removeprefix("; ")
+
+
+def check_enough(tallies: list[Tally], seq_len: int, held_out_share: float) -> None:
+    """Raises UserError when there is no row to train on, or nothing held out."""
+    n_held_out = sum(tally.held_out_documents for tally in tallies)
+    n_documents = sum(tally.documents for tally in tallies) + n_held_out
+    n_tokens = sum(tally.tokens for tally in tallies)
+    if skipped := sum(tally.skipped_conversations for tally in tallies) if n_documents == 0 else 0:
+        raise UserError(f"--data: the teacher's chat template refuses all {skipped:,} conversations, or none has an "
+                        "answer to learn; give conversations that it can render")
+    if n_documents == 0:
+        raise UserError("--data: no text in it; give files with text")
+    if n_tokens < seq_len:
+        raise UserError(f"--data: {n_tokens} training tokens in {n_documents} documents, need at least "
+                        f"train.seq_len = {seq_len}; give more text or lower train.seq_len")
+    if n_held_out == 0:
+        raise UserError(f"--data: {n_documents} documents, none held out at data.held_out_share = {held_out_share}; "
+                        "give more documents or raise the share")

@@ -1,0 +1,101 @@
+"""Training checkpoints: written beside, then renamed, so that a kill leaves the previous one whole; pruned to a number.
+
+One is a folder `step-NNNNNNNN` with `state.safetensors` (trained tensors, both Adam moments, the guard's averages) and
+`state.json`. Tensors are whole, whatever number of processes wrote them: any number continues them. The order of the
+data follows from the step, and a step draws no random numbers, so there is nothing else to keep.
+"""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lrc_edge.errors import UserError
+from lrc_edge.workspace import write_atomically
+
+PARTIAL = ".partial"
+STATE_FILE, FACTS_FILE = "state.safetensors", "state.json"
+FINGERPRINT_FILE, SETTINGS_FILE = "fingerprint", "settings.json"  # of the run that the checkpoints are of
+
+
+def claim(run: Path, fingerprint: str, settings: dict[str, Any]) -> None:
+    """Make `run` the folder of the run with this fingerprint, empty unless it is already. `settings`, by their names,
+    are for telling what changed.
+
+    Raises UserError where it has checkpoints of another run: they would be continued as if they were this one's.
+    """
+    mark, known = run / FINGERPRINT_FILE, run / SETTINGS_FILE
+    if mark.exists() and mark.read_text() == fingerprint:
+        return
+    if latest(run / "checkpoints"):
+        before = json.loads(known.read_text()) if known.exists() else settings
+        changes = [f"{name} was {before.get(name)}, is {settings.get(name)}" for name in {**before, **settings}
+                   if before.get(name) != settings.get(name)]
+        told = f" ({'; '.join(changes)})" if changes else ""
+        raise UserError(f"{run}: holds checkpoints of a run with other settings or data{told}; go back to those to "
+                        "continue it, or remove this folder to start anew")
+    shutil.rmtree(run, ignore_errors=True)
+    run.mkdir(parents=True)
+    write_atomically(known, json.dumps(settings, indent=1) + "\n")
+    write_atomically(mark, fingerprint)
+
+
+def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any], keep: int) -> None:
+    """Write checkpoint `step` below `folder` and keep the newest `keep`. Raises UserError when the disk is full."""
+    partial = folder / PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        save_file(tensors, partial / STATE_FILE)
+        (partial / FACTS_FILE).write_text(json.dumps({"step": step, **facts}))
+        for file in (partial / STATE_FILE, partial / FACTS_FILE, partial):
+            _sync(file)  # a rename that survives a power cut must not name a file that does not
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not isinstance(error, OSError) and "os error" not in str(error):
+            raise
+        last = latest(folder)
+        kept = f"the last good one is {last}" if last else "there was none before"
+        raise UserError(f"{folder}: the checkpoint of step {step} could not be written ({error}); {kept}: free some "
+                        "space, then run the same command again") from error
+    target = folder / f"step-{step:08d}"
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(partial, target)
+    _sync(folder)
+    for old in _all(folder)[:-keep]:
+        shutil.rmtree(old)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _all(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"))
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest checkpoint; what a kill cut off has not got this name yet."""
+    return (_all(folder) or [None])[-1]  # type: ignore[list-item]
+
+
+def load(path: Path) -> tuple[Any, dict[str, Any]]:
+    """(an open safetensors file, the facts). The file's get_tensor(name) reads one tensor: no process holds them all.
+
+    Raises UserError when a file was damaged after it was written.
+    """
+    try:
+        return safe_open(path / STATE_FILE, framework="pt"), json.loads((path / FACTS_FILE).read_text())
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{path}: damaged checkpoint ({error}); delete this folder to continue from the one before it, "
+                        "or from the start") from error

@@ -1,0 +1,144 @@
+"""The training stage: teacher checkpoint and prepared tokens in, trained.safetensors and metrics.jsonl out."""
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+from lrc_edge import recipe as recipes
+from lrc_edge.checkpoint import DenseCheckpoint
+from lrc_edge.corpus.held_out import HeldOut
+from lrc_edge.errors import UserError
+from lrc_edge.recipe import Recipe
+from lrc_edge.train import initialize
+from lrc_edge.train.clone import Clone
+from lrc_edge.train.data.tokenize import HELD_OUT_FILE, PackedRows
+from lrc_edge.train.loop import processes
+from lrc_edge.train.loop.checkpoints import latest
+from lrc_edge.train.loop.schedule import Schedule
+from lrc_edge.train.loop.trainer import (
+    EVAL_TOKENS,
+    METRICS_FILE,
+    TRAINED_FILE,
+    Progress,
+    Trainer,
+    choose_device,
+    choose_precision,
+    held_out_loss,
+    read_metrics,
+    save_trained,
+)
+
+SUMMARY_FILE = "training.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What training will do, known before it starts."""
+
+    hidden_size: int
+    schedule: Schedule
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, recipe: Recipe, teacher: DenseCheckpoint, hidden_size: int, data: Path) -> Plan:
+        device = choose_device(recipe.train.device)
+        n_tokens = PackedRows(data, recipe.train.seq_len).n_tokens
+        schedule = Schedule.of(recipe.train, teacher.shape.max_position_embeddings, n_tokens, hidden_size)
+        return cls(hidden_size, schedule, device, choose_precision(recipe.train.precision, device))
+
+
+def load_clone(teacher: DenseCheckpoint, hidden_size: int, *, dtype: torch.dtype = torch.float32,
+               device: torch.device | None = None, trained: Path | None = None, recompute: bool = False) -> Clone:
+    """A clone on `device`, with the tensors of the file `trained` if given (else P = 0: initialize it)."""
+    # The teacher is stored in the type it computes in: at bf16 that halves its memory.
+    model: PreTrainedModel = teacher.model(dtype).to(device or torch.device("cpu"))  # type: ignore[arg-type]
+    clone = Clone(model, teacher.shape, hidden_size, dtype, recompute).to(device or torch.device("cpu"))
+    if trained is not None:
+        with safe_open(trained, framework="pt") as file:
+            if (file.metadata() or {}).get("kind") == "weights":
+                clone.start_dense_phase()
+            clone.initialize({name: file.get_tensor(name) for name in file.keys()})
+    return clone
+
+
+def train(teacher: DenseCheckpoint, recipe: Recipe, plan: Plan, data: Path, folder: Path, progress: Progress) -> None:
+    """Train in `folder`; continues from its last checkpoint. Leaves the trained tensors, metrics and a summary there.
+
+    Under torchrun every process calls it, with the same arguments. Raises UserError when the GPU's memory is too small.
+    """
+    with out_of_memory_told(plan.device, recipe.train.micro_batch):
+        _train(teacher, recipe, plan, data, folder, progress)
+
+
+@contextmanager
+def out_of_memory_told(device: torch.device, micro_batch: int) -> Iterator[None]:
+    """Raise UserError for a GPU that is too small."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"train: out of memory on {device} ({str(error).split('. ')[0]}); lower train.micro_batch "
+                        f"(now {micro_batch}) or set train.gradient_checkpointing=true: the same command "
+                        "continues; where the models themselves do not fit, take a larger GPU") from error
+
+
+def _train(teacher: DenseCheckpoint, recipe: Recipe, plan: Plan, data: Path, folder: Path, progress: Progress) -> None:
+    settings = recipe.train
+    peers = processes.join(plan.device)
+    peers.wait_for_everyone()
+    torch.manual_seed(settings.seed)
+    clone = load_clone(teacher, plan.hidden_size, dtype=plan.dtype, device=plan.device,
+                       recompute=settings.gradient_checkpointing)
+    rows = PackedRows(data, plan.schedule.seq_len, recipe.data.isolate_documents)
+    if processes.agreed(latest(folder / "checkpoints"), peers) is None:
+        _initialize(clone, settings.init, rows, settings.seed)
+    run(clone, teacher, settings, plan, rows, data, folder, progress)
+
+
+def run(clone: Clone, teacher: DenseCheckpoint, settings: recipes.Train, plan: Plan, rows: PackedRows, data: Path,
+        folder: Path, progress: Progress) -> None:
+    """Train a clone that is ready to start, from the folder's last checkpoint if there is one, and leave its files."""
+    schedule = plan.schedule
+    held_out = HeldOut.load(data / HELD_OUT_FILE)
+    held_out_BL = held_out.rows(min(schedule.seq_len, len(held_out.ids) // 2), EVAL_TOKENS,
+                                teacher.config.get("bos_token_id") if _adds_bos(teacher) else None)
+    with clone.untapped() as whole_teacher:
+        teacher_loss = held_out_loss(whole_teacher, held_out_BL, plan.dtype)
+    trainer = Trainer(clone, settings, schedule, rows, held_out_BL, folder, progress)
+    trainer.run()
+    save_trained(clone, folder / TRAINED_FILE)
+    if not trainer.is_main:
+        return
+    curve = read_metrics(folder / METRICS_FILE)
+    losses = [row["held_out_loss"] for row in curve if "held_out_loss" in row]
+    (folder / SUMMARY_FILE).write_text(json.dumps({
+        "steps": schedule.steps, "tokens": schedule.tokens, "dense_from_step": schedule.dense_from,
+        "seconds": round(trainer.clock.seconds, 1), "device": plan.device.type,
+        "processes": trainer.processes.num_processes,
+        "precision": "bf16" if plan.dtype == torch.bfloat16 else "fp32", "init": settings.init,
+        "skipped_batches": sum("skipped" in row for row in curve),
+        "teacher_held_out_loss": teacher_loss, "first_held_out_loss": losses[0], "student_held_out_loss": losses[-1],
+        "bytes_per_token": held_out.bytes_per_token}, indent=1))
+
+
+def _initialize(clone: Clone, init: str, rows: PackedRows, seed: int) -> None:
+    if init == "gaussian":
+        clone.initialize(initialize.gaussian_values(clone, seed))
+        return
+    picked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[: initialize.CALIBRATION_ROWS]
+    sample = torch.stack([rows[int(i)]["input_ids"] for i in picked]).to(next(clone.parameters()).device)
+    values = initialize.pca_values if init == "pca" else initialize.selection_values
+    clone.initialize(values(clone, sample))
+
+
+def _adds_bos(teacher: DenseCheckpoint) -> bool:
+    ids: Any = teacher.tokenizer()("a")["input_ids"]
+    return ids[0] == teacher.config.get("bos_token_id")
