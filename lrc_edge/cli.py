@@ -72,7 +72,7 @@ def train(teacher: Teacher, out: Out, recipe: RecipeFile = None, settings: Setti
     """Train only (the GPU's part of a build). `build` or `fold` on the same directory goes on."""
     from lrc_edge.pipeline import commands
 
-    _exit(commands.build(teacher, out, _recipe(recipe, settings, data), _console(), until="train"))
+    _exit(commands.build(teacher, out, _recipe(recipe, settings, data), _console(), last="train"))
 
 
 @app.command()

@@ -21,6 +21,7 @@ from lrc_edge.errors import UserError
 from lrc_edge.shape import ModelShape
 
 REFERENCE_FILE = "check/reference.npz"
+TEACHER_FILE = "check/teacher.gguf"  # the teacher in 4 bits, for comparing speeds
 TOP = 64
 _MOST = 1.05  # a sum of probabilities, rounded as coarsely as runtimes do
 _LEAST = 1e-9  # a probability below the rounding of its float32 sum

@@ -4,6 +4,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,13 +17,10 @@ from lrc_edge.errors import UserError
 MANIFEST = "build.json"
 DIGEST = "sha256"  # key of the manifest: of all else in it
 PARTIAL = ".partial"  # what a stage has not finished; emptied when a build starts
-# Part of each fingerprint. Raise a stage's number when it makes different files of the same inputs.
-STAGE_VERSIONS = {"weights": 1, "data": 2, "identity": 2, "train": 2, "fold": 2, "quantize": 1, "imatrix": 2,
-                  "sensitivity": 1, "allocate": 1, "gguf": 2, "onnx": 2, "check": 3, "teacher": 1}
 
 
-class BuildDir:
-    """A build's directory. `build.json` holds, for each stage, its fingerprint, its outputs' hashes and its result."""
+class Workspace:
+    """An output directory. `build.json` holds the named inputs, the outputs' hashes and the result of each stage."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -30,7 +28,7 @@ class BuildDir:
         self.manifest: dict[str, Any] = _read_manifest(file) if file.exists() else {"stages": {}, "hashes": {}}
 
     @classmethod
-    def create(cls, path: Path) -> BuildDir:
+    def create(cls, path: Path) -> Workspace:
         """Open or make the directory. Raises UserError when it cannot be written."""
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -42,20 +40,20 @@ class BuildDir:
         shutil.rmtree(path / PARTIAL, ignore_errors=True)
         return cls(path)
 
-    def fingerprint(self, stage: str, inputs: Any) -> str:
-        """Digest of the stage's version and of `inputs`, anything that JSON can hold."""
-        text = json.dumps([stage, STAGE_VERSIONS[stage], inputs], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    def is_done(self, stage: str, fingerprint: str) -> bool:
-        """Whether the stage ran on these inputs and every file that it left is still what it was."""
+    def inputs(self, stage: str) -> dict[str, Any] | None:
+        """The named inputs of the stage when it last finished; None if it has not."""
         record = self.manifest["stages"].get(stage)
-        return (record is not None and record["fingerprint"] == fingerprint
-                and all(self._is_unchanged(name, digest) for name, digest in record["outputs"].items()))
+        # Versions before 0.2 recorded a digest alone.
+        return None if record is None else record.get("inputs", {"version of the stage": 0})
 
-    def _is_unchanged(self, name: str, digest: str) -> bool:
+    def is_done(self, stage: str, inputs: dict[str, Any]) -> bool:
+        """Whether the stage ran on these inputs and every file that it left is still what it was."""
+        return (self.inputs(stage) == _plain(inputs)
+                and all(self._is_unchanged(name, sha256) for name, sha256 in self.output_hashes(stage).items()))
+
+    def _is_unchanged(self, name: str, sha256: str) -> bool:
         file = self.path / name
-        return file.is_file() and self.hash(file) == digest
+        return file.is_file() and self.hash(file) == sha256
 
     def result(self, stage: str) -> Any:
         return self.manifest["stages"][stage]["result"]
@@ -64,11 +62,11 @@ class BuildDir:
         outputs: dict[str, str] = self.manifest["stages"][stage]["outputs"]
         return outputs
 
-    def record(self, stage: str, fingerprint: str, outputs: list[Path], result: Any = None) -> None:
+    def record(self, stage: str, inputs: dict[str, Any], outputs: list[Path], result: Any = None) -> None:
         """Note a finished stage. `outputs` are files or folders below the directory."""
         files = sorted(f for path in outputs for f in (path.rglob("*") if path.is_dir() else [path]) if f.is_file())
         self.manifest["stages"][stage] = {
-            "fingerprint": fingerprint, "result": result,
+            "inputs": _plain(inputs), "result": result,
             "outputs": {str(file.relative_to(self.path)): self.hash(file) for file in files}}
         self.save()
 
@@ -77,7 +75,7 @@ class BuildDir:
             self.save()
 
     def save(self) -> None:
-        table = {DIGEST: _digest(self.manifest), **self.manifest}
+        table = {DIGEST: digest(self.manifest), **self.manifest}
         write_atomically(self.path / MANIFEST, json.dumps(table, indent=1) + "\n")
 
     def hash(self, file: Path) -> str:
@@ -106,21 +104,41 @@ def _read_manifest(file: Path) -> dict[str, Any]:
     needed = "delete it to build again"
     try:
         table: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        digest = table.pop(DIGEST, None)
+        recorded = table.pop(DIGEST, None)
         sound = all(isinstance(part, dict) for part in (table["stages"], table["hashes"], table.get("job", {})))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: not a build manifest ({error!r:.200}); {needed}") from error
     if not sound:
         raise UserError(f"{file}: not a build manifest (stages, hashes and job must be tables); {needed}")
     # A version is written with every job, and so is the digest.
-    if digest != _digest(table) and (digest is not None or "lrc_edge" in table):
-        raise UserError(f"{file}: damaged, or of an earlier lrc-edge (its digest is {digest!r:.70}); {needed}")
+    if recorded != digest(table) and (recorded is not None or "lrc_edge" in table):
+        raise UserError(f"{file}: damaged, or of an earlier lrc-edge (its digest is {recorded!r:.70}); {needed}")
     return table
 
 
-def _digest(manifest: dict[str, Any]) -> str:
-    read_back = json.loads(json.dumps(manifest))  # tuples are lists, all keys texts
-    return hashlib.sha256(json.dumps(read_back, sort_keys=True).encode()).hexdigest()
+def digest(value: Any) -> str:
+    """SHA-256 of anything that JSON holds."""
+    return hashlib.sha256(json.dumps(_plain(value), sort_keys=True).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """As JSON reads it back: tuples are lists, keys are strings."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def changes(before: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
+    """ "train.tokens was 1000, is 2000" for each input that differs; nothing to say where there was none before."""
+    if before is None:
+        return []
+    now = _plain(now)
+    return [f"{name} was {_shown(before.get(name))}, is {_shown(now.get(name))}" for name in {**before, **now}
+            if before.get(name) != now.get(name)]
+
+
+def _shown(value: Any) -> str:
+    """Short enough for a line; a digest by its beginning."""
+    text = str(value)
+    return text[:8] if re.fullmatch(r"[0-9a-f]{64}", text) else f"{text[:60]}..." if len(text) > 63 else text
 
 
 def replace_tree(source: Path, target: Path) -> None:

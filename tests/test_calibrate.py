@@ -5,22 +5,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 from tiny_models import TEXT, make_tiny
 
 from lrc_edge.checkpoint import DenseCheckpoint
-from lrc_edge.corpus.held_out import OVERLAP, HeldOut, is_held_out
+from lrc_edge.corpus.held_out import OVERLAP, Calibration, HeldOut, is_held_out
 from lrc_edge.errors import UserError
-from lrc_edge.pipeline.pipeline import Pipeline
-from lrc_edge.recipe import load_recipe
+from lrc_edge.pipeline import texts
+from lrc_edge.recipe import Recipe, load_recipe
 from lrc_edge.train.data.tokenize import prepare
 
 SHARE = 0.2
 
 
-def pipeline(folder: Path, *settings: str) -> Pipeline:
-    common = ["parity.row_len=64", "parity.positions=256", "export.calibration_tokens=1024"]
-    return Pipeline(folder, load_recipe(None, [*common, *settings]), Console(quiet=True))
+def recipe_of(*settings: str) -> Recipe:
+    return load_recipe(None, ["parity.row_len=64", "parity.positions=256", "export.calibration_tokens=1024", *settings])
+
+
+def calibration(folder: Path, model: DenseCheckpoint, *settings: str) -> Calibration:
+    recipe = recipe_of(*settings)
+    return texts.calibration(folder, texts.held_out_text(folder, recipe, model), recipe, model)
 
 
 def prepared(folder: Path, model: DenseCheckpoint, texts: list[str]) -> np.ndarray:
@@ -51,22 +54,23 @@ def test_a_builds_rows_leave_out_what_the_proof_holds(model: DenseCheckpoint, tm
     copies = [text for i in range(400) if not is_held_out(text := f"{i}: {held_out[i % 5]}", SHARE)]
     mixed = [text for pair in zip(copies, trained, strict=False) for text in pair]
     evaluation = prepared(tmp_path, model, held_out + mixed)
-    got = pipeline(tmp_path).calibration(model)
+    got = calibration(tmp_path, model)
     assert got.rows.shape == (16, 64) and got.source == "training text"
     assert got.n_left_out > 3 and shared_windows(got.rows, evaluation) == 0
-    assert got.as_dict()["sha256"] == pipeline(tmp_path).calibration(model).sha256
+    assert got.as_dict()["sha256"] == calibration(tmp_path, model).sha256
     prepared(tmp_path / "copies", model, held_out + [f"{i}{held_out[0]}" for i in range(30)])
     with pytest.raises(UserError, match=r"calibration: no text beside the proof's \(all \d+ rows share text with it\)"):
-        pipeline(tmp_path / "copies").calibration(model)
+        calibration(tmp_path / "copies", model)
 
 
 def test_an_exports_rows_lie_behind_the_proofs(model: DenseCheckpoint, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT[:40_000])
-    job = pipeline(tmp_path / "out", f"data.sources=[{str(tmp_path / 'text.txt')!r}]")
-    got, proof = job.calibration(model), job.held_out_rows(model)
+    sources = f"data.sources=[{str(tmp_path / 'text.txt')!r}]"
+    got, recipe = calibration(tmp_path, model, sources), recipe_of(sources)
+    proof = texts.held_out_rows(texts.held_out_text(tmp_path, recipe, model), recipe, model)
     assert 0 < len(got.rows) <= 16 and got.source.startswith("--data")
     assert shared_windows(got.rows, proof[:, 1:].flatten()) == 0  # without the BOS of each row
-    assert pipeline(tmp_path / "none").calibration(model).source == "Python's documentation"
+    assert calibration(tmp_path, model).source == "Python's documentation"
     (tmp_path / "short.txt").write_text(TEXT[:300])
     with pytest.raises(UserError, match=r"calibration: no text beside the proof's \(not 64 tokens\); give more --data"):
-        pipeline(tmp_path / "out2", f"data.sources=[{str(tmp_path / 'short.txt')!r}]").calibration(model)
+        calibration(tmp_path, model, f"data.sources=[{str(tmp_path / 'short.txt')!r}]")

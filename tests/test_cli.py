@@ -14,10 +14,10 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.console import Task
 from lrc_edge.errors import UserError
 from lrc_edge.pipeline import preflight
+from lrc_edge.pipeline.plan import Plan
 from lrc_edge.recipe import load_recipe
 
 COMMANDS = ("build", "train", "fold", "export", "check", "report", "chat", "inspect", "recipe")
@@ -129,21 +129,19 @@ def test_output_below_a_file(tiny_llama: Path, tmp_path: Path) -> None:
 
 def test_disk_too_small_is_said_before_the_start(tiny_llama: Path, text: Path, tmp_path: Path,
                                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    model = DenseCheckpoint.open(tiny_llama)
     recipe = load_recipe(None, ["student.hidden_size=32"], data={"sources": [str(text)]})
-    preflight.check_build(model, recipe, tmp_path / "out")
+    preflight.check(Plan.of_build(str(tiny_llama), recipe), tmp_path / "out")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(UserError, match=r"needs about .* MB, 1.* kB are free"):
-        preflight.check_build(model, recipe, tmp_path / "out")
+        preflight.check(Plan.of_build(str(tiny_llama), recipe), tmp_path / "out")
     with pytest.raises(UserError, match="free some space"):
-        preflight.check_export(model, recipe, tmp_path / "out")
+        preflight.check(Plan.of_export(str(tiny_llama), recipe), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_what_a_build_has_written_need_not_be_free_again(tiny_llama: Path, text: Path, tmp_path: Path,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    model = DenseCheckpoint.open(tiny_llama)
     recipe = load_recipe(None, ["student.hidden_size=32"], data={"sources": [str(text)]})
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**6))
@@ -151,9 +149,9 @@ def test_what_a_build_has_written_need_not_be_free_again(tiny_llama: Path, text:
     checkpoint.parent.mkdir(parents=True)
     checkpoint.write_bytes(bytes(10**5))
     with pytest.raises(UserError, match=r"needs about .* MB, 1.00 MB are free"):
-        preflight.check_build(model, recipe, tmp_path / "out")
+        preflight.check(Plan.of_build(str(tiny_llama), recipe), tmp_path / "out")
     checkpoint.write_bytes(bytes(10**7))
-    preflight.check_build(model, recipe, tmp_path / "out")
+    preflight.check(Plan.of_build(str(tiny_llama), recipe), tmp_path / "out")
 
 
 def test_time_left_is_told_by_what_this_run_did(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,9 +166,8 @@ def test_time_left_is_told_by_what_this_run_did(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_width_that_leaves_some_formats(tmp_path: Path, tiny_llama: Path, text: Path) -> None:
-    model = DenseCheckpoint.open(tiny_llama)
     recipe = load_recipe(None, ["student.hidden_size=32"], data={"sources": [str(text)]},
                          export={"formats": "gguf:q4_k_m"})
-    with pytest.raises(UserError, match=r"gguf:q4_k_m stores rows in blocks of 256.*remain:.*gguf:q8_0") as caught:
-        preflight.check_build(model, recipe, tmp_path / "out")
+    with pytest.raises(UserError, match=r"gguf:q4_k_m needs a multiple of 256.*one of:.*gguf:q8_0") as caught:
+        preflight.check(Plan.of_build(str(tiny_llama), recipe), tmp_path / "out")
     assert "gguf:q6_k," not in str(caught.value)

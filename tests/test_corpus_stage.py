@@ -11,16 +11,16 @@ import pytest
 from rich.console import Console
 from tiny_models import TEXT, make_tiny
 
-from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
-from lrc_edge.pipeline.base import Teacher
+from lrc_edge.pipeline import preflight
 from lrc_edge.pipeline.commands import build
-from lrc_edge.pipeline.pipeline import Pipeline
-from lrc_edge.pipeline.preflight import check_build
+from lrc_edge.pipeline.plan import Plan
+from lrc_edge.pipeline.stage import Build, run_stages
+from lrc_edge.pipeline.stages import stages
 from lrc_edge.recipe import Recipe, load_recipe
 from lrc_edge.train.data import stage as corpus_stage
 from lrc_edge.train.data.tokenize import PackedRows, read_summary
-from lrc_edge.workspace import BuildDir
+from lrc_edge.workspace import Workspace
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,7 @@ def recipe_of(*sources: Path | str, **data: Any) -> Recipe:
 def build_data(out: Path, teacher: Path, recipe: Recipe) -> str:
     """Run the stage; what it printed."""
     console = Console(file=io.StringIO(), width=200)
-    source = Teacher.of(str(teacher))
-    Pipeline(out, recipe, console, source).data(source.checkpoint)
+    run_stages(stages("data", "data"), Build(Plan.of_build(str(teacher), recipe), out, console))
     return str(console.file.getvalue())  # type: ignore[attr-defined]
 
 
@@ -121,7 +120,7 @@ def test_a_build_killed_before_its_corpus_was_noted_makes_it_once(tiny_llama: Pa
 
     calls, out = tokenizer_calls(monkeypatch), tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(BuildDir, "record", killed)
+        patch.setattr(Workspace, "record", killed)
         build_data(out, tiny_llama, recipe_of(text))
     assert (out / "data" / "data.json").exists() and len(calls) == 1
     build_data(out, tiny_llama, recipe_of(text))
@@ -131,7 +130,7 @@ def test_a_build_killed_before_its_corpus_was_noted_makes_it_once(tiny_llama: Pa
     build_data(out, tiny_llama, recipe_of(text))
     assert len(calls) == 2
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(BuildDir, "record", killed)
+        patch.setattr(Workspace, "record", killed)
         build_data(out, tiny_llama, recipe_of(text, text_field="other"))
     build_data(out, tiny_llama, recipe_of(text))
     assert len(calls) == 4, "what was finished for other inputs is not taken"
@@ -142,7 +141,7 @@ def test_a_mistake_behind_the_teachers_own_text_keeps_it(tiny_llama: Path, tmp_p
     out = tmp_path / "out"
     with pytest.raises(UserError, match=r"broken\.jsonl"):
         build(str(tiny_llama), out, recipe_of("self", tmp_path / "broken.jsonl", weights=[1, 1], tokens=10**6),
-              Console(quiet=True), until="train")
+              Console(quiet=True), last="train")
     assert (out / "data.unfinished" / "self.jsonl").stat().st_size > 0
     with pytest.raises(UserError, match=r"broken\.jsonl"):
         build(str(tiny_llama), tmp_path / "nothing", recipe_of(tmp_path / "broken.jsonl"), Console(quiet=True))
@@ -161,11 +160,13 @@ def test_the_teacher_as_a_source_among_others(tiny_llama: Path, text: Path, tmp_
 
 
 def test_what_preflight_says_of_sources(tiny_llama: Path, tmp_path: Path) -> None:
-    teacher = DenseCheckpoint.open(tiny_llama)
+    def check(recipe: Recipe) -> None:
+        preflight.check(Plan.of_build(str(tiny_llama), recipe, writes=False), tmp_path)
+
     for source in ("self", "org/name", "HuggingFaceFW/fineweb-edu:sample-10BT", "org/name:v1.0:train"):
-        check_build(teacher, recipe_of(source, tokens=100), tmp_path, runtimes=False)
+        check(recipe_of(source, tokens=100))
     for source in ("missing.parquet", "./self", "~/nothing", "/nowhere"):
         with pytest.raises(UserError, match="no such file or folder; give a "):
-            check_build(teacher, recipe_of(source), tmp_path, runtimes=False)
+            check(recipe_of(source))
     with pytest.raises(UserError, match="or --data self"):
-        check_build(teacher, recipe_of(), tmp_path, runtimes=False)
+        check(recipe_of())

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lrc_edge.errors import UserError
-from lrc_edge.pipeline.preflight import gguf_encodings, parse_format
+from lrc_edge.pipeline.plan import gguf_encodings, parse_format
 from lrc_edge.targets import profile as profiles
 from lrc_edge.targets.profile import Profile, all_profiles, load_profile, profile_names
 

@@ -23,7 +23,8 @@ from lrc_edge.errors import UserError
 from lrc_edge.export.fold import with_weights
 from lrc_edge.export.gguf.to_gguf import export_gguf
 from lrc_edge.export.quantize.encodings import quantize_matrix
-from lrc_edge.pipeline.preflight import check_export
+from lrc_edge.pipeline import preflight
+from lrc_edge.pipeline.plan import Plan
 from lrc_edge.recipe import load_recipe
 from lrc_edge.train.clone import Clone
 from lrc_edge.train.grids import on_grid, on_q4_0, on_q8_0
@@ -198,11 +199,11 @@ def test_what_cannot_be_trained_is_said_before_anything_is_made(settings: list[s
                                                                tmp_path: Path) -> None:
     recipe = load_recipe(None, [*GRID, 'export.formats=["gguf:q4_0"]', *settings])
     with pytest.raises(UserError, match=message):
-        check_export(DenseCheckpoint.open(tiny_llama), recipe, tmp_path / "out")
+        preflight.check(Plan.of_export(str(tiny_llama), recipe), tmp_path / "out")
 
 
 def test_rows_off_the_grid_are_refused(tmp_path: Path) -> None:
     recipe = load_recipe(None, [*GRID], data={"sources": ["text.txt"]}, export={"formats": "gguf:q4_0"})
-    odd = DenseCheckpoint.open(make_tiny(tmp_path / "t", intermediate_size=112))
+    odd = make_tiny(tmp_path / "t", intermediate_size=112)
     with pytest.raises(UserError, match="a row of 112 does not divide into the Q4_0 grid's blocks of 32"):
-        check_export(odd, recipe, tmp_path / "out")
+        preflight.check(Plan.of_export(str(odd), recipe), tmp_path / "out")

@@ -18,7 +18,7 @@ from lrc_edge.recipe import load_recipe
 from lrc_edge.train.loop import stage
 from lrc_edge.train.loop.checkpoints import claim, latest
 from lrc_edge.train.loop.trainer import METRICS_FILE, TRAINED_FILE, read_metrics
-from lrc_edge.workspace import BuildDir
+from lrc_edge.workspace import Workspace
 
 STEPS = 100
 SETTINGS = ["train.seq_len=64", "train.batch_tokens=128", f"train.tokens={128 * STEPS}", "train.log_every=1",
@@ -35,7 +35,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(teacher: Path, text: Path, out: Path, *settings: str) -> None:
     recipe = load_recipe(None, [*SETTINGS, *settings], data={"sources": [str(text)]})
-    assert build(str(teacher), out, recipe, Console(quiet=True), until="train")
+    assert build(str(teacher), out, recipe, Console(quiet=True), last="train")
 
 
 @pytest.fixture(scope="module")
@@ -58,16 +58,16 @@ def interrupt(*args: object) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(("where", "what"), [(stage, "save_trained"), (BuildDir, "record")])
+@pytest.mark.parametrize(("where", "what"), [(stage, "save_trained"), (Workspace, "record")])
 def test_a_kill_between_the_last_step_and_the_record(where: object, what: str, whole: Path, tiny_llama: Path,
                                                      text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
                                                      ) -> None:
-    def interrupt_training(self: BuildDir, stage: str, *args: object) -> None:
+    def interrupt_training(self: Workspace, stage: str, *args: object) -> None:
         if stage == "train":
             raise KeyboardInterrupt
         record(self, stage, *args)  # type: ignore[arg-type]
 
-    record = BuildDir.record
+    record = Workspace.record
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(where, what, interrupt_training if what == "record" else interrupt)
         train(tiny_llama, text, tmp_path / "out")
@@ -136,14 +136,14 @@ def test_a_changed_setting_is_named_and_refused_while_there_are_checkpoints(whol
 def test_checkpoints_of_an_unknown_run_are_refused_and_a_folder_without_any_is_emptied(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints" / "step-00000001").mkdir(parents=True)
     (tmp_path / "run" / "fingerprint").write_text("of an older version")
-    with pytest.raises(UserError, match="other settings or data; go back"):
-        claim(tmp_path / "run", "one", {"train.seed": 1})
+    with pytest.raises(UserError, match="other settings or data; restore"):
+        claim(tmp_path / "run", {"train.seed": 1})
     (tmp_path / "run" / "checkpoints" / "step-00000001").rmdir()
     (tmp_path / "run" / METRICS_FILE).write_text("")
-    claim(tmp_path / "run", "one", {"train.seed": 1})
-    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["fingerprint", "settings.json"]
+    claim(tmp_path / "run", {"train.seed": 1})
+    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["inputs.json"]
     (tmp_path / "run" / METRICS_FILE).write_text("")
-    claim(tmp_path / "run", "one", {"train.seed": 1})
+    claim(tmp_path / "run", {"train.seed": 1})
     assert (tmp_path / "run" / METRICS_FILE).exists()
 
 

@@ -1,118 +1,110 @@
-"""What each command does, after the command line has been parsed: checks first, then stages, then the verdict."""
+"""What each command does after the command line has been parsed: checks first, then stages, then the verdict."""
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from lrc_edge.artifact import Artifact, smallest_gguf
-from lrc_edge.checkpoint import DenseCheckpoint, resolve_model
+from lrc_edge.artifact import smallest_gguf
 from lrc_edge.errors import UserError
 from lrc_edge.machine import processors
-from lrc_edge.pipeline import preflight
-from lrc_edge.pipeline.base import Teacher
+from lrc_edge.pipeline import check_stages, preflight, texts
 from lrc_edge.pipeline.device_checks import check_targets
-from lrc_edge.pipeline.pipeline import Pipeline
-from lrc_edge.pipeline.training import ON_GRID
+from lrc_edge.pipeline.plan import Plan
+from lrc_edge.pipeline.stage import Build, describe_job, run_stages
+from lrc_edge.pipeline.stages import stages
 from lrc_edge.recipe import Recipe, recorded_recipe
 from lrc_edge.report.report_file import read_report, show_verdict, write_report
-from lrc_edge.workspace import MANIFEST, BuildDir
+from lrc_edge.workspace import MANIFEST, Workspace
 
 
-def build(source: str, out: Path, recipe: Recipe, console: Console, until: str = "report") -> bool | int:
-    """The whole pipeline, or up to the stage `until` ("train", "fold"). Returns whether every gate passed; where only
-    a device's runtime was missing, the exit status that says so."""
+def build(source: str, out: Path, recipe: Recipe, console: Console, last: str = "report") -> bool | int:
+    """Run all stages, or those up to `last` ("train"). Returns whether every gate passed, or the exit status if only a
+    device's runtime was missing."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        if until != "train":
+        if last != "train":
             raise UserError("several processes can only train: use lrc-edge train under torchrun, then build on one")
         return _train_together(source, out, recipe, console)
-    pipeline = _before_training(source, out, recipe, console, until)
-    if pipeline is None:
+    run = _start(source, out, recipe, console, last)
+    if run is None:
         return False
-    pipeline.train()
-    if until == "train":
-        return True
-    pipeline.fold()
-    if until == "fold":
-        return all(gate["passed"] for gate in pipeline.dir.result("fold"))
-    student = DenseCheckpoint.open(out / "student")
-    return _prove_and_report(pipeline, student, console)
+    if last == "train":
+        return run_stages(stages("train", "train"), run)
+    return _finish(run, "train")
 
 
-def _before_training(source: str, out: Path, recipe: Recipe, console: Console, until: str) -> Pipeline | None:
-    """Checks, and the stages up to the identity gate; None where it failed."""
-    teacher = Teacher.of(source)
-    # A machine that only trains need not have the runtimes; what they cannot run is then found where they are.
-    trains_only = until == "train" and find_spec("llama_cpp") is None
-    preflight.check_build(teacher.checkpoint, recipe, out, runtimes=not trains_only)
-    for warning in preflight.fit_warnings(teacher.checkpoint, recipe):
+def _start(source: str, out: Path, recipe: Recipe, console: Console, last: str) -> Build | None:
+    """Check everything, then run the stages before training; None if the identity gate failed."""
+    # A machine that only trains need not have the runtimes; the machine that writes the files checks the formats.
+    plan = Plan.of_build(source, recipe, writes=last != "train" or find_spec("llama_cpp") is not None)
+    preflight.check(plan, out)
+    for warning in preflight.fit_warnings(plan):
         console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     with _leaving_nothing_of_a_mistake(out):
-        pipeline = Pipeline(out, recipe, console, teacher)
-        pipeline.describe_job(teacher=str(Path(source).resolve()) if teacher.revision == "local" else source)
-        pipeline.weights(teacher.checkpoint)
-        pipeline.data(teacher.checkpoint)
-    pipeline.identity()
-    if not all(gate["passed"] for gate in pipeline.dir.result("identity")):
-        console.print("identity gate failed: this teacher's clone would not be the teacher; not trained",
+        run = Build(plan, out, console)
+        describe_job(run, teacher=_recorded_name(plan))
+        run_stages(stages(last="data"), run)
+    if not run_stages(stages("identity", "identity"), run):
+        console.print("identity gate failed: a clone of this teacher would not equal it, so nothing was trained",
                       style="red", soft_wrap=True)
         return None
-    return pipeline
+    return run
+
+
+def _recorded_name(plan: Plan) -> str:
+    """What finds the model again from another directory."""
+    source = plan.source
+    return str(source.checkpoint.path.resolve()) if source.revision == "local" else source.given
 
 
 def _train_together(source: str, out: Path, recipe: Recipe, console: Console) -> bool:
-    """As one of the processes that torchrun started: the first does what comes before training, all train."""
+    """Train as one of the processes that torchrun started; the main one does what comes before training."""
     from lrc_edge.train.loop.processes import join, leave
     from lrc_edge.train.loop.trainer import choose_device
 
-    peers = join(choose_device(recipe.train.device))
-    if peers.is_main_process and (recipe.train.tokens or recipe.train.batch_tokens):
-        _check_rows_divide(Teacher.of(source).checkpoint, recipe, peers.num_processes)
-    pipeline = _before_training(source, out, recipe, console, "train") if peers.is_main_process else None
-    if peers.is_main_process and pipeline is None:
+    ranks = join(choose_device(recipe.train.device))
+    if ranks.is_main_process and (recipe.train.tokens or recipe.train.batch_tokens):
+        _check_rows_divide(Plan.of_build(source, recipe, writes=False), ranks.num_processes)
+    run = _start(source, out, recipe, console, "train") if ranks.is_main_process else None
+    if ranks.is_main_process and run is None:
         raise UserError(f"{out}: identity gate failed; not trained")
     try:
-        peers.wait_for_everyone()
-    except RuntimeError as error:  # the connection broke: the first process stopped, and has said why
+        ranks.wait_for_everyone()
+    except RuntimeError as error:  # the connection broke: the main process stopped, and has printed why
         raise SystemExit(2) from error
-    if pipeline is None:
-        pipeline = Pipeline(out, recipe, Console(quiet=True), Teacher.of(source), leads=False)
-    pipeline.train()
-    leave(peers)
+    if run is None:
+        run = Build(Plan.of_build(source, recipe, writes=False), out, Console(quiet=True), leads=False)
+    run_stages(stages("train", "train"), run)
+    leave(ranks)
     return True
 
 
-def _check_rows_divide(teacher: DenseCheckpoint, recipe: Recipe, world: int) -> None:
-    """Known before the data is where the recipe says how much of it a step takes. Raises UserError."""
+def _check_rows_divide(plan: Plan, world: int) -> None:
+    """Check, before there is data, a step's share of each process if the recipe states it. Raises UserError."""
     from lrc_edge.train.loop.schedule import Schedule
 
-    schedule = Schedule.of(recipe.train, teacher.shape.max_position_embeddings, 0,
-                           preflight.student_width(recipe, teacher.shape))
+    recipe, teacher = plan.recipe, plan.source.checkpoint
+    schedule = Schedule.of(recipe.train, teacher.shape.max_position_embeddings, 0, plan.student.hidden_size)
     schedule.rows_of_process(world, recipe.train.micro_batch)
 
 
 def export(source: str, out: Path, recipe: Recipe, console: Console) -> bool | int:
-    """Write and prove the artifacts of any dense checkpoint of a supported family."""
-    path, name, _ = resolve_model(source)
-    student = DenseCheckpoint.open(path, name)
-    preflight.check_export(student, recipe, out)
-    if recipe.quantize.tokens and not recipe.train.tokens:  # read as much of --data as there is use for
-        recipe = replace(recipe, train=replace(recipe.train, tokens=recipe.quantize.tokens))
+    """Write and verify the artifacts of any dense checkpoint of a supported family."""
+    plan = Plan.of_export(source, recipe)
+    preflight.check(plan, out)
     with _leaving_nothing_of_a_mistake(out):
-        pipeline = Pipeline(out, recipe, console)
-        pipeline.describe_job(student=str(path.resolve()))
-        pipeline.weights(student)
-        if recipe.quantize.tokens:
-            pipeline.data(student)
-        pipeline.held_out_rows(student)  # too little --data is said before the files are written
-    return _prove_and_report(pipeline, student, console)
+        run = Build(plan, out, console)
+        describe_job(run, student=str(plan.source.checkpoint.path.resolve()))
+        run_stages(stages(last="data"), run)
+        # Too little --data is reported before the files are written.
+        texts.held_out_rows(run.held_out, plan.recipe, plan.source.checkpoint)
+    return _finish(run, "quantize")
 
 
 @contextmanager
@@ -122,59 +114,56 @@ def _leaving_nothing_of_a_mistake(out: Path) -> Iterator[None]:
     try:
         yield
     except UserError:
-        # Hours of tokenizing, or of the teacher's own text, which can go on.
+        # Hours of tokenizing, or of the teacher's own text, which can be continued.
         kept = [*out.glob("*.unfinished/state.json"), *out.glob("*.unfinished/self.jsonl")]
         if not existed and not any(file.stat().st_size for file in kept):
             shutil.rmtree(out, ignore_errors=True)
         raise
 
 
-def _prove_and_report(pipeline: Pipeline, student: DenseCheckpoint, console: Console) -> bool | int:
-    on_grid = pipeline.quantize(student)
-    artifacts = pipeline.export(student, on_grid)
-    pipeline.check(student, artifacts, on_grid)
-    pipeline.teacher_gguf()
-    pipeline.report(student)
-    status = check_targets(pipeline.out, pipeline.recipe.export.targets, console)
-    report = read_report(pipeline.out)
-    show_verdict(report, pipeline.out, console)
+def _finish(run: Build, first: str) -> bool | int:
+    """Run the stages from `first` on, write the report, check the devices, and print the verdict."""
+    run_stages(stages(first), run)
+    check_stages.report(run)
+    status = check_targets(run.out, run.recipe.export.targets, run.console)
+    report = read_report(run.out)
+    show_verdict(report, run.out, run.console)
     return status if all(gate["passed"] for gate in report["gates"]) else False
 
 
-def _reopen(out: Path, console: Console) -> tuple[Pipeline, dict[str, Any]]:
-    """A build directory as an earlier command left it, and what it is of. Raises UserError when it is none."""
+def _reopen(out: Path, console: Console) -> Build:
+    """A build directory as an earlier command left it. Raises UserError for any other directory."""
     if not (out / MANIFEST).exists():
         raise UserError(f"{out}: no {MANIFEST}; give the --out directory of a build or an export")
-    job: dict[str, Any] = BuildDir(out).manifest.get("job", {})
+    job: dict[str, Any] = Workspace(out).manifest.get("job", {})
     recipe = recorded_recipe(job.get("recipe", {}), out)
-    return Pipeline(out, recipe, console, Teacher.of(job["teacher"]) if "teacher" in job else None), job
+    plan = Plan.of_build(job["teacher"], recipe) if "teacher" in job else Plan.of_export(job["student"], recipe)
+    return Build(plan, out, console)
 
 
 def check(out: Path, console: Console) -> bool:
-    """Prove the artifacts of a build again, from the files, whatever was proved before."""
-    pipeline, job = _reopen(out, console)
-    student = DenseCheckpoint.open(job.get("student") or out / "student")
-    stages = pipeline.dir.manifest["stages"]
-    artifacts = [Artifact.from_dict(t) for name in ("gguf", "onnx") if name in stages for t in stages[name]["result"]]
-    if not artifacts:
+    """Verify the artifacts of a build again, from the files, whatever was verified before."""
+    run = _reopen(out, console)
+    recorded = run.workspace.manifest["stages"]
+    if not recorded.keys() & {"gguf", "onnx"}:
         raise UserError(f"{out}: no artifacts to check; run lrc-edge build or export first")
-    for artifact in artifacts:
+    for artifact in run.artifacts:
         if not (out / artifact.path).exists():
             raise UserError(f"{out / artifact.path}: missing, though the build wrote it; run the build again")
-    on_grid = DenseCheckpoint.open(out / ON_GRID) if "quantize" in stages else None
-    pipeline.check(student, artifacts, on_grid, again=True)
-    report = pipeline.report(student)
+    run.workspace.forget("check")
+    run_stages(stages("check", "check"), run)
+    report = check_stages.report(run)
     show_verdict(report, out, console)
     return all(gate["passed"] for gate in report["gates"])
 
 
 def fold(out: Path, console: Console) -> bool:
     """Fold what `train` left in `out`. Returns whether the fold's gates passed."""
-    pipeline, _ = _reopen(out, console)
-    if pipeline.teacher is None or "train" not in pipeline.dir.manifest["stages"]:
+    run = _reopen(out, console)
+    if not run.plan.trains or "train" not in run.workspace.manifest["stages"]:
         raise UserError(f"{out}: nothing trained here to fold; run lrc-edge train or build first")
-    pipeline.fold()
-    return all(gate["passed"] for gate in pipeline.dir.result("fold"))
+    run_stages(stages("fold", "fold"), run)
+    return all(gate["passed"] for gate in run.workspace.result("fold"))
 
 
 def show_report(out: Path, console: Console) -> bool:

@@ -22,15 +22,14 @@ from lrc_edge.recipe import recorded_recipe
 from lrc_edge.report.devices import failures, memory_text, speed_text, target_tables
 from lrc_edge.report.report_file import REPORT, damage_reported, read_report, write_report
 from lrc_edge.report.view import Names, gate_cells
-from lrc_edge.stored_reference import REFERENCE_FILE, StoredReference
+from lrc_edge.stored_reference import REFERENCE_FILE, TEACHER_FILE, StoredReference
 from lrc_edge.targets import speed
 from lrc_edge.targets.devices.device_check import Checked, check_artifact
 from lrc_edge.targets.profile import Profile, load_profiles
 from lrc_edge.targets.runtimes.table import runtimes_of
 from lrc_edge.targets.runtimes.worker import WorkerFailed, ended_by_signals
-from lrc_edge.workspace import MANIFEST, BuildDir, write_atomically
+from lrc_edge.workspace import MANIFEST, Workspace, write_atomically
 
-TEACHER_FILE = "check/teacher.gguf"  # for speed beside it
 PASSED, FAILED, NOT_CHECKED = 0, 1, 3  # exit statuses
 
 
@@ -45,7 +44,7 @@ class BuildFacts:
     @classmethod
     def read(cls, out: Path) -> BuildFacts:
         """Raises UserError when the folder holds no build, or not what a check needs of it."""
-        build = BuildDir(out)
+        build = Workspace(out)
         job, stages = build.manifest.get("job"), build.manifest["stages"]
         if job is None:
             raise UserError(f"{out}: no build here (no build.json); give the --out folder of a build or an export")

@@ -23,7 +23,7 @@ from lrc_edge.targets.profile import all_profiles, load_profile
 from lrc_edge.targets.runtimes.llama_probe import extra_buffers
 from lrc_edge.targets.runtimes.table import kits_named
 from lrc_edge.targets.serve.command import page_server
-from lrc_edge.workspace import MANIFEST, BuildDir
+from lrc_edge.workspace import MANIFEST, Workspace
 
 NOTES = ("total: the predicted peak of the resident set; llama.cpp and onnxruntime on x86-64 were within a tenth of "
          "it (benchmarks/fit.py); other processors are reckoned, browsers fitted to a few measurements in Chromium. "
@@ -125,7 +125,7 @@ def find_model(source: str) -> Model:
     """
     path = Path(source).expanduser()
     if (path / MANIFEST).exists():
-        folder = Path(BuildDir(path).manifest.get("job", {}).get("student") or path / "student")
+        folder = Path(Workspace(path).manifest.get("job", {}).get("student") or path / "student")
         if not folder.exists():
             raise UserError(f"{path}: no student in it yet; give its teacher, and the recipe with --recipe and --set")
         return Model(path.resolve().name, shape_of(read_config(folder), folder / "config.json"), False)

@@ -13,17 +13,20 @@ from typing import Any
 from rich.console import Console
 
 from lrc_edge.artifact import Artifact, sha256_of
-from lrc_edge.checkpoint import DenseCheckpoint, resolve_model
+from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.console import running, stage_line
 from lrc_edge.errors import UserError
 from lrc_edge.finding import Finding, faults
 from lrc_edge.inspect.files import describe_gguf
 from lrc_edge.inspect.onnx_files import describe_onnx
-from lrc_edge.machine import threads_for
 from lrc_edge.parity import Gate
-from lrc_edge.pipeline.pipeline import Pipeline
+from lrc_edge.pipeline import texts
+from lrc_edge.pipeline.check_stages import report_of
+from lrc_edge.pipeline.plan import Plan
+from lrc_edge.pipeline.stage import Build, gate_tables
 from lrc_edge.recipe import Recipe
 from lrc_edge.report.report_file import read_report, show_verdict, write_report
+from lrc_edge.targets.proof.prove import ProofText, prove
 from lrc_edge.workspace import MANIFEST
 
 # ONNX files have no name for their encoding: it follows from the bits of a weight, scales included.
@@ -47,25 +50,22 @@ class Subject:
 
 def verify(source: str, files: Sequence[Path], out: Path, recipe: Recipe, console: Console) -> bool:
     """Audit and run each file, write the report. Returns whether every gate passed. Raises UserError."""
-    path, name, _ = resolve_model(source)
-    model = DenseCheckpoint.open(path, name)
     for file in files:
         if not file.exists():
             raise UserError(f"{file}: no such file; give a .gguf file, an .onnx file or an ONNX folder")
     if (out / MANIFEST).exists():
         raise UserError(f"{out}: holds a build, whose report would be replaced; give another --out")
-    pipeline = Pipeline(out, recipe, console)
-    text = pipeline.proof_text(model)
+    run = Build(Plan.of_export(source, recipe), out, console)
+    text = texts.proof_text(run.held_out, run.recipe, run.student)
     with running(console, "audit") as task:
         subjects = []
         for file in dict.fromkeys(file.resolve() for file in files):
             task.update(str(file))
-            subjects.append(_examine(file, model))
+            subjects.append(_examine(file, run.student))
     n_faults = sum(len(faults(subject.findings)) for subject in subjects)
-    stage_line(console, "audit", f"{len(subjects)} files against {model.name}: {n_faults} faults")
-    table = _prove(pipeline, [s.artifact for s in subjects if s.artifact], model, text)
-    report = pipeline.report_of(table, model)
-    report["gates"] = [gate.as_dict() for subject in subjects for gate in subject.gates()] + report["gates"]
+    stage_line(console, "audit", f"{len(subjects)} files against {run.student.name}: {n_faults} faults")
+    report = report_of(run, _run_files(run, [s.artifact for s in subjects if s.artifact], text))
+    report["gates"] = gate_tables([gate for subject in subjects for gate in subject.gates()]) + report["gates"]
     report["notes"] += [f"{subject.path.name}: {finding.text}" for subject in subjects for finding in subject.findings
                         if finding.severity == "note"]
     write_report(report, out)
@@ -73,14 +73,12 @@ def verify(source: str, files: Sequence[Path], out: Path, recipe: Recipe, consol
     return all(gate["passed"] for gate in report["gates"])
 
 
-def _prove(pipeline: Pipeline, artifacts: list[Artifact], model: DenseCheckpoint, text: Any) -> dict[str, Any]:
-    """The result of a build's check stage, for files anywhere."""
-    from lrc_edge.targets.proof.prove import prove
-
-    with running(pipeline.console, "check") as task:
-        proof = prove(artifacts, pipeline.out, model, None, text, pipeline.recipe, threads_for(model.shape), None, task)
-    gates = [gate.as_dict() for gate in proof.gates]
-    stage_line(pipeline.console, "check", f"{sum(gate['passed'] for gate in gates)} of {len(gates)} gates passed")
+def _run_files(run: Build, artifacts: list[Artifact], text: ProofText) -> dict[str, Any]:
+    """Run files anywhere as a build's check stage runs its own, and return that stage's result."""
+    with running(run.console, "check") as task:
+        proof = prove(artifacts, run.out, run.student, None, text, run.recipe, run.plan.threads, None, task)
+    gates = gate_tables(proof.gates)
+    stage_line(run.console, "check", f"{sum(gate['passed'] for gate in gates)} of {len(gates)} gates passed")
     return {**vars(proof), "gates": gates}
 
 

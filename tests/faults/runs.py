@@ -21,7 +21,7 @@ from typing import Any
 HEAVY = ("torch", "transformers", "safetensors.torch", "gguf", "llama_cpp", "onnx", "onnxruntime", "onnxruntime_genai",
          "pyarrow.parquet", "sentencepiece", "huggingface_hub", "rich.console", "lrc_edge.pipeline.commands",
          "lrc_edge.pipeline.target_commands", "lrc_edge.pipeline.device_checks", "lrc_edge.inspect.command",
-         "lrc_edge.pipeline.pipeline", "lrc_edge.export.gguf.to_gguf", "lrc_edge.export.onnx.to_onnx",
+         "lrc_edge.pipeline.stages", "lrc_edge.export.gguf.to_gguf", "lrc_edge.export.onnx.to_onnx",
          "lrc_edge.export.quantize.imatrix_file", "lrc_edge.export.fold", "lrc_edge.export.quantize.mixed_precision",
          "lrc_edge.export.quantize.sensitivity", "lrc_edge.train.loop.quantized_stage", "lrc_edge.train.data.stage",
          "lrc_edge.train.loop.stage", "lrc_edge.targets.proof.prove", "lrc_edge.targets.proof.reference",
@@ -130,9 +130,7 @@ _stages = -1  # in a child: where it writes the names of its stages
 
 def watch_stages(note: Callable[[Stage], None] | None = None) -> None:
     """In a child: tell the parent, and `note`, of each stage that begins, and of "" when it has ended."""
-    from lrc_edge.pipeline import device_checks as target_checks
-    from lrc_edge.pipeline.base import Stages
-    from lrc_edge.pipeline.pipeline import Pipeline
+    from lrc_edge.pipeline import check_stages, device_checks, stage
 
     def begins(stage: Stage) -> None:
         os.write(_stages, f"{stage}\n".encode())
@@ -148,9 +146,9 @@ def watch_stages(note: Callable[[Stage], None] | None = None) -> None:
 
         return call
 
-    Stages._stage = watched(Stages._stage, lambda _, name, *rest, **named: name)  # type: ignore[method-assign]
-    Pipeline.report = watched(Pipeline.report, lambda *_, **named: "report")  # type: ignore[method-assign]
-    target_checks._check_target = watched(target_checks._check_target, lambda *_, **named: "device")
+    stage._run = watched(stage._run, lambda ran, *_: ran.name)
+    check_stages.report = watched(check_stages.report, lambda *_: "report")
+    device_checks._check_target = watched(device_checks._check_target, lambda *_, **named: "device")
 
 
 def _watch(pid: int, stages: int, started: float, on_stage: OnStage | None, kill_after: float | None,

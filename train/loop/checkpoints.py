@@ -17,33 +17,30 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lrc_edge.errors import UserError
-from lrc_edge.workspace import write_atomically
+from lrc_edge.workspace import changes, write_atomically
 
 PARTIAL = ".partial"
 STATE_FILE, FACTS_FILE = "state.safetensors", "state.json"
-FINGERPRINT_FILE, SETTINGS_FILE = "fingerprint", "settings.json"  # of the run that the checkpoints are of
+INPUTS_FILE = "inputs.json"  # of the run that the checkpoints belong to
 
 
-def claim(run: Path, fingerprint: str, settings: dict[str, Any]) -> None:
-    """Make `run` the folder of the run with this fingerprint, empty unless it is already. `settings`, by their names,
-    are for telling what changed.
+def claim(run: Path, inputs: dict[str, Any]) -> None:
+    """Make `run` the folder of the run with these named inputs, empty unless it is that already.
 
-    Raises UserError where it has checkpoints of another run: they would be continued as if they were this one's.
+    Raises UserError if it has checkpoints of another run, which would be continued as this one's.
     """
-    mark, known = run / FINGERPRINT_FILE, run / SETTINGS_FILE
-    if mark.exists() and mark.read_text() == fingerprint:
+    mark = run / INPUTS_FILE
+    before = json.loads(mark.read_text()) if mark.exists() else None
+    differences = changes(before, inputs)
+    if before is not None and not differences:
         return
     if latest(run / "checkpoints"):
-        before = json.loads(known.read_text()) if known.exists() else settings
-        changes = [f"{name} was {before.get(name)}, is {settings.get(name)}" for name in {**before, **settings}
-                   if before.get(name) != settings.get(name)]
-        told = f" ({'; '.join(changes)})" if changes else ""
-        raise UserError(f"{run}: holds checkpoints of a run with other settings or data{told}; go back to those to "
-                        "continue it, or remove this folder to start anew")
+        why = f" ({'; '.join(differences)})" if differences else ""
+        raise UserError(f"{run}: holds checkpoints of a run with other settings or data{why}; restore those to "
+                        "continue it, or remove this folder to start again")
     shutil.rmtree(run, ignore_errors=True)
     run.mkdir(parents=True)
-    write_atomically(known, json.dumps(settings, indent=1) + "\n")
-    write_atomically(mark, fingerprint)
+    write_atomically(mark, json.dumps(inputs, indent=1) + "\n")
 
 
 def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any], keep: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,11 +29,11 @@ def row_off_the_grid(shape: ModelShape) -> int | None:
     return next((row for row in rows if row % BLOCK), None)
 
 
-def settings_of(recipe: Recipe, width: int) -> recipes.Train:
-    """The training settings of this phase: the run's own, but its budget, rate and objective."""
+def own_settings(recipe: Recipe, width: int) -> dict[str, Any]:
+    """The settings of this phase that differ from the run's: budget, rate and objective."""
     q = recipe.quantize
-    return replace(
-        recipe.train, tokens=q.tokens, batch_tokens=q.batch_tokens or min(32_768, max(1_024, q.tokens // 500)),
+    return dict(
+        tokens=q.tokens, batch_tokens=q.batch_tokens or min(32_768, max(1_024, q.tokens // 500)),
         dense_share=1.0, dense_learning_rate=q.learning_rate or recipes.QUANTIZED_RATE / width,
         lm_weight=0.0, kl_weight=1.0, kl_temperature=1.0, warmup_share=0.05, clone_terms="relative",
         # Through a teacher of another width there is nothing to compare layer by layer.
@@ -45,7 +46,7 @@ def train_on_grid(student: DenseCheckpoint, teacher: DenseCheckpoint, recipe: Re
 
     `teacher` is what it is distilled from: the student itself, unquantized, or its teacher.
     """
-    settings = settings_of(recipe, student.shape.hidden_size)
+    settings = replace(recipe.train, **own_settings(recipe, student.shape.hidden_size))
     device = choose_device(settings.device)
     schedule = Schedule.of(settings, student.shape.max_position_embeddings, 0, student.shape.hidden_size)
     plan = Plan(student.shape.hidden_size, schedule, device, choose_precision(settings.precision, device))

@@ -1,0 +1,145 @@
+"""The plan of a run: teacher, recipe, formats, devices and the student's shape, resolved once. Stages only read it."""
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from lrc_edge.checkpoint import DenseCheckpoint, resolve_model
+from lrc_edge.errors import UserError
+from lrc_edge.machine import threads_for
+from lrc_edge.recipe import Recipe
+from lrc_edge.shape import ModelShape, student_width
+from lrc_edge.targets.profile import Profile, load_profiles
+from lrc_edge.targets.runtimes.table import is_here
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model as the user named it, and the checkpoint that the name stands for."""
+
+    given: str
+    revision: str  # "local", or the hub's commit
+    checkpoint: DenseCheckpoint
+
+    @classmethod
+    def of(cls, given: str) -> Source:
+        """Raises UserError for anything but a dense checkpoint of a supported family."""
+        path, name, revision = resolve_model(given)
+        return cls(given, revision, DenseCheckpoint.open(path, name))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run makes, and of what.
+
+    source: the teacher of a build, or the finished model of an export. formats: (kind, encoding) of each file to write;
+    none on a machine that only trains.
+    """
+
+    recipe: Recipe
+    source: Source
+    trains: bool  # a student of `source`; otherwise `source` is exported as it is
+    student: ModelShape
+    student_name: str
+    formats: tuple[tuple[str, str], ...]
+    profiles: tuple[Profile, ...]  # of the devices that the recipe names
+
+    @classmethod
+    def of_build(cls, given: str, recipe: Recipe, writes: bool = True) -> Plan:
+        """A student of the teacher `given`. Raises UserError, also for a width that is not smaller."""
+        source = Source.of(given)
+        teacher = source.checkpoint
+        width = student_width(recipe, teacher.shape)
+        if width >= teacher.shape.hidden_size:
+            raise UserError(f"student.hidden_size = {width}: the teacher {teacher.name} is {teacher.shape.hidden_size} "
+                            "wide; need a smaller student")
+        formats = wanted_formats(recipe, width) if writes else []
+        return cls(recipe, source, True, teacher.shape.with_hidden_size(width),
+                   recipe.student.name or f"{teacher.name}-LRC-{width}", tuple(formats),
+                   tuple(load_profiles(recipe.export.targets)))
+
+    @classmethod
+    def of_export(cls, given: str, recipe: Recipe) -> Plan:
+        """The finished model `given`, as it is. Raises UserError."""
+        source = Source.of(given)
+        shape = source.checkpoint.shape
+        if recipe.quantize.tokens and not recipe.train.tokens:  # read only as much of --data as is used
+            recipe = replace(recipe, train=replace(recipe.train, tokens=recipe.quantize.tokens))
+        return cls(recipe, source, False, shape, source.checkpoint.name,
+                   tuple(wanted_formats(recipe, shape.hidden_size)), tuple(load_profiles(recipe.export.targets)))
+
+    @property
+    def teacher(self) -> DenseCheckpoint | None:
+        """The teacher of a build; None for an export."""
+        return self.source.checkpoint if self.trains else None
+
+    @property
+    def threads(self) -> int:
+        """Threads that the student is computed with."""
+        return threads_for(self.student)
+
+    def encodings(self, kind: str) -> list[str]:
+        """Encodings to write as files of this kind ("gguf" or "onnx"), without the mixed-precision one."""
+        return [encoding for found, encoding in self.formats if found == kind]
+
+    @property
+    def mixes_types(self) -> bool:
+        """Whether a GGUF of mixed precision is written."""
+        return self.recipe.export.bits_per_weight > 0
+
+    def writes(self, kind: str) -> bool:
+        return bool(self.encodings(kind)) or (kind == "gguf" and self.mixes_types)
+
+    def calibrates(self, kind: str) -> bool:
+        """Whether the importance matrix changes any file of this kind."""
+        if not self.recipe.export.calibration_tokens:
+            return False
+        return self.writes("gguf") if kind == "gguf" else "q4" in self.encodings("onnx")
+
+    @property
+    def trains_on_grid(self) -> bool:
+        """Whether a quantization-aware phase follows: the recipe asks for one, and a file of its grid is written."""
+        return self.recipe.quantize.tokens > 0 and not GRID_FORMATS.isdisjoint(self.formats)
+
+    @cached_property
+    def times_teacher(self) -> bool:
+        """Whether a device is like this machine, so that the student's speed is compared with the teacher's."""
+        return self.trains and any(is_here(profile) for profile in self.profiles)
+
+
+GRID_FORMATS = {("gguf", "q4_0"), ("onnx", "q4")}  # made of the student that quantization-aware training leaves
+
+# Name -> elements of a block, which a row must be a multiple of.
+ONNX_ENCODINGS = {"fp32": 1, "fp16": 1, "q8": 32, "q4": 32}
+
+
+def gguf_encodings() -> dict[str, int]:
+    """GGUF encoding -> elements of its block (1, 32 or 256)."""
+    from lrc_edge.export.quantize.encodings import ENCODINGS
+
+    return {name: encoding.block for name, encoding in ENCODINGS.items()}
+
+
+def parse_format(text: str) -> tuple[str, str]:
+    """`gguf:q4_k_m` -> ("gguf", "q4_k_m"). Raises UserError with the nearest known name."""
+    format_, _, encoding = text.lower().partition(":")
+    known = [f"onnx:{name}" for name in ONNX_ENCODINGS] + [f"gguf:{name}" for name in gguf_encodings()]
+    if f"{format_}:{encoding}" not in known:
+        near = difflib.get_close_matches(text.lower(), known, n=1, cutoff=0.0)[0]
+        raise UserError(f"format {text!r} is unknown; did you mean {near}? Known: {', '.join(known)}")
+    return format_, encoding
+
+
+def wanted_formats(recipe: Recipe, hidden_size: int) -> list[tuple[str, str]]:
+    """The recipe's formats and its targets', or the default ones of a model of this width."""
+    named = [*recipe.export.formats, *(name for profile in load_profiles(recipe.export.targets)
+                                       for name in profile.format_names)]
+    default = ["gguf:f16", "gguf:q8_0", "onnx:fp32"]
+    default += ["gguf:q4_k_m", "gguf:q4_0", "onnx:q4"] * (hidden_size % 256 == 0)
+    return [parse_format(text) for text in dict.fromkeys(named or default)]
+
+
+def block_sizes(formats: tuple[tuple[str, str], ...]) -> dict[str, dict[str, int]]:
+    """Kind -> encoding -> elements of its block; of GGUF none where no file is written."""
+    return {"gguf": gguf_encodings() if formats else {}, "onnx": ONNX_ENCODINGS}

@@ -1,0 +1,257 @@
+"""The stages that train: data, identity, train, fold, and quantize (quantization-aware training)."""
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lrc_edge import __version__
+from lrc_edge.checkpoint import DenseCheckpoint
+from lrc_edge.console import Task
+from lrc_edge.corpus.held_out import HeldOut
+from lrc_edge.corpus.sources import SELF, local_files
+from lrc_edge.parity import gates_of_copy
+from lrc_edge.pipeline import texts
+from lrc_edge.pipeline.stage import ON_GRID, STUDENT, Build, Done, Inputs, gate_tables, named
+from lrc_edge.workspace import digest, replace_tree
+
+# Settings that change how training runs, not what it makes.
+RUN_SETTINGS = ("device", "compile", "gradient_checkpointing", "micro_batch", "workers", "log_every", "eval_every",
+                "checkpoint_every", "keep_checkpoints", "on_bad_batch", "spike_factor")
+
+# data
+
+
+def corpus_inputs(build: Build) -> Inputs:
+    """Everything that the tokens depend on, so that builds with the same inputs may share them (data.cache)."""
+    from lrc_edge.train.data.stage import row_length
+
+    data, train, model = build.recipe.data, build.recipe.train, build.plan.source.checkpoint
+    # A local source is its files, however its path is written.
+    sources = [[[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in local_files([source])] or source
+               for source in data.sources]
+    inputs = named("data", data, leave_out=("sources", "cache", "isolate_documents"))
+    inputs |= {"data.sources": sources, "train.tokens": train.tokens, "tokenizer": build.digest_of_tokenizer(model)}
+    if SELF in data.sources:
+        inputs |= {"teacher": build.digest(model), "train.seq_len": row_length(build.recipe, model),
+                   "train.seed": train.seed, "train.precision": train.precision}
+    return inputs
+
+
+def data_inputs(build: Build) -> Inputs:
+    from lrc_edge.train.data.stage import row_length
+
+    return corpus_inputs(build) | {"train.seq_len": row_length(build.recipe, build.plan.source.checkpoint)}
+
+
+def data(build: Build, task: Task) -> Done:
+    """Tokenize the corpus for a model to train on: the teacher, or a finished student before its quantized phase."""
+    from lrc_edge.train.data.stage import row_length, tokenize_corpus
+    from lrc_edge.train.data.tokenize import PackedRows
+
+    model, folder = build.plan.source.checkpoint, build.out / "data"
+    summary = tokenize_corpus(model, build.recipe, folder, digest(corpus_inputs(build)), task.update)
+    n_tokens = PackedRows(folder, row_length(build.recipe, model)).n_tokens
+    held_out = HeldOut.load(folder / "held_out.npz")
+    more = f" ({summary})" if summary else ""
+    return None, f"{n_tokens:,} training tokens, {len(held_out.ids):,} held out{more}"
+
+
+def data_finished(build: Build) -> None:
+    from lrc_edge.train.data.token_cache import forget_key
+
+    forget_key(build.out / "data")
+
+
+# identity
+
+
+def identity_inputs(build: Build) -> Inputs:
+    return {"teacher": build.digest(build.teacher), **build.check_settings, "data": build.digest_of_outputs("data")}
+
+
+def identity(build: Build, task: Task) -> Done:
+    """Check, before training, that a clone with P = I folds back to the teacher. Finds a wrong RoPE, eps or role."""
+    from lrc_edge.targets.proof.reference import HeldOutRows, Reference
+
+    teacher, recipe = build.teacher, build.recipe
+    ids = texts.held_out_rows(build.held_out, recipe, teacher)
+    task.update("teacher logits")
+    reference = Reference(teacher.model())
+    rounding = reference.rounding(ids)
+    expected = HeldOutRows.of(reference, ids, folder=build.out)
+    task.update("folding P = I")
+    with build.workspace.partial("identity") as partial:
+        folded = fold_identity(teacher, partial)
+        metrics = expected.compare(Reference(folded.model()).prefill, recipe.parity.near_tie)
+    gates = gates_of_copy("identity vs teacher", "teacher", metrics, recipe.gates, rounding)
+    return gate_tables(gates), f"P = I folds to the teacher: max abs difference {metrics.max_abs:.1e}"
+
+
+def fold_identity(teacher: DenseCheckpoint, folder: Path) -> DenseCheckpoint:
+    """Fold the teacher through P = I at full width: the result must be the teacher."""
+    import torch
+    from safetensors.torch import save_file
+
+    from lrc_edge.export.fold import fold
+
+    width = teacher.shape.hidden_size
+    folder.mkdir(parents=True)
+    tensors = {w.name: teacher.tensor(w.name).float() if w.role.kind == "norm" else torch.eye(width).bfloat16()
+               for w in teacher.weights() if w.role.kind != "copy"}
+    save_file(tensors, folder / "identity.safetensors")
+    return fold(teacher, folder / "identity.safetensors", folder / "student",
+                {"name": teacher.name, "teacher": teacher.name})
+
+
+# train
+
+
+def train_inputs(build: Build) -> Inputs:
+    from lrc_edge.train.loop.trainer import choose_device, choose_precision
+
+    settings = build.recipe.train
+    return {**named("train", settings, leave_out=RUN_SETTINGS),
+            "train.precision": str(choose_precision(settings.precision, choose_device(settings.device))),
+            "student.hidden_size": build.plan.student.hidden_size,
+            "data.isolate_documents": build.recipe.data.isolate_documents,
+            "teacher": build.digest(build.teacher), "data": build.digest_of_outputs("data")}
+
+
+def train(build: Build, task: Task) -> Done:
+    from lrc_edge.train.loop.checkpoints import claim
+    from lrc_edge.train.loop.stage import SUMMARY_FILE
+    from lrc_edge.train.loop.stage import Plan as TrainingPlan
+    from lrc_edge.train.loop.stage import train as train_clone
+
+    folder, corpus = build.out / "train", build.out / "data"
+    plan = TrainingPlan.of(build.recipe, build.teacher, build.plan.student.hidden_size, corpus)
+    task.expect(plan.schedule.tokens)
+    if build.leads:
+        claim(folder, train_inputs(build))
+    train_clone(build.teacher, build.recipe, plan, corpus, folder, lambda row: _show_training(task, row))
+    if not build.leads:
+        return None, ""
+    summary = json.loads((folder / SUMMARY_FILE).read_text())
+    return summary, (f"{summary['tokens']:,} tokens on {summary['device']} in {summary['precision']}: held-out "
+                     f"loss {summary['student_held_out_loss']:.3f} (teacher's "
+                     f"{summary['teacher_held_out_loss']:.3f}) nats per token")
+
+
+def train_finished(build: Build) -> None:
+    """The trained tensors are recorded, so nothing continues from the checkpoints."""
+    if build.leads:
+        shutil.rmtree(build.out / "train" / "checkpoints", ignore_errors=True)
+
+
+def _show_training(task: Task, row: dict[str, float]) -> None:
+    if "loss" in row:
+        parts = ", ".join(f"{name} {row[name]:.3f}" for name in ("lm", "kl", "clone") if row[name])
+        task.update(f"step {row['step']:.0f}  loss {row['loss']:.3f} = {parts}  {row['tokens_per_second']:,.0f} tok/s",
+                    int(row["tokens"]))
+
+
+# fold
+
+
+def fold_inputs(build: Build) -> Inputs:
+    return {**{f"provenance of the student: {key}": value for key, value in _provenance(build).items()},
+            "teacher": build.digest(build.teacher), "tokenizer": build.digest_of_tokenizer(build.teacher),
+            "trained tensors": build.digest_of_outputs("train"), **build.check_settings}
+
+
+def fold(build: Build, task: Task) -> Done:
+    from lrc_edge.export.fold import fold as fold_student
+    from lrc_edge.targets.proof.reference import Reference, compare_models
+    from lrc_edge.train.loop.stage import TRAINED_FILE, load_clone
+
+    teacher, recipe, trained = build.teacher, build.recipe, build.out / "train" / TRAINED_FILE
+    provenance = _provenance(build)
+    with build.workspace.partial(STUDENT) as partial:
+        student = fold_student(teacher, trained, partial, provenance, task.update)
+        task.update("folded vs clone")
+        clone = load_clone(teacher, build.plan.student.hidden_size, trained=trained)
+        reference, rows = Reference(clone.student), texts.held_out_rows(build.held_out, recipe, teacher)
+        rounding = reference.rounding(rows)
+        metrics = compare_models(reference, Reference(student.model()), rows, recipe.parity.near_tie)
+        replace_tree(partial, build.out / STUDENT)
+    gates = gates_of_copy("folded vs clone", "student", metrics, recipe.gates, rounding)
+    return gate_tables(gates), (f"{provenance['name']}: {student.shape.n_params:,} parameters, "
+                                f"max abs difference to the clone {metrics.max_abs:.1e}")
+
+
+def _provenance(build: Build) -> dict[str, str]:
+    training, teacher, source = build.workspace.result("train"), build.teacher, build.plan.source
+    return {
+        "name": build.plan.student_name,
+        # A path of this machine means nothing elsewhere, and may tell what its owner would not.
+        "teacher": source.given if source.revision != "local" else teacher.name,
+        "teacher_revision": source.revision,
+        "teacher_sha256": build.digest(teacher),
+        "method": _method(training),
+        "teacher_hidden_size": str(teacher.shape.hidden_size),
+        "student_hidden_size": str(build.plan.student.hidden_size),
+        "init": training["init"],
+        "training_tokens": str(training["tokens"]),
+        "recipe_sha256": digest([asdict(build.recipe.train), asdict(build.recipe.student)]),
+        "tool": f"lrc-edge {__version__}",
+    }
+
+
+def _method(training: dict[str, Any]) -> str:
+    clone, dense = "Low-Rank Clone (arXiv 2505.12781)", "dense distillation of all weights (arXiv 2609.02006)"
+    first = training.get("dense_from_step", training["steps"])
+    if first == training["steps"]:
+        return clone
+    return f"{clone} for {first} steps, then {dense} for {training['steps'] - first}" if first else dense
+
+
+# quantize
+
+
+def quantize_inputs(build: Build) -> Inputs:
+    from lrc_edge.train.loop.quantized_stage import own_settings
+
+    own = own_settings(build.recipe, build.student.shape.hidden_size)
+    return {**named("train", build.recipe.train, leave_out=(*RUN_SETTINGS, *own)),
+            **{f"quantize.{key}": value for key, value in own.items()}, **named("quantize", build.recipe.quantize),
+            "student": build.digest(build.student), "teacher": build.digest(_quantize_teacher(build)),
+            "data": build.digest_of_outputs("data"), "data.isolate_documents": build.recipe.data.isolate_documents}
+
+
+def _quantize_teacher(build: Build) -> DenseCheckpoint:
+    return {"teacher": build.plan.source.checkpoint, "student": build.student}[build.recipe.quantize.teacher]
+
+
+def quantize(build: Build, task: Task) -> Done:
+    """Train the student on the quantization grid of the 4-bit files (quantization-aware training)."""
+    from lrc_edge.export.fold import with_weights
+    from lrc_edge.train.loop.checkpoints import claim
+    from lrc_edge.train.loop.quantized_stage import train_on_grid
+    from lrc_edge.train.loop.stage import SUMMARY_FILE, TRAINED_FILE
+
+    student, folder = build.student, build.out / "quantize"
+    claim(folder, quantize_inputs(build))
+    train_on_grid(student, _quantize_teacher(build), build.recipe, build.out / "data", folder,
+                  lambda row: _show_training(task, row))
+    summary = json.loads((folder / SUMMARY_FILE).read_text())
+    provenance = student.provenance | {"name": student.name, "grid": "Q4_0; embedding and head Q8_0",
+                                       "grid_tokens": str(summary["tokens"]),
+                                       "grid_teacher": build.recipe.quantize.teacher}
+    with build.workspace.partial(ON_GRID) as partial:
+        with_weights(student, folder / TRAINED_FILE, partial, provenance)
+        replace_tree(partial, build.out / ON_GRID)
+    teacher = {"teacher": "teacher's", "student": "unquantized self's"}[build.recipe.quantize.teacher]
+    return summary, (f"{summary['tokens']:,} tokens on the Q4_0 grid: held-out loss "
+                     f"{summary['first_held_out_loss']:.4f} rounded, {summary['student_held_out_loss']:.4f} trained, "
+                     f"{summary['teacher_held_out_loss']:.4f} its {teacher}")
+
+
+def quantize_finished(build: Build) -> None:
+    """The result is recorded in ON_GRID, so nothing continues from the checkpoints."""
+    from lrc_edge.train.loop.stage import TRAINED_FILE
+
+    shutil.rmtree(build.out / "quantize" / "checkpoints", ignore_errors=True)
+    (build.out / "quantize" / TRAINED_FILE).unlink(missing_ok=True)
