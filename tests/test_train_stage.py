@@ -13,6 +13,7 @@ from rich.console import Console
 from tiny_models import TEXT
 
 from lrc_edge.errors import UserError
+from lrc_edge.exit_status import ExitStatus
 from lrc_edge.pipeline.commands import build
 from lrc_edge.recipe import load_recipe
 from lrc_edge.train.loop import stage
@@ -35,7 +36,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(teacher: Path, text: Path, out: Path, *settings: str) -> None:
     recipe = load_recipe(None, [*SETTINGS, *settings], data={"sources": [str(text)]})
-    assert build(str(teacher), out, recipe, Console(quiet=True), last="train")
+    assert build(str(teacher), out, recipe, Console(quiet=True), last="train") == ExitStatus.PASSED
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from lrc_edge.artifact import smallest_gguf
 from lrc_edge.errors import UserError
+from lrc_edge.exit_status import ExitStatus
 from lrc_edge.machine import processors
 from lrc_edge.pipeline import check_stages, preflight, texts
 from lrc_edge.pipeline.device_checks import check_targets
@@ -24,18 +25,18 @@ from lrc_edge.report.report_file import read_report, show_verdict, write_report
 from lrc_edge.workspace import MANIFEST, Workspace
 
 
-def build(source: str, out: Path, recipe: Recipe, console: Console, last: str = "report") -> bool | int:
-    """Run all stages, or those up to `last` ("train"). Returns whether every gate passed, or the exit status if only a
-    device's runtime was missing."""
+def build(source: str, out: Path, recipe: Recipe, console: Console, last: str = "report") -> ExitStatus:
+    """Run all stages, or those up to `last` ("train")."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if last != "train":
             raise UserError("several processes can only train: use lrc-edge train under torchrun, then build on one")
         return _train_together(source, out, recipe, console)
     run = _start(source, out, recipe, console, last)
     if run is None:
-        return False
+        return ExitStatus.GATE_FAILED
     if last == "train":
-        return run_stages(stages("train", "train"), run)
+        run_stages(stages("train", "train"), run)
+        return ExitStatus.PASSED
     return _finish(run, "train")
 
 
@@ -63,7 +64,7 @@ def _recorded_name(plan: Plan) -> str:
     return str(source.checkpoint.path.resolve()) if source.revision == "local" else source.given
 
 
-def _train_together(source: str, out: Path, recipe: Recipe, console: Console) -> bool:
+def _train_together(source: str, out: Path, recipe: Recipe, console: Console) -> ExitStatus:
     """Train as one of the processes that torchrun started; the main one does what comes before training."""
     from lrc_edge.train.loop.processes import join, leave
     from lrc_edge.train.loop.trainer import choose_device
@@ -82,7 +83,7 @@ def _train_together(source: str, out: Path, recipe: Recipe, console: Console) ->
         run = Build(Plan.of_build(source, recipe, writes=False), out, Console(quiet=True), leads=False)
     run_stages(stages("train", "train"), run)
     leave(ranks)
-    return True
+    return ExitStatus.PASSED
 
 
 def _check_rows_divide(plan: Plan, world: int) -> None:
@@ -94,7 +95,7 @@ def _check_rows_divide(plan: Plan, world: int) -> None:
     schedule.rows_of_process(world, recipe.train.micro_batch)
 
 
-def export(source: str, out: Path, recipe: Recipe, console: Console) -> bool | int:
+def export(source: str, out: Path, recipe: Recipe, console: Console) -> ExitStatus:
     """Write and verify the artifacts of any dense checkpoint of a supported family."""
     plan = Plan.of_export(source, recipe)
     preflight.check(plan, out)
@@ -121,14 +122,14 @@ def _leaving_nothing_of_a_mistake(out: Path) -> Iterator[None]:
         raise
 
 
-def _finish(run: Build, first: str) -> bool | int:
+def _finish(run: Build, first: str) -> ExitStatus:
     """Run the stages from `first` on, write the report, check the devices, and print the verdict."""
     run_stages(stages(first), run)
     check_stages.report(run)
     status = check_targets(run.out, run.recipe.export.targets, run.console)
     report = read_report(run.out)
     show_verdict(report, run.out, run.console)
-    return status if all(gate["passed"] for gate in report["gates"]) else False
+    return ExitStatus.of_gates(report["gates"]) or status
 
 
 def _reopen(out: Path, console: Console) -> Build:
@@ -141,7 +142,7 @@ def _reopen(out: Path, console: Console) -> Build:
     return Build(plan, out, console)
 
 
-def check(out: Path, console: Console) -> bool:
+def check(out: Path, console: Console) -> ExitStatus:
     """Verify the artifacts of a build again, from the files, whatever was verified before."""
     run = _reopen(out, console)
     recorded = run.workspace.manifest["stages"]
@@ -154,24 +155,24 @@ def check(out: Path, console: Console) -> bool:
     run_stages(stages("check", "check"), run)
     report = check_stages.report(run)
     show_verdict(report, out, console)
-    return all(gate["passed"] for gate in report["gates"])
+    return ExitStatus.of_gates(report["gates"])
 
 
-def fold(out: Path, console: Console) -> bool:
-    """Fold what `train` left in `out`. Returns whether the fold's gates passed."""
+def fold(out: Path, console: Console) -> ExitStatus:
+    """Fold what `train` left in `out`."""
     run = _reopen(out, console)
     if not run.plan.trains or "train" not in run.workspace.manifest["stages"]:
         raise UserError(f"{out}: nothing trained here to fold; run lrc-edge train or build first")
     run_stages(stages("fold", "fold"), run)
-    return all(gate["passed"] for gate in run.workspace.result("fold"))
+    return ExitStatus.of_gates(run.workspace.result("fold"))
 
 
-def show_report(out: Path, console: Console) -> bool:
+def show_report(out: Path, console: Console) -> ExitStatus:
     """Render report.html again from report.json, and print the gates."""
     report = read_report(out)
     write_report(report, out)
     show_verdict(report, out, console)
-    return all(gate["passed"] for gate in report["gates"])
+    return ExitStatus.of_gates(report["gates"])
 
 
 def chat(path: Path, encoding: str, temperature: float, max_tokens: int, console: Console) -> None:

@@ -15,6 +15,7 @@ from rich.text import Text
 from lrc_edge.artifact import Artifact
 from lrc_edge.console import Task, running
 from lrc_edge.errors import UserError
+from lrc_edge.exit_status import ExitStatus
 from lrc_edge.figures import NONE, figure, percent, visible
 from lrc_edge.machine import architecture, threads_for
 from lrc_edge.parity import CHANGES
@@ -29,8 +30,6 @@ from lrc_edge.targets.profile import Profile, load_profiles
 from lrc_edge.targets.runtimes.table import runtimes_of
 from lrc_edge.targets.runtimes.worker import WorkerFailed, ended_by_signals
 from lrc_edge.workspace import MANIFEST, Workspace, write_atomically
-
-PASSED, FAILED, NOT_CHECKED = 0, 1, 3  # exit statuses
 
 
 @dataclass(frozen=True)
@@ -74,11 +73,11 @@ def _kind(artifact: Artifact) -> str:
     return f"{artifact.format}:{artifact.encoding}"
 
 
-def check_targets(out: Path, targets: Sequence[str], console: Console) -> int:
+def check_targets(out: Path, targets: Sequence[str], console: Console) -> ExitStatus:
     """Check `out` on each target, print its table, add it to the report. Returns the exit status: what failed counts
     before what could not be checked. What is wrong with the input is said before anything runs."""
     if not targets:
-        return PASSED
+        return ExitStatus.PASSED
     profiles, facts = load_profiles(targets), BuildFacts.read(out)
     plans = [(profile, facts.artifacts_for(profile)) for profile in profiles]
     report = read_report(out) if (out / REPORT).exists() else None
@@ -92,7 +91,9 @@ def check_targets(out: Path, targets: Sequence[str], console: Console) -> int:
             add_results(report, [result])
             write_report(report, out)
         states |= {row["state"] for row in result["rows"]}
-    return FAILED if "failed" in states else NOT_CHECKED if "not checked" in states else PASSED
+    if "failed" in states:
+        return ExitStatus.GATE_FAILED
+    return ExitStatus.NOT_CHECKED if "not checked" in states else ExitStatus.PASSED
 
 
 def _check_target(facts: BuildFacts, artifacts: list[Artifact], profile: Profile, console: Console) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from rich.table import Table
 from lrc_edge.config_file import PROVENANCE_FILE, read_config, shape_of
 from lrc_edge.console import running
 from lrc_edge.errors import UserError
+from lrc_edge.exit_status import ExitStatus
 from lrc_edge.figures import human_bytes, human_count
 from lrc_edge.recipe import Recipe
 from lrc_edge.shape import ModelShape, student_width
@@ -100,8 +101,8 @@ class Model:
     is_teacher: bool
 
 
-def fit(source: str, target: str, context: int | None, recipe: Recipe, console: Console) -> bool:
-    """Print whether the model fits, and for a teacher whether its student would. Returns whether that one does."""
+def fit(source: str, target: str, context: int | None, recipe: Recipe, console: Console) -> ExitStatus:
+    """Print the memory fit of the model; for a teacher, also of its planned student, whose fit is the status."""
     profile, model = load_profile(target), find_model(source)
     plans = [(model.name, check_fit(model.shape, profile, context))]
     if model.is_teacher:
@@ -115,7 +116,7 @@ def fit(source: str, target: str, context: int | None, recipe: Recipe, console: 
         kind = ("student as planned", "its teacher, unchanged")[i] if model.is_teacher else "model"
         _print_fit(f"{name} ({kind})", plan, console)
     console.print(NOTES, style="dim", highlight=False)
-    return plans[0][1].take is not None
+    return ExitStatus.GATE_FAILED if plans[0][1].take is None else ExitStatus.PASSED
 
 
 def find_model(source: str) -> Model:

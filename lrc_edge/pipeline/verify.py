@@ -16,6 +16,7 @@ from lrc_edge.artifact import Artifact, sha256_of
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.console import running, stage_line
 from lrc_edge.errors import UserError
+from lrc_edge.exit_status import ExitStatus
 from lrc_edge.finding import Finding, faults
 from lrc_edge.inspect.files import describe_gguf
 from lrc_edge.inspect.onnx_files import describe_onnx
@@ -48,8 +49,8 @@ class Subject:
             Gate("description", str(self.path), "faults", 0, 0, "==")]
 
 
-def verify(source: str, files: Sequence[Path], out: Path, recipe: Recipe, console: Console) -> bool:
-    """Audit and run each file, write the report. Returns whether every gate passed. Raises UserError."""
+def verify(source: str, files: Sequence[Path], out: Path, recipe: Recipe, console: Console) -> ExitStatus:
+    """Audit and run each file, and write the report. Raises UserError."""
     for file in files:
         if not file.exists():
             raise UserError(f"{file}: no such file; give a .gguf file, an .onnx file or an ONNX folder")
@@ -70,7 +71,7 @@ def verify(source: str, files: Sequence[Path], out: Path, recipe: Recipe, consol
                         if finding.severity == "note"]
     write_report(report, out)
     show_verdict(read_report(out), out, console)
-    return all(gate["passed"] for gate in report["gates"])
+    return ExitStatus.of_gates(report["gates"])
 
 
 def _run_files(run: Build, artifacts: list[Artifact], text: ProofText) -> dict[str, Any]:
