@@ -70,6 +70,7 @@ def test_a_model_is_the_one_that_transformers_loads(settings: dict[str, Any], st
             assert torch.equal(got(ids).logits, expected.eval()(ids).logits)
 
 
+@pytest.mark.machine
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_converted_model_is_not_in_memory_twice(tmp_path: Path) -> None:
     path = make_tiny(tmp_path / "model", hidden_size=1024, intermediate_size=2048, layers=8, head_dim=256,

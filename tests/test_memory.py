@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from lrc_edge.checkpoint import DenseCheckpoint
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures through Linux's /proc")
+pytestmark = [pytest.mark.machine, pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(),
+                                                       reason="measures through Linux's /proc")]
 
 # The first export warms up what stays: imports, thread pools, the allocator's arenas. Writing 5 to clear_refs resets
 # VmHWM, the peak of the resident set. RLIMIT_DATA bounds what a process may own: heaps and private mappings.

@@ -39,20 +39,21 @@ def last_step(folder: Path) -> int:
     return int(rows[-1]["step"]) if rows else -1
 
 
-def kill_at_random(child: multiprocessing.process.BaseProcess, folder: Path, target: float) -> None:
+def kill_at_random(child: multiprocessing.process.BaseProcess, folder: Path, target: float,
+                   chance: random.Random) -> None:
     """SIGKILL soon after step `target`; where an earlier start came that far, while this one is still starting."""
     assert child.pid is not None
     if last_step(folder) >= target:
-        time.sleep(random.random() * 0.1)
+        time.sleep(chance.random() * 0.1)
     while last_step(folder) < target and child.is_alive():
         time.sleep(0.001)
-    time.sleep(random.random() * 0.01)
+    time.sleep(chance.random() * 0.01)
     os.kill(child.pid, signal.SIGKILL)
     child.join()
     assert child.exitcode == -signal.SIGKILL, "the run ended before the last kill: nothing was shown"
 
 
-def test_twenty_kills_leave_no_trace(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
+def test_twenty_kills_leave_no_trace(tiny_llama: Path, data: Path, tmp_path: Path, chance: random.Random) -> None:
     """60 steps with 20 SIGKILLs at random moments end with the bits of 60 steps without; the metrics, too."""
     context = multiprocessing.get_context("forkserver")  # a clean process with the imports done: quick to start
     context.set_forkserver_preload(["train_runs"])
@@ -64,7 +65,7 @@ def test_twenty_kills_leave_no_trace(tiny_llama: Path, data: Path, tmp_path: Pat
     for kill in range(KILLS):
         child = context.Process(target=run, args=(tiny_llama, data, folder, *LONG))
         child.start()
-        kill_at_random(child, folder, random.uniform(-1, STEPS * (kill + 1) / (KILLS + 10)))
+        kill_at_random(child, folder, chance.uniform(-1, STEPS * (kill + 1) / (KILLS + 10)), chance)
     last = context.Process(target=run, args=(tiny_llama, data, folder, *LONG))
     last.start()
     last.join()

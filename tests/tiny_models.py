@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import pydoc_data.topics
+import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -98,7 +99,18 @@ def make_tokenizer(kind: str, vocab_size: int = 512) -> PreTrainedTokenizerFast:
                                        **names)
 
 
-def make_tiny(path: Path, family: str = "llama", *, tied: bool = True, hidden_size: int = 64,
+def make_tiny(path: Path, family: str = "llama", **settings: Any) -> Path:
+    """Write a tiny random checkpoint to `path`, as `_make_tiny` does, and return it. Made once, then copied."""
+    key = json.dumps([family, settings], sort_keys=True, default=str)
+    if key not in _MADE:
+        _MADE[key] = _make_tiny(Path(_KEPT.name) / str(len(_MADE)), family, **settings)
+    return Path(shutil.copytree(_MADE[key], path, dirs_exist_ok=True))
+
+
+_KEPT, _MADE = tempfile.TemporaryDirectory(), dict[str, Path]()
+
+
+def _make_tiny(path: Path, family: str, *, tied: bool = True, hidden_size: int = 64,
               intermediate_size: int = 96, layers: int = 2, heads: int = 4, kv_heads: int = 2, head_dim: int = 24,
               tokenizer: str = "llama3", vocab_size: int = 512, rope_scaling: dict[str, Any] | None = None,
               rope_theta: float = 10000.0,
