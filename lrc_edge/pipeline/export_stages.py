@@ -40,8 +40,8 @@ def imatrix(build: Build, task: Task) -> Done:
     with build.workspace.partial("imatrix") as partial:
         partial.mkdir()
         importance = collect(build.student, calibration.rows, task)
-        write_imatrix(partial / file.name, build.student, importance, *calibration.rows.shape,
-                      f"sha256:{calibration.sha256}")
+        n_rows, row_len = calibration.rows.shape
+        write_imatrix(partial / file.name, build.student, importance, n_rows, row_len, f"sha256:{calibration.sha256}")
         replace_tree(partial, file.parent)
     line = f"importance of inputs on {calibration.rows.size:,} tokens"
     if calibration.n_left_out:
