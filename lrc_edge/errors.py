@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from lrc_edge.figures import visible
+
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM)
 # What libraries write of the same without Python's types: PyTorch, safetensors, tokenizers, onnxruntime and numpy.
 _NO_MEMORY = re.compile(r"can(?:no|')t allocate memory|failed to allocate memory|bad_alloc|not enough memory|"
@@ -39,13 +41,13 @@ def _shortage(error: BaseException) -> str | None:
     kept = "finished stages are kept"
     text = str(error)
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or _NO_MEMORY.search(text):
-        return (f"out of memory ({_one_line(error)}); {kept}: free some memory, or lower train.micro_batch if training "
+        return (f"out of memory ({one_line(error)}); {kept}: free some memory, or lower train.micro_batch if training "
                 "needed it, then run the command again")
     if isinstance(error, OSError) and error.errno in _DISK:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}; {kept}: fix that, then run the command again"
     if _NO_SPACE.search(text):
-        return f"{_one_line(error)}; {kept}: free some disk space, then run the command again"
+        return f"{one_line(error)}; {kept}: free some disk space, then run the command again"
     return None
 
 
@@ -74,6 +76,9 @@ def quiet_panics() -> Iterator[None]:
             os.write(2, text)
 
 
-def _one_line(error: BaseException) -> str:
-    """The error's text without line breaks and great length; its type where it has none."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def one_line(error: object, longest: int = 200) -> str:
+    """Return an error's text on one line of at most `longest` characters, control characters made visible.
+
+    An error without a text gives the name of its type.
+    """
+    return visible(" ".join(str(error).split()))[:longest] or type(error).__name__

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lrc_edge.formats import judged_as
 from lrc_edge.recipe import Gates
 
 AS_TRAINED = "as trained"  # of comparisons with the student that was trained on a grid, not with the student
@@ -163,17 +164,16 @@ def gates_of_grid(artifact: str, identical_blocks: float, metrics: Metrics | Non
 
 def gates_of_artifact(artifact: str, kind: str, mode: str, metrics: Metrics | None, limits: Gates,
                       rounding: float | None, why: str = "") -> list[Gate]:
-    """`kind` is "gguf:q8_0", "onnx:fp32", ...; `mode` is "prefill" or "decode"; `rounding` PyTorch's own."""
+    """The gates of a file against the student.
+
+    kind: its format's name ("gguf:q8_0"). mode: "prefill" or "decode". rounding: PyTorch's own.
+    """
     table = _table(metrics)
-
-    def gate(metric: str, limit: float, relation: Literal["<=", ">="] = "<=") -> Gate:
-        return Gate(f"{mode} vs student", artifact, metric, table[metric], limit, relation, why)
-
-    if kind == "gguf:f32":
-        return [gate("kl_mean", limits.gguf_f32_kl), gate("top1", limits.gguf_f32_top1, ">=")]
-    if kind == "onnx:fp32":
-        return [gate("kl_mean", limits.onnx_fp32_kl), gate("max_abs", limits.max_abs_rounding * (rounding or 0.0))]
-    return [gate("kl_mean", _kl_limit(kind, limits))]
+    bounds: dict[str, tuple[Literal["<=", ">="], float]] = {
+        "kl_mean": ("<=", _kl_limit(kind, limits)), "top1": (">=", limits.gguf_f32_top1),
+        "max_abs": ("<=", limits.max_abs_rounding * (rounding or 0.0))}
+    return [Gate(f"{mode} vs student", artifact, metric, table[metric], limit, relation, why)
+            for metric in ("kl_mean", *judged_as(kind).also_judged) for relation, limit in [bounds[metric]]]
 
 
 def gates_of_length(artifact: str, kind: str, name: str, metrics: Metrics | None, limits: Gates, why: str = ""
@@ -183,22 +183,17 @@ def gates_of_length(artifact: str, kind: str, name: str, metrics: Metrics | None
 
 
 def _kl_limit(kind: str, limits: Gates) -> float:
-    by_kind = {"gguf:f32": limits.gguf_f32_kl, "gguf:f16": limits.gguf_f16_kl, "gguf:bf16": limits.gguf_bf16_kl,
-               "gguf:q8_0": limits.gguf_q8_0_kl, "onnx:fp32": limits.onnx_fp32_kl, "onnx:fp16": limits.onnx_fp16_kl,
-               "onnx:q8": limits.onnx_q8_kl}
-    return by_kind.get(kind, limits.quantized_kl)
+    limit: float = getattr(limits, judged_as(kind).kl_gate)
+    return limit
 
 
 def gates_of_device(artifact: str, kind: str, figures: dict[str, Any], limits: Gates) -> list[Gate]:
-    """Of an artifact in a device's runtime; `figures` as stored_reference.DeviceComparison gives them.
+    """The gates of a file in a device's runtime. `figures`: DeviceComparison's.
 
-    A device rounds its KV cache to 16 bits (1.4e-7 nats on the demo's student): unquantized files are held to F16's
+    A device rounds its KV cache to 16 bits (1.4e-7 nats on the demo's student), so no file is held to less than F16's
     limit.
     """
-    encoding = kind.partition(":")[2]
-    unquantized = encoding in ("f32", "fp32", "f16", "fp16", "bf16")
-    kl = max(_kl_limit(kind, limits) if "32" not in encoding else 0.0, limits.gguf_f16_kl)
-    top1 = (limits.unquantized_top1 if unquantized else limits.q8_top1 if encoding in ("q8_0", "q8")
-            else limits.quantized_top1)
+    row = judged_as(kind)
+    kl, top1 = max(getattr(limits, row.device_kl_gate), limits.gguf_f16_kl), getattr(limits, row.top1_gate)
     return [Gate("on device vs student", artifact, "kl_mean", figures["kl_mean"], kl, "<="),
             Gate("on device vs student", artifact, "top1", figures["top1"], top1, ">=")]

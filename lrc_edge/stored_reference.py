@@ -17,7 +17,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from lrc_edge.errors import UserError
+from lrc_edge.errors import UserError, one_line
 from lrc_edge.shape import ModelShape
 
 REFERENCE_FILE = "check/reference.npz"
@@ -72,7 +72,7 @@ class StoredReference:
             reference._check()
         except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RecursionError, BadZipFile,
                 zlib.error, NotImplementedError) as error:
-            raise UserError(f"{path}: damaged ({' '.join(str(error).split())[:200]}); copy it again, or write it with "
+            raise UserError(f"{path}: damaged ({one_line(error)}); copy it again, or write it with "
                             "`lrc-edge check`") from error
         return reference
 

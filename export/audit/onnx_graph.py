@@ -15,7 +15,7 @@ import torch
 from onnx import TensorProto, numpy_helper
 
 from lrc_edge.checkpoint import DenseCheckpoint
-from lrc_edge.errors import UserError
+from lrc_edge.errors import UserError, one_line
 from lrc_edge.export.audit.values import relative_error, rounded_before, sample_rows
 from lrc_edge.export.onnx.graph import rope_tables
 from lrc_edge.finding import Finding, differs
@@ -48,7 +48,7 @@ def audit_graph(path: Path, checkpoint: DenseCheckpoint, names: Mapping[str, str
         return list(_Graph(path, model, checkpoint, names).findings())
     except (ValueError, TypeError, IndexError, KeyError, OverflowError, AttributeError, OSError) as error:
         # A damaged protobuf may hold anything: lengths that do not fit shapes, types that there are not.
-        raise UserError(f"{path}: corrupt ({' '.join(str(error).split())[:200]}); "
+        raise UserError(f"{path}: corrupt ({one_line(error)}); "
                         "write or download the file again") from error
 
 

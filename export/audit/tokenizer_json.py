@@ -9,8 +9,8 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lrc_edge.errors import quiet_panics
-from lrc_edge.finding import Finding, differs, shown
+from lrc_edge.errors import one_line, quiet_panics
+from lrc_edge.finding import Finding, differs
 
 # Parts of tokenizer.json whose structure may differ without effect: decided by the ids of PROBES.
 _STEPS = {"normalizer": "normalizer", "pre_tokenizer": "pre-tokenizer", "post_processor": "post-processor",
@@ -36,7 +36,7 @@ def audit_tokenizer_json(folder: Path, tokenizer: PreTrainedTokenizerBase) -> It
     except BaseException as error:  # the library panics on some files, which is no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
-        yield Finding("tokenizer", f"tokenizer: {file.name} does not load ({shown(' '.join(str(error).split()))})")
+        yield Finding("tokenizer", f"tokenizer: {file.name} does not load ({one_line(error)})")
         return
     yield from _compare(json.loads(found.to_str()), json.loads(backend.to_str()), lambda: _same_ids(found, backend))
 

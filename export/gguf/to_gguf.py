@@ -48,7 +48,8 @@ from lrc_edge.export.quantize.encodings import (
     read_contents,
 )
 from lrc_edge.export.quantize.imatrix import check_importance, measured_weights
-from lrc_edge.export.quantize.mixed_precision import Allocation, encoding_name
+from lrc_edge.export.quantize.mixed_precision import Allocation
+from lrc_edge.formats import FORMATS, mixed_encoding
 from lrc_edge.roles import Weight
 
 # Role -> (GGUF tensor, suffix). Total over roles.py: a role that is missing here is an error, not a skipped tensor.
@@ -73,7 +74,6 @@ GGUF_NAMES: dict[str, tuple[MODEL_TENSOR, str]] = {
 }
 _TORCH_TYPES = {GGMLQuantizationType.F32: torch.float32, GGMLQuantizationType.F16: torch.float16,
                 GGMLQuantizationType.BF16: torch.bfloat16}
-ON_GRID_ENCODING = "q4_0"  # the one that quantization-aware training is for
 PART = 1 << 22  # elements that are written at once
 PIECE = 1 << 15  # elements that are converted at once; torch starts threads above that
 ROPE_FACTORS = TENSOR_NAMES[MODEL_TENSOR.ROPE_FREQS] + ".weight"
@@ -100,8 +100,8 @@ def export_gguf(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[s
     vocabulary = read_vocabulary(checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
     files = {encoding: folder / file_name(checkpoint, encoding) for encoding in wanted}
-    from_grid = on_grid is not None and ENCODINGS[ON_GRID_ENCODING] in files
-    passes = _passes(checkpoint, files, from_grid, progress)
+    from_grid = [encoding for encoding in files if on_grid is not None and encoding.trained_on_grid]
+    passes = _passes(checkpoint, files, len(from_grid), progress)
     hashes: dict[Encoding, str] = {}
     for encoding, file in files.items():
         if encoding.direct:
@@ -110,8 +110,8 @@ def export_gguf(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[s
                 hashes[encoding] = _write(checkpoint, vocabulary, encoding, partial, passes)
     quantized = {encoding: file for encoding, file in files.items() if not encoding.direct}
     identical: dict[Encoding, float] = {}
-    if on_grid is not None and from_grid:
-        encoding = ENCODINGS[ON_GRID_ENCODING]
+    for encoding in from_grid:
+        assert on_grid is not None
         file = quantized.pop(encoding)
         with _lossless_file(on_grid, vocabulary, {}, folder, passes) as source, _whole(file) as partial:
             passes.start(f"quantizing {file.name}")
@@ -133,10 +133,10 @@ def export_gguf(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[s
     return artifacts
 
 
-def _passes(checkpoint: DenseCheckpoint, files: dict[Encoding, Path], from_grid: bool, progress: Listener) -> Passes:
+def _passes(checkpoint: DenseCheckpoint, files: dict[Encoding, Path], n_from_grid: int, progress: Listener) -> Passes:
     """One for each file, and one for each temporary file that llama.cpp quantizes."""
-    n_quantized = sum(not encoding.direct for encoding in files) - from_grid
-    n_temporary = from_grid + (n_quantized > 0 and not any(encoding in files for encoding in _lossless(checkpoint)))
+    n_quantized = sum(not encoding.direct for encoding in files) - n_from_grid
+    n_temporary = n_from_grid + (n_quantized > 0 and not any(encoding in files for encoding in _lossless(checkpoint)))
     n_bytes = {gguf_name(weight): checkpoint.n_bytes(weight) for weight in checkpoint.weights()}
     return Passes(n_bytes, len(files) + n_temporary, progress)
 
@@ -167,7 +167,7 @@ def _mixed_encoding(checkpoint: DenseCheckpoint, allocation: Allocation) -> Enco
     nominal = next(encoding for encoding in ENCODINGS.values() if encoding.type == allocation.main_type)
     types = tuple((gguf_name(weight), allocation.types[weight.name]) for weight in checkpoint.weights()
                   if len(weight.shape) > 1)
-    return Encoding(encoding_name(allocation.bits_per_weight), nominal.ftype, nominal.type, needs_imatrix=False,
+    return Encoding(mixed_encoding(allocation.bits_per_weight), nominal.ftype, nominal.type, needs_imatrix=False,
                     tensor_types=types)
 
 
@@ -186,8 +186,8 @@ def check_gguf(checkpoint: DenseCheckpoint) -> None:
 
 def file_name(checkpoint: DenseCheckpoint, encoding: Encoding) -> str:
     """llama.cpp's convention, <Name>-<Size>-<Encoding>.gguf."""
-    label = encoding.name if encoding.tensor_types else encoding.name.upper()
-    return f"{file_stem(checkpoint)}-{label}.gguf"
+    template = f"{{model}}-{encoding.name}.gguf" if encoding.tensor_types else FORMATS[f"gguf:{encoding.name}"].file
+    return template.format(model=file_stem(checkpoint))
 
 
 def file_stem(checkpoint: DenseCheckpoint) -> str:

@@ -31,11 +31,11 @@ from lrc_edge.export.onnx.graph import ROPE_TABLES, DecoderGraph, WeightFormat, 
 from lrc_edge.export.onnx.weights import GRIDS, PLAIN_TYPES, Q4_0, Q8_0, Blocks, Plain
 from lrc_edge.export.passes import Passes
 from lrc_edge.export.quantize.imatrix import check_importance
+from lrc_edge.formats import formats_of
 from lrc_edge.workspace import replace_tree
 
-# transformers.js's names for its dtypes fp32, fp16, q8 and q4; the largest first.
-FILES = {"fp32": "onnx/model.onnx", "fp16": "onnx/model_fp16.onnx", "q8": "onnx/model_quantized.onnx",
-         "q4": "onnx/model_q4.onnx"}
+ROWS = formats_of("onnx")
+FILES = {encoding: row.file for encoding, row in ROWS.items()}  # the largest first
 CARRIED = ("generation_config.json", "README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", PROVENANCE_FILE)
 # int8 activations, as llama.cpp computes with these grids. Measured on a trained model of 9M parameters: KL to float32
 # 0.00197 instead of 0.00192, 7.0 times the decoding speed (2.0 with a 4-bit head, see Blocks).
@@ -74,7 +74,7 @@ def export_onnx(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[s
             path = partial / FILES[encoding]
             passes.start(encoding)
             with OnnxFile(path, shard_bytes) as file:
-                source = on_grid if on_grid is not None and encoding == "q4" else checkpoint
+                source = on_grid if on_grid is not None and ROWS[encoding].trained_on_grid else checkpoint
                 DecoderGraph(file, source, formats[encoding], passes.at).write()
                 file.save(checkpoint.name, _metadata(source, encoding))
             identical = getattr(formats[encoding], "identical_blocks", None)

@@ -23,8 +23,8 @@ from onnx import TensorProto, helper
 from lrc_edge.errors import UserError
 from lrc_edge.export.onnx.file import MICROSOFT, OnnxFile
 from lrc_edge.export.quantize.encodings import quantize_matrix
+from lrc_edge.formats import BLOCK
 
-BLOCK = 32  # weights that share a scale
 PART_WEIGHTS = 1 << 20  # converted at one time
 Result = TypeVar("Result")
 
@@ -40,11 +40,6 @@ class Grid:
     def zero_point(self) -> int:
         """MatMulNBits' default."""
         return 1 << (self.bits - 1)
-
-    @property
-    def bytes_per_weight(self) -> float:
-        """Level and share of the block's float32 scale."""
-        return self.bits / 8 + 4 / BLOCK
 
     def names(self, weight: str) -> tuple[str, str]:
         """A packed matrix is two initializers: its levels and their scales."""

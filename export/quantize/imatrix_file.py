@@ -12,7 +12,7 @@ import numpy as np
 from gguf import GGUFReader, GGUFType, GGUFWriter, Keys
 
 from lrc_edge.checkpoint import DenseCheckpoint
-from lrc_edge.errors import UserError
+from lrc_edge.errors import UserError, one_line
 from lrc_edge.export.gguf.to_gguf import gguf_name
 from lrc_edge.export.quantize.imatrix import measured_weights
 
@@ -51,7 +51,7 @@ def read_imatrix(file: Path, checkpoint: DenseCheckpoint) -> dict[str, np.ndarra
     try:
         tensors = {tensor.name: np.array(tensor.data) for tensor in GGUFReader(file).tensors}
     except (OSError, ValueError, IndexError, KeyError) as error:
-        raise UserError(f"{file}: not an imatrix GGUF ({' '.join(str(error).split())}); make it again") from error
+        raise UserError(f"{file}: not an imatrix GGUF ({one_line(error)}); make it again") from error
     importance = {}
     for weight in measured_weights(checkpoint):
         sums, counts = (tensors.pop(gguf_name(weight) + suffix, None) for suffix in (SUMS, COUNTS))

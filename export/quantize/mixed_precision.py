@@ -71,11 +71,6 @@ class Allocation:
     predicted_kl: float  # nats a token, on the calibration text: the sum of the matrices' own
 
 
-def encoding_name(bits_per_weight: float) -> str:
-    """4.25 -> "4.25bpw"."""
-    return f"{bits_per_weight:g}bpw"
-
-
 def allocate(weights: Iterable[Weight], costs: Mapping[str, Mapping[str, float]], bits_per_weight: float,
              extra_bytes: int = 0) -> Allocation:
     """The types of least total cost whose file has at most `bits_per_weight`, all tensors counted.

@@ -1,13 +1,13 @@
 """What can be known before hours of work: widths, formats, tokenizer, data, disk. Nothing here writes."""
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.corpus.sources import SELF, WANTED, looks_local
 from lrc_edge.errors import UserError
 from lrc_edge.figures import human_bytes
+from lrc_edge.formats import FORMATS, format_of
 from lrc_edge.recipe import Recipe
 from lrc_edge.roles import weights_of
 from lrc_edge.shape import ModelShape, student_width
@@ -15,26 +15,6 @@ from lrc_edge.targets.fit import check_fit
 from lrc_edge.targets.profile import load_profile, load_profiles
 from lrc_edge.targets.runtimes.table import is_here
 from lrc_edge.workspace import free_bytes
-
-# Name -> elements of a block, which a row must be a multiple of.
-ONNX_ENCODINGS = {"fp32": 1, "fp16": 1, "q8": 32, "q4": 32}
-
-
-def gguf_encodings() -> dict[str, int]:
-    """GGUF encoding -> elements of its block (1, 32 or 256)."""
-    from lrc_edge.export.quantize.encodings import ENCODINGS
-
-    return {name: encoding.block for name, encoding in ENCODINGS.items()}
-
-
-def parse_format(text: str) -> tuple[str, str]:
-    """`gguf:q4_k_m` -> ("gguf", "q4_k_m"). Raises UserError with the nearest known name."""
-    format_, _, encoding = text.lower().partition(":")
-    known = [f"onnx:{name}" for name in ONNX_ENCODINGS] + [f"gguf:{name}" for name in gguf_encodings()]
-    if f"{format_}:{encoding}" not in known:
-        near = difflib.get_close_matches(text.lower(), known, n=1, cutoff=0.0)[0]
-        raise UserError(f"format {text!r} is unknown; did you mean {near}? Known: {', '.join(known)}")
-    return format_, encoding
 
 
 def _check_imatrix(recipe: Recipe, formats: list[tuple[str, str]]) -> None:
@@ -51,10 +31,12 @@ def wanted_formats(recipe: Recipe, hidden_size: int) -> list[tuple[str, str]]:
                                        for name in profile.format_names)]
     default = ["gguf:f16", "gguf:q8_0", "onnx:fp32"]
     default += ["gguf:q4_k_m", "gguf:q4_0", "onnx:q4"] * (hidden_size % 256 == 0)
-    return [parse_format(text) for text in dict.fromkeys(named or default)]
+    rows = [format_of(text) for text in dict.fromkeys(named or default)]
+    return [(row.kind, row.encoding) for row in rows]
 
 
-GRID_FORMATS = {("gguf", "q4_0"), ("onnx", "q4")}  # what training on the Q4_0 grid is for
+# The formats that training on the Q4_0 grid is for.
+GRID_FORMATS = {(row.kind, row.encoding) for row in FORMATS.values() if row.trained_on_grid}
 
 
 def trains_on_grid(recipe: Recipe, hidden_size: int) -> bool:
@@ -125,11 +107,10 @@ def _check_width(teacher: DenseCheckpoint, recipe: Recipe, formats: list[tuple[s
     if width >= teacher.shape.hidden_size:
         raise UserError(f"{where} = {width}: the teacher {teacher.name} is {teacher.shape.hidden_size} wide; "
                         "need a smaller student")
-    encodings = {"gguf": gguf_encodings() if formats else {}, "onnx": ONNX_ENCODINGS}
     for format_, encoding in formats:
-        block = encodings[format_][encoding]
+        block = FORMATS[f"{format_}:{encoding}"].block
         if width % block:
-            remain = [f"{f}:{name}" for f, table in encodings.items() for name, b in table.items() if width % b == 0]
+            remain = [row.name for row in FORMATS.values() if width % row.block == 0]
             raise UserError(f"{where} = {width}: {format_}:{encoding} stores rows in blocks of {block}, which do not "
                             f"divide it; take a multiple of {block}, or of the formats that remain: "
                             f"{', '.join(remain)}")
@@ -176,14 +157,13 @@ def _check_mixed_precision(recipe: Recipe, shape: ModelShape) -> None:
         check_size(weights_of(shape), recipe.export.bits_per_weight)
 
 
-# Bytes a weight of the encodings, near enough to reserve disk.
-_BYTES = {"f32": 4.0, "fp32": 4.0, "f16": 2.0, "fp16": 2.0, "bf16": 2.0, "q8_0": 1.1, "q8": 1.2}
-_OTHER_BYTES = 0.9
+_LEAST_BYTES = 0.9  # per weight, to reserve disk: embedding and head have more bytes than `bytes_per_weight`
 
 
 def _export_bytes(shape: ModelShape, recipe: Recipe, formats: list[tuple[str, str]]) -> float:
     """Artifacts, the lossless file that llama.cpp quantizes from, and training on the grid."""
-    kept = sum(_BYTES.get(encoding, _OTHER_BYTES) for _, encoding in formats) + recipe.export.bits_per_weight / 8
+    kept = sum(max(FORMATS[f"{format_}:{encoding}"].bytes_per_weight, _LEAST_BYTES) for format_, encoding in formats)
+    kept += recipe.export.bits_per_weight / 8
     on_grid = _training_bytes(recipe, 4 * shape.n_params) + 4.0 * shape.n_params if recipe.quantize.tokens else 0.0
     return shape.n_params * (kept + 4.0) + on_grid
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from lrc_edge.errors import UserError
+from lrc_edge.errors import UserError, one_line
 from lrc_edge.targets.runtimes.protocol import parts
 
 CHUNK = 512  # tokens in one run; each has its logits, V * 4 bytes
@@ -31,7 +31,7 @@ class OnnxRuntime:
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises a dozen types, none documented
-            raise UserError(f"{path}: onnxruntime does not load it ({' '.join(str(error).split())[:200]}); "
+            raise UserError(f"{path}: onnxruntime does not load it ({one_line(error)}); "
                             "export it again") from error
         self.label = f"onnxruntime {onnxruntime.__version__}"
         self._outputs = [output.name for output in self._session.get_outputs()]
@@ -43,7 +43,7 @@ class OnnxRuntime:
                 for name, value in self._inputs.items() if name.startswith("past_key_values.")}
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise UserError(f"{path}: its graph is not a decoder's with logits and past_key_values.* of fixed heads "
-                            f"({' '.join(str(error).split())[:100]}); export it again") from error
+                            f"({one_line(error, 100)}); export it again") from error
 
     def prefill(self, ids: np.ndarray, positions: Sequence[int] | None = None) -> np.ndarray:
         return self.read(ids, range(len(ids)) if positions is None else positions, ())

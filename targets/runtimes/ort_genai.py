@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime_genai as og
 
-from lrc_edge.errors import UserError
+from lrc_edge.errors import UserError, one_line
 
 GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "min_length": 0}
 
@@ -34,7 +34,7 @@ class OrtGenai:
             self._tokenizer = og.Tokenizer(self._model)
             self._prompt_tokenizer = og.Tokenizer(self._model)
         except Exception as error:  # a bare RuntimeError for anything, or a KeyError of ours
-            raise UserError(f"{folder}: onnxruntime-genai does not load it ({' '.join(str(error).split())[:200]}); "
+            raise UserError(f"{folder}: onnxruntime-genai does not load it ({one_line(error)}); "
                             "export it again") from error
         # Off by default, unlike Hugging Face: a prompt would go without the BOS that the model was trained with.
         self._prompt_tokenizer.update_options(add_special_tokens="true")
