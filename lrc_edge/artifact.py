@@ -38,6 +38,11 @@ class Artifact:
     # Of a model trained on its grid: the share of blocks that decode to exactly the trained weights.
     identical_blocks: float | None = None
 
+    @property
+    def name(self) -> str:
+        """Its format as `--formats` writes it: "gguf:q4_k_m"."""
+        return f"{self.format}:{self.encoding}"
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 

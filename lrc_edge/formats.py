@@ -80,15 +80,6 @@ def _gguf(encoding: str, type: str, **facts: Any) -> Format:
 
 _UNQUANTIZED: dict[str, Any] = {"device_kl_gate": "gguf_f16_kl", "top1_gate": "unquantized_top1"}
 _ROWS = (
-    Format(kind="onnx", encoding="fp32", type="F32", ends="F32", file="onnx/model.onnx", least_bits=24,
-           kl_gate="onnx_fp32_kl", also_judged=("max_abs",), **_UNQUANTIZED),
-    Format(kind="onnx", encoding="fp16", type="F16", ends="F16", file="onnx/model_fp16.onnx", least_bits=12,
-           kl_gate="onnx_fp16_kl", device_kl_gate="onnx_fp16_kl", top1_gate="unquantized_top1"),
-    Format(kind="onnx", encoding="q8", type="Q8_0", ends="Q8_0", file="onnx/model_quantized.onnx", least_bits=7,
-           kl_gate="onnx_q8_kl", device_kl_gate="onnx_q8_kl", top1_gate="q8_top1", in_profiles=True),
-    # transformers.js's names of files; the largest first.
-    Format(kind="onnx", encoding="q4", type="Q4_0", ends="Q8_0", file="onnx/model_q4.onnx", trained_on_grid=True,
-           in_profiles=True),
     # In the order of llama.cpp's numbers.
     _gguf("f32", "F32", ends="F32", kl_gate="gguf_f32_kl", also_judged=("top1",), **_UNQUANTIZED),
     _gguf("f16", "F16", ends="F16", kl_gate="gguf_f16_kl", in_profiles=True, **_UNQUANTIZED),
@@ -113,6 +104,15 @@ _ROWS = (
     _gguf("bf16", "BF16", ends="BF16", kl_gate="gguf_bf16_kl", device_kl_gate="gguf_bf16_kl",
           top1_gate="unquantized_top1"),
     _gguf("tq1_0", "TQ1_0"), _gguf("tq2_0", "TQ2_0"), _gguf("q1_0", "Q1_0"),
+    # The largest first; transformers.js's names of files.
+    Format(kind="onnx", encoding="fp32", type="F32", ends="F32", file="onnx/model.onnx", least_bits=24,
+           kl_gate="onnx_fp32_kl", also_judged=("max_abs",), **_UNQUANTIZED),
+    Format(kind="onnx", encoding="fp16", type="F16", ends="F16", file="onnx/model_fp16.onnx", least_bits=12,
+           kl_gate="onnx_fp16_kl", device_kl_gate="onnx_fp16_kl", top1_gate="unquantized_top1"),
+    Format(kind="onnx", encoding="q8", type="Q8_0", ends="Q8_0", file="onnx/model_quantized.onnx", least_bits=7,
+           kl_gate="onnx_q8_kl", device_kl_gate="onnx_q8_kl", top1_gate="q8_top1", in_profiles=True),
+    Format(kind="onnx", encoding="q4", type="Q4_0", ends="Q8_0", file="onnx/model_q4.onnx", trained_on_grid=True,
+           in_profiles=True),
 )
 FORMATS = {row.name: row for row in _ROWS}
 

@@ -65,7 +65,7 @@ def test_a_users_file_works(own: Path) -> None:
     ('"dotprod"', '"dotproduct"', "features = 'dotproduct': need one of"),
     ('"llama.cpp", ', "", "formats has gguf:q4_0, and none of its runtimes (llama.cpp, node-llama-cpp, wllama)"),
     ('"llama.cpp"', '"llama"', "runtimes = 'llama': need one of llama.cpp"),
-    ('name = "gguf:q8_0"', 'name = "gguf:q4_k_m"', "formats = 'gguf:q4_k_m': need one of gguf:q4_0"),
+    ('name = "gguf:q8_0"', 'name = "gguf:q4_k_m"', "formats = 'gguf:q4_k_m': need one of gguf:f16, gguf:q4_0"),
     ('recommended = "gguf:q4_0"', 'recommended = "gguf:f16"', "recommended = 'gguf:f16': need one of gguf:q4_0"),
     ("value = 17\n", "value = -17\n", "bandwidth_gb_s.value = -17: need a number above 0"),
     ("value = 17\n", 'value = "17"\n', "bandwidth_gb_s.value = '17': need a number"),

@@ -23,7 +23,6 @@ NODE = Path(__file__).parent / "node"
 
 KITS: dict[str, tuple[Kit, ...]] = {"wllama": (WLLAMA, PLAYWRIGHT, CHROMIUM),
                                     "transformers.js": (TRANSFORMERS_JS, PLAYWRIGHT, CHROMIUM)}
-FORMATS = {"wllama": "gguf", "transformers.js": "onnx"}
 MODULES = {"wllama": "/page/wllama.mjs", "transformers.js": "/page/transformers_js.mjs"}
 
 

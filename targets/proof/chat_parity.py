@@ -23,6 +23,8 @@ CONVERSATIONS: tuple[list[dict[str, str]], ...] = (
     [{"role": "user", "content": "Count: 1 2 3"}, {"role": "assistant", "content": "4, 5 é 😀"},
      {"role": "user", "content": "{{ 'go' }} <on> & \"on\""}],
 )
+# What may render a chat (Runtime.chat_engines) -> its name in the report.
+ENGINES = {"jinja": "Jinja (llama-cpp-python)", "c_api": "llama.cpp's C API", "server": "llama-server"}
 Render = Callable[[list[dict[str, str]]], tuple[str, list[int]]]
 
 
@@ -59,8 +61,10 @@ class ChatParity:
         if wrong:
             (_, text, ids), (got, got_ids) = wrong[0]
             row |= {"expected": text, "got": got + (f" {list(got_ids)} instead of {ids}" if got == text else "")}
-        if runtime.name == "llama.cpp":
-            row["engines"] = {"Jinja (llama-cpp-python)": _yes(not wrong), **self._other_engines(runtime, file)}
+        judged, *others = runtime.row.chat_engines
+        if others:
+            row["engines"] = {ENGINES[judged]: _yes(not wrong), **{
+                ENGINES[engine]: self._other_engine(engine, runtime, file) for engine in others}}
         doubled = [(self._leading_bos(want[2]), self._leading_bos(got[1]))
                    for want, got in zip(self._expected, found, strict=True)]
         bos = [(want, got) for want, got in doubled if want != got or got > 1]
@@ -73,19 +77,18 @@ class ChatParity:
             n += 1
         return n
 
-    def _other_engines(self, runtime: WorkerRuntime, file: Path) -> dict[str, str]:
-        """Name -> "yes", "no", or why it did not run."""
-        engines = {"llama.cpp's C API": self._report(lambda messages: runtime.render_chat(messages, "c_api"))}
+    def _other_engine(self, engine: str, runtime: WorkerRuntime, file: Path) -> str:
+        """ "yes", "no", or why it did not run."""
+        if engine != "server":  # a program of its own
+            return self._report(lambda messages: runtime.render_chat(messages, engine))
         program = server_program()
         if program is None:
-            engines["llama-server"] = "not run: no llama-server on PATH"
-            return engines
+            return "not run: no llama-server on PATH"
         try:
             with LlamaServer(program, file) as server:
-                engines["llama-server"] = self._report(server.render_chat)
+                return self._report(server.render_chat)
         except WorkerFailed as error:
-            engines["llama-server"] = f"not run: {error}"
-        return engines
+            return f"not run: {error}"
 
     def _report(self, render: Render) -> str:
         """Text first: what the program adds while it tokenizes, a BOS, is told apart from it."""

@@ -17,6 +17,7 @@ import numpy as np
 from lrc_edge.artifact import Artifact
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.console import Task
+from lrc_edge.formats import format_of
 from lrc_edge.parity import (
     AS_TRAINED,
     Comparison,
@@ -31,13 +32,9 @@ from lrc_edge.targets.proof.chat_parity import ChatParity
 from lrc_edge.targets.proof.reference import HeldOutRows, Reference
 from lrc_edge.targets.proof.token_parity import compare_token_ids, corpus_of, normalize
 from lrc_edge.targets.runtimes.llama_probe import extra_buffers
-from lrc_edge.targets.runtimes.llamacpp import CACHES
-from lrc_edge.targets.runtimes.table import PROOF
+from lrc_edge.targets.runtimes.table import Runtime, verifiers_of
 from lrc_edge.targets.runtimes.worker import WorkerFailed
 from lrc_edge.targets.runtimes.worker_runtime import WorkerRuntime
-
-CACHE_BLOCK = 32  # elements of a quantized KV cache that share a scale: they must divide head_dim
-KV_CACHES = tuple(name for name in CACHES if name != "f32")
 
 
 @dataclass
@@ -105,7 +102,7 @@ class _Prover:
         long = sum(map(len, self._text.long_rows)) if self._long is None else sum(rows.ids.size for rows in self._long)
         sampled = sum(len(prompt) + self._n_generated for prompt in self._prompts)
         per_file = 2 * self._text.rows.size + long + sampled
-        caches = sum(a.format == "gguf" for a in artifacts) * len(self._cache_kinds()) * self._kv_rows().size
+        caches = sum(len(self._caches(verifiers_of(a.format)[0])) for a in artifacts) * self._kv_rows().size
         models = 1 + sum(model is not None for model in others)
         self._task.expect(models * self._text.rows.size + long + len(artifacts) * per_file + caches, "tokens")
 
@@ -196,33 +193,36 @@ class _Prover:
     # Artifacts
 
     def prove_artifact(self, artifact: Artifact) -> None:
-        """Every part of the proof of one file; a part whose runtime fails costs its own gates and no others'."""
-        entry: dict[str, Any] = {**artifact.as_dict(), "runtime": PROOF[artifact.format][0], "parity": {}}
+        """Verify one file in every part. A part whose runtime fails fails its own gates; the others go on."""
+        first, others = verifiers_of(artifact.format)
+        entry: dict[str, Any] = {**artifact.as_dict(), "runtime": first.name, "parity": {}}
         self.proof.artifacts.append(entry)
-        with self._runtime(artifact, PROOF[artifact.format][0]) as runtime:
+        with self._runtime(artifact, first) as runtime:
             self._logits_parity(artifact, runtime, entry)
             for rows in self._long or ():
                 self._length_parity(artifact, runtime, entry, rows)
-            if artifact.format == "gguf":
+            if first.caches:
                 entry["kv_cache"] = self._kv_cache(artifact, runtime)
             runtime.context(self._n_ctx)
-            entry["generation"] = self._generation(artifact, runtime, "smoke generation")
-            if artifact.format == "gguf":
-                self._text_parity(artifact, runtime)
+            entry["generation"] = self._generation(artifact, runtime)
+            if first.tokenizes:
+                self._token_parity(artifact, runtime)
+                self._chat_parity(artifact, runtime)
+                self._stop_tokens(artifact, runtime)
             entry["runtime"] = runtime.label
-        for name in PROOF[artifact.format][1:]:
-            with self._runtime(artifact, name) as runtime:
-                self._generation(artifact, runtime, "smoke generation, genai", only_first=True)
-                self._chat_parity(artifact, runtime, "chat template, genai")
-                self._stop_tokens(artifact, runtime, "stop tokens, genai")
+        for other in others:
+            with self._runtime(artifact, other) as runtime:
+                self._generation(artifact, runtime, only_first=True)
+                self._chat_parity(artifact, runtime)
+                self._stop_tokens(artifact, runtime)
 
     @property
     def _n_ctx(self) -> int:
         prompt = max(map(len, self._prompts))
         return max(self._text.rows.shape[1], prompt) + self._n_generated
 
-    def _runtime(self, artifact: Artifact, name: str) -> WorkerRuntime:
-        return WorkerRuntime(name, self._folder / artifact.path, self._n_ctx, self._threads,
+    def _runtime(self, artifact: Artifact, row: Runtime) -> WorkerRuntime:
+        return WorkerRuntime(row.name, self._folder / artifact.path, self._n_ctx, self._threads,
                              self._student.shape.n_params, self._folder, self._student.shape.vocab_size)
 
     @contextmanager
@@ -235,7 +235,7 @@ class _Prover:
 
     def _logits_parity(self, artifact: Artifact, runtime: WorkerRuntime, entry: dict[str, Any]) -> None:
         """Prefill and decode on the recipe's rows; prefill against the student on its grid, too."""
-        kind, limits, rounding = f"{artifact.format}:{artifact.encoding}", self._recipe.gates, self.proof.rounding
+        kind, limits, rounding = artifact.name, self._recipe.gates, self.proof.rounding
         trained = self._trained if artifact.identical_blocks is not None else None
         path, blocks = artifact.path, artifact.identical_blocks or 0.0
         for mode in ("prefill", "decode"):
@@ -276,7 +276,7 @@ class _Prover:
                        ) -> None:
         """One long row in one pass, at positions that are spread over it: every other one is read alone."""
         [ids], positions = rows.ids, rows.positions or ()
-        kind, limits = f"{artifact.format}:{artifact.encoding}", self._recipe.gates
+        kind, limits = artifact.name, self._recipe.gates
         names = [f"{mode} at {len(ids):,} tokens" for mode in ("prefill", "decode")]
 
         def fail(why: str) -> list[Gate]:
@@ -294,10 +294,9 @@ class _Prover:
                 self.proof.gates += gates_of_length(artifact.path, kind, name, metrics, limits)
         self._advance(f"{artifact.path}: {len(ids):,} tokens", len(ids))
 
-    def _cache_kinds(self) -> list[str]:
-        """The types that the KV cache of this model can have."""
-        whole = self._student.shape.head_dim % CACHE_BLOCK == 0
-        return [name for name in KV_CACHES if name == "f16" or whole]
+    def _caches(self, row: Runtime) -> list[str]:
+        """The types that the KV cache can have for this model: their blocks must divide head_dim."""
+        return [name for name in row.caches if self._student.shape.head_dim % format_of(f"gguf:{name}").block == 0]
 
     def _kv_rows(self) -> np.ndarray:
         length = self._text.rows.shape[1]
@@ -305,8 +304,8 @@ class _Prover:
 
     def _kv_cache(self, artifact: Artifact, runtime: WorkerRuntime) -> dict[str, float | None]:
         """KL mean with the KV cache in each type; None where the model cannot have it, or the runtime failed."""
-        found: dict[str, float | None] = dict.fromkeys(KV_CACHES)
-        for kind in self._cache_kinds():
+        found: dict[str, float | None] = dict.fromkeys(runtime.row.caches)
+        for kind in self._caches(runtime.row):
             gate = Gate(f"KV cache in {kind}", artifact.path, "failures", 1, 0, "==")
             with self._failing(lambda why, gate=gate: [gate.because(why)]):  # type: ignore[misc]
                 runtime.open()
@@ -319,10 +318,9 @@ class _Prover:
                 found[kind] = comparison.metrics().as_dict()["kl_mean"]
         return found
 
-    def _generation(self, artifact: Artifact, runtime: WorkerRuntime, name: str, only_first: bool = False
-                    ) -> dict[str, str]:
+    def _generation(self, artifact: Artifact, runtime: WorkerRuntime, only_first: bool = False) -> dict[str, str]:
         """Sample texts. A runtime that answers nothing, or ids outside the vocabulary, has failed."""
-        gate = Gate(name, artifact.path, "tokens", None, 1, ">=")
+        gate = Gate(f"smoke generation{runtime.row.gate_suffix}", artifact.path, "tokens", None, 1, ">=")
         made: list[int] = []
         with self._failing(lambda why: [gate.because(why)]):
             if only_first:
@@ -334,8 +332,7 @@ class _Prover:
         return {"prompt": self._text.prompts[0],
                 "text": str(self._tokenizer.decode(self._known(made), skip_special_tokens=True))}
 
-    def _text_parity(self, artifact: Artifact, runtime: WorkerRuntime) -> None:
-        """Token ids, the chat template by each engine, and where a generation ends."""
+    def _token_parity(self, artifact: Artifact, runtime: WorkerRuntime) -> None:
         self._advance(f"{artifact.path}: token ids and chat template")
         gate = Gate("token ids", artifact.path, "mismatches", None, 0, "==")
         with self._failing(lambda why: [gate.because(why)]):
@@ -344,18 +341,18 @@ class _Prover:
                                          "n_mismatches": found.n_mismatches, "n_normalized": found.n_normalized,
                                          "examples": [example.as_dict() for example in found.examples]})
             self.proof.gates.append(gate.judged(found.n_mismatches))
-        self._chat_parity(artifact, runtime, "chat template")
-        self._stop_tokens(artifact, runtime, "stop tokens")
 
-    def _chat_parity(self, artifact: Artifact, runtime: WorkerRuntime, name: str) -> None:
+    def _chat_parity(self, artifact: Artifact, runtime: WorkerRuntime) -> None:
+        """The chat template, by each engine of the runtime."""
+        name = f"chat template{runtime.row.gate_suffix}"
         gates, row = self._chat.judge(artifact.path, runtime, name, self._folder / artifact.path)
         self.proof.gates += gates
         if row is not None:
             self.proof.chat_template.append(row)
 
-    def _stop_tokens(self, artifact: Artifact, runtime: WorkerRuntime, name: str) -> None:
-        """Every token that ends a text in Hugging Face ends it in the runtime: else it talks on without end."""
-        gate = Gate(name, artifact.path, "missing", None, 0, "==")
+    def _stop_tokens(self, artifact: Artifact, runtime: WorkerRuntime) -> None:
+        """Every token that ends a text in Hugging Face must end it in the runtime, which else generates without end."""
+        gate = Gate(f"stop tokens{runtime.row.gate_suffix}", artifact.path, "missing", None, 0, "==")
         with self._failing(lambda why: [gate.because(why)]):
             missing = sorted(set(self._stop) - runtime.end_tokens())
             texts = ", ".join(f"{self._tokenizer.decode([i])!r} ({i})" for i in missing)

@@ -14,16 +14,15 @@ from lrc_edge import llama_log
 from lrc_edge.errors import UserError
 from lrc_edge.machine import processors
 from lrc_edge.targets.runtimes import llama_probe
-from lrc_edge.targets.runtimes.protocol import parts
+from lrc_edge.targets.runtimes.protocol import TextRuntime, parts
 
 CHUNK = 512  # tokens in one llama_decode; llama.cpp keeps logits for all of them, V * 4 bytes each
 # Types of the KV cache, with ggml's number of each. llama.cpp's own default is f16.
 CACHES = {"f32": 0, "f16": 1, "q8_0": 8, "q4_0": 2}
-ENGINES = ("jinja", "c_api")  # what renders a conversation
 
 
-class LlamaCpp:
-    """A GGUF file loaded on the CPU; implements lrc_edge.targets.runtimes.protocol.TextRuntime.
+class LlamaCpp(TextRuntime):
+    """A GGUF file loaded by llama.cpp on the CPU.
 
     n_ctx: tokens of the longest row, 0 for the file's own context length. threads: at most the machine's processors,
     which is also the default. cache: a key of CACHES. The default is f32 without flash attention, so that differences
@@ -81,13 +80,6 @@ class LlamaCpp:
         self._n_rows = n_rows
 
     # Logits
-
-    def prefill(self, ids: np.ndarray, positions: Sequence[int] | None = None) -> np.ndarray:
-        return self.read(ids, range(len(ids)) if positions is None else positions, ())
-
-    def decode(self, ids: np.ndarray, positions: Sequence[int] | None = None) -> np.ndarray:
-        wanted = range(len(ids)) if positions is None else positions
-        return self.read(ids, wanted, wanted)
 
     def read(self, ids: np.ndarray, positions: Sequence[int], alone: Sequence[int]) -> np.ndarray:
         tokens = [int(i) for i in np.asarray(ids).reshape(-1)]
@@ -188,7 +180,7 @@ class LlamaCpp:
         return template.decode("utf-8") if template else None
 
     def render_chat(self, messages: list[dict[str, str]], engine: str = "jinja") -> tuple[str, list[int]]:
-        """The file's template by one of ENGINES, then the ids that a program with that engine reads.
+        """Render messages with the file's template; return the text and the ids that a program with that engine reads.
 
         jinja: llama-cpp-python's. The template writes the BOS where it wants one, so none is added: that is what
         Hugging Face's apply_chat_template and llama-cpp-python's chat completion do.
@@ -198,9 +190,13 @@ class LlamaCpp:
         """
         if self.chat_template is None:
             raise UserError(f"{self.path}: holds no chat template; use plain prompts")
-        if engine == "c_api":
-            prompt = self._apply_template(messages)
-            return prompt, self._tokenize(prompt, add_special=True)
+        return {"jinja": self._render_by_jinja, "c_api": self._render_by_c_api}[engine](messages)
+
+    def _render_by_c_api(self, messages: list[dict[str, str]]) -> tuple[str, list[int]]:
+        prompt = self._apply_template(messages)
+        return prompt, self._tokenize(prompt, add_special=True)
+
+    def _render_by_jinja(self, messages: list[dict[str, str]]) -> tuple[str, list[int]]:
         formatter = Jinja2ChatFormatter(
             template=self.chat_template, add_generation_prompt=True,
             bos_token=self._special_text(llama_cpp.llama_vocab_bos(self._vocab)),

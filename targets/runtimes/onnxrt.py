@@ -8,15 +8,15 @@ import numpy as np
 import onnxruntime
 
 from lrc_edge.errors import UserError, one_line
-from lrc_edge.targets.runtimes.protocol import parts
+from lrc_edge.targets.runtimes.protocol import Runtime, parts
 
 CHUNK = 512  # tokens in one run; each has its logits, V * 4 bytes
 CACHE_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 Cache = dict[str, onnxruntime.OrtValue]  # past_key_values.{layer}.{key|value} -> (1, kv heads, P, head_dim)
 
 
-class OnnxRuntime:
-    """One .onnx file that to_onnx wrote, or any with the same inputs. Implements runtime.Runtime.
+class OnnxRuntime(Runtime):
+    """One .onnx file that to_onnx wrote, or any other with the same inputs.
 
     `threads`: of one operator; `spinning`: they wait for each other without sleeping. Raises UserError when the file
     does not load.
@@ -44,13 +44,6 @@ class OnnxRuntime:
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise UserError(f"{path}: its graph is not a decoder's with logits and past_key_values.* of fixed heads "
                             f"({one_line(error, 100)}); export it again") from error
-
-    def prefill(self, ids: np.ndarray, positions: Sequence[int] | None = None) -> np.ndarray:
-        return self.read(ids, range(len(ids)) if positions is None else positions, ())
-
-    def decode(self, ids: np.ndarray, positions: Sequence[int] | None = None) -> np.ndarray:
-        wanted = range(len(ids)) if positions is None else positions
-        return self.read(ids, wanted, wanted)
 
     def read(self, ids: np.ndarray, positions: Sequence[int], alone: Sequence[int]) -> np.ndarray:
         ids, cache, rows = np.asarray(ids), self._empty_cache(), []

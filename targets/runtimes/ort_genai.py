@@ -9,12 +9,13 @@ import numpy as np
 import onnxruntime_genai as og
 
 from lrc_edge.errors import UserError, one_line
+from lrc_edge.targets.runtimes.protocol import TextRuntime
 
 GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "min_length": 0}
 
 
-class OrtGenai:
-    """One model of an ONNX folder. Implements runtime.TextRuntime.
+class OrtGenai(TextRuntime):
+    """One model of an ONNX folder.
 
     `model_file`: relative to the folder, instead of the one that genai_config.json names. `threads`: instead of
     onnxruntime's choice, one a physical core. Raises UserError when the folder does not load.

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lrc_edge.targets.runtimes.table import native_command
+from lrc_edge.targets.runtimes.table import native_command, runtime_named
 from lrc_edge.targets.runtimes.worker import Worker, WorkerFailed
 
 # A request may take as long as the slowest machine that anyone would use: 0.5 GFLOP/s, 20 MB/s of a file's bytes.
@@ -21,7 +21,7 @@ LOGITS_BYTES = 1 << 31  # of one answer: on disk, and read one row at a time
 
 
 class WorkerRuntime:
-    """One file in one runtime of runtimes.PYTHON.
+    """One file in one runtime that has Python bindings.
 
     A worker that crashed is started again for the next request: what dies in prefill may live in decode. One that
     hung, or that cannot open the file, is not asked again. n_params: of the model, for the limits of time.
@@ -32,7 +32,7 @@ class WorkerRuntime:
 
     def __init__(self, name: str, path: Path, n_ctx: int, threads: int, n_params: int, folder: Path | None = None,
                  vocab_size: int = 0):
-        self.name, self.label, self.vocab_size = name, name, vocab_size
+        self.row, self.name, self.label, self.vocab_size = runtime_named(name), name, name, vocab_size
         self._path, self._n_ctx, self._threads, self._n_params = path, n_ctx, threads, n_params
         self._file = tempfile.TemporaryFile(dir=folder)
         self._worker: Worker | None = None
@@ -50,9 +50,12 @@ class WorkerRuntime:
     # Requests
 
     def context(self, n_ctx: int, n_rows: int = 1, cache: str = "f32") -> None:
-        """Of llama.cpp: an empty KV cache of the type `cache` for that many rows; another runtime has no such thing."""
+        """Empty the KV cache and give it room for n_rows rows of n_ctx tokens, in the type `cache`.
+
+        Does nothing in a runtime whose cache has one type: its cache begins empty with every request.
+        """
         self._context = (n_ctx, n_rows, cache)
-        if self.name == "llama.cpp" and self._worker is not None:
+        if self.row.caches and self._worker is not None:
             self._ask("context", n_ctx=n_ctx, n_rows=n_rows, cache=cache)
 
     def prefill(self, rows: np.ndarray, positions: Sequence[int] | None = None) -> np.ndarray:
