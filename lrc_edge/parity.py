@@ -41,17 +41,45 @@ class Metrics:
                 for key, value in asdict(self).items()}
 
 
-class Comparison:
-    """Collects row after row, then gives Metrics."""
+class Divergences:
+    """KL, agreement and cross entropy of a model and its reference, collected row after row: what comparisons share."""
 
     def __init__(self, near_tie: float):
         self.near_tie = near_tie
         self._kl: list[np.ndarray] = []
         self._agree: list[np.ndarray] = []
         self._nll: list[np.ndarray] = []  # (2, n): reference, model
+        self._near_ties = 0
+
+    def _collect(self, kl_N: np.ndarray, margin_N: np.ndarray, equal_N: np.ndarray, nll_2M: np.ndarray) -> None:
+        """margin_N: between the reference's two best logits. equal_N: whether the argmax is equal."""
+        clear = margin_N >= self.near_tie
+        self._kl.append(kl_N)
+        self._near_ties += int((~clear).sum())
+        self._agree.append(equal_N[clear])
+        self._nll.append(nll_2M)
+
+    def _shared_figures(self) -> dict[str, Any]:
+        kl, agree = np.concatenate(self._kl), np.concatenate(self._agree)
+        ppl_reference, ppl = self._perplexities()
+        return {"positions": len(kl), "near_ties": self._near_ties, "kl_mean": float(kl.mean()),
+                "kl_p99": float(np.quantile(kl, 0.99)), "kl_max": float(kl.max()),
+                "top1": float(agree.mean()) if len(agree) else math.nan, "delta_ppl": float(ppl - ppl_reference)}
+
+    def _perplexities(self) -> np.ndarray:
+        """(2,): reference, model."""
+        with np.errstate(over="ignore"):  # infinite for a damaged file, which passes no gate
+            found: np.ndarray = np.exp(np.concatenate(self._nll, axis=1).mean(1))
+        return found
+
+
+class Comparison(Divergences):
+    """Collects a model's logits row after row, then gives Metrics."""
+
+    def __init__(self, near_tie: float):
+        super().__init__(near_tie)
         self._squares = [0.0, 0.0]  # error, signal
         self._max_abs = 0.0
-        self._near_ties = 0
 
     def update(self, reference_NV: np.ndarray, model_NV: np.ndarray, next_ids_N: np.ndarray) -> None:
         """Add the logits of one row; `next_ids_N` are the tokens that follow, -1 where none does.
@@ -72,28 +100,20 @@ class Comparison:
         self._max_abs = float(np.maximum(self._max_abs, np.abs(error).max()))
         log_p, log_q = _log_softmax(ref), _log_softmax(got)
         # Rounding can leave a tiny negative sum; NaN must stay NaN.
-        self._kl.append(np.maximum((np.exp(log_p) * (log_p - log_q)).sum(-1), 0.0))
-        best = np.partition(ref, -2, axis=-1)
-        clear = best[:, -1] - best[:, -2] >= self.near_tie
-        self._near_ties += int((~clear).sum())
-        self._agree.append((ref.argmax(-1) == got.argmax(-1))[clear])
-        known = np.flatnonzero(next_ids >= 0)
-        self._nll.append(-np.stack([log_p[known, next_ids[known]], log_q[known, next_ids[known]]]))
+        kl = np.maximum((np.exp(log_p) * (log_p - log_q)).sum(-1), 0.0)
+        best, known = np.partition(ref, -2, axis=-1), np.flatnonzero(next_ids >= 0)
+        self._collect(kl, best[:, -1] - best[:, -2], ref.argmax(-1) == got.argmax(-1),
+                      -np.stack([log_p[known, next_ids[known]], log_q[known, next_ids[known]]]))
 
     def metrics(self) -> Metrics:
-        kl, agree = np.concatenate(self._kl), np.concatenate(self._agree)
-        nll = np.concatenate(self._nll, axis=1)
-        with np.errstate(over="ignore"):  # of a damaged file: infinite, which no gate passes
-            ppl_ref, ppl = np.exp(nll.mean(1))
+        nll, (ppl_reference, ppl) = np.concatenate(self._nll, axis=1), self._perplexities()
         # Error propagation through exp of the two means, which are correlated: the tokens are the same.
-        gradient = np.array([-ppl_ref, ppl])
+        gradient = np.array([-ppl_reference, ppl])
         variance = gradient @ (np.cov(nll) / nll.shape[1]) @ gradient if nll.shape[1] > 1 else np.nan
         return Metrics(
-            positions=len(kl), kl_mean=float(kl.mean()), kl_p99=float(np.quantile(kl, 0.99)), kl_max=float(kl.max()),
-            top1=float(agree.mean()) if len(agree) else math.nan, near_ties=self._near_ties,
-            nmse=self._squares[0] / self._squares[1] if self._squares[1] else math.nan, max_abs=self._max_abs,
-            ppl=float(ppl), delta_ppl=float(ppl - ppl_ref), delta_ppl_se=math.sqrt(max(0.0, variance))
-            if math.isfinite(variance) else math.nan)
+            **self._shared_figures(), ppl=float(ppl), max_abs=self._max_abs,
+            nmse=self._squares[0] / self._squares[1] if self._squares[1] else math.nan,
+            delta_ppl_se=math.sqrt(max(0.0, variance)) if math.isfinite(variance) else math.nan)
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from lrc_edge.errors import UserError, one_line
+from lrc_edge.parity import Divergences
 from lrc_edge.shape import ModelShape
 
 REFERENCE_FILE = "check/reference.npz"
@@ -115,18 +116,16 @@ def _row(ids: np.ndarray, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
             logprobs[np.arange(len(ids) - 1), ids[1:]].astype(np.float32))
 
 
-class DeviceComparison:
+class DeviceComparison(Divergences):
     """Collects a device's answers row after row, then gives figures. KL in nats."""
 
     def __init__(self, reference: StoredReference, near_tie: float):
-        self._reference, self._near_tie = reference, near_tie
-        self._kl: list[np.ndarray] = []
-        self._agree: list[np.ndarray] = []
-        self._nll: list[np.ndarray] = []
-        self._near_ties = 0
+        super().__init__(near_tie)
+        self._reference = reference
 
     def update(self, row: int, logprobs: Any, argmax: Any) -> None:
-        """Of `wanted(row)`: log-probabilities (L, K + 1), None for what is no number, and the likeliest ids (L)."""
+        """Add the answers for `wanted(row)`: log-probabilities (L, K + 1), None where they are not numbers, and the
+        most probable ids (L)."""
         expected = self._reference.top_logprobs[row].astype(np.float64)
         got = np.array(logprobs, dtype=np.float64)
         if got.shape != (len(expected), expected.shape[1] + 1) or np.shape(argmax) != (len(expected),):
@@ -134,20 +133,13 @@ class DeviceComparison:
                             f"{(len(expected), expected.shape[1] + 1)}")
         if (got[:, :-1] == got[:, :1]).all():
             raise UserError("the runtime gave every token the same probability: it returned no scores")
-        self._kl.append(_divergence(expected, got[:, :-1]))
-        clear = expected[:, 0] - expected[:, 1] >= self._near_tie
-        self._near_ties += int((~clear).sum())
-        self._agree.append((self._reference.top_ids[row, :, 0] == np.asarray(argmax))[clear])
-        self._nll.append(-np.stack([self._reference.next_logprobs[row].astype(np.float64), got[:-1, -1]]))
+        self._collect(_divergence(expected, got[:, :-1]), expected[:, 0] - expected[:, 1],
+                      self._reference.top_ids[row, :, 0] == np.asarray(argmax),
+                      -np.stack([self._reference.next_logprobs[row].astype(np.float64), got[:-1, -1]]))
 
     def figures(self) -> dict[str, Any]:
-        """positions, kl_mean, kl_p99, kl_max, top1, near_ties, delta_ppl; None for what is no number."""
-        kl, agree = np.concatenate(self._kl), np.concatenate(self._agree)
-        ppl_ref, ppl = np.exp(np.concatenate(self._nll, axis=1).mean(1))
-        table = {"kl_mean": float(kl.mean()), "kl_p99": float(np.quantile(kl, 0.99)), "kl_max": float(kl.max()),
-                 "top1": float(agree.mean()) if len(agree) else math.nan, "delta_ppl": float(ppl - ppl_ref)}
-        return {"positions": len(kl), "near_ties": self._near_ties,
-                **{key: value if math.isfinite(value) else None for key, value in table.items()}}
+        """positions, near_ties, kl_mean, kl_p99, kl_max, top1, delta_ppl; None for what is not a number."""
+        return {key: value if math.isfinite(value) else None for key, value in self._shared_figures().items()}
 
 
 def _divergence(log_p_LK: np.ndarray, log_q_LK: np.ndarray) -> np.ndarray:

@@ -6,9 +6,8 @@ from typing import get_args
 
 import pytest
 
-from lrc_edge import formats
 from lrc_edge.errors import UserError
-from lrc_edge.formats import FORMATS, KINDS
+from lrc_edge.formats import FORMATS, Kind
 from lrc_edge.shape import ModelShape
 from lrc_edge.targets import memory
 from lrc_edge.targets.devices import browser, emulated_worker, emulation
@@ -44,7 +43,7 @@ def test_what_stands_beside_the_table_has_its_names() -> None:
 
 
 def test_the_runtimes_of_each_kind() -> None:
-    assert KINDS == get_args(formats.Kind) and {row.reads for row in RUNTIMES.values()} == set(KINDS)
+    assert {row.reads for row in RUNTIMES.values()} == {row.kind for row in FORMATS.values()} == set(get_args(Kind))
     assert readers_of("gguf") == ("llama.cpp", "node-llama-cpp", "wllama")
     assert readers_of("onnx") == ("onnxruntime-genai", "onnxruntime", "transformers.js")
     for kind, names in {"gguf": ["llama.cpp"], "onnx": ["onnxruntime", "onnxruntime-genai"]}.items():

@@ -31,10 +31,6 @@ class TokenParity:
     n_mismatches: int
     examples: tuple[TokenMismatch, ...]  # the first mismatches
 
-    @property
-    def share_equal(self) -> float:
-        return 1 - self.n_mismatches / self.n_strings if self.n_strings else 1.0
-
 
 def compare_token_ids(tokenizer: PreTrainedTokenizerBase, tokenize: Callable[[Sequence[str]], list[list[int]]],
                       strings: Sequence[str] | None = None) -> TokenParity:
