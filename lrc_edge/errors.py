@@ -1,4 +1,4 @@
-"""The one exception that the command line prints as a line instead of a traceback, and what else becomes a line."""
+"""The exception that the command line prints as one line without a traceback, and other errors printed like it."""
 from __future__ import annotations
 
 import errno
@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from lrc_edge.figures import visible
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM)
-# What libraries write of the same without Python's types: PyTorch, safetensors, tokenizers, onnxruntime and numpy.
+# How PyTorch, safetensors, tokenizers, onnxruntime and numpy report the same without Python's types.
 _NO_MEMORY = re.compile(r"can(?:no|')t allocate memory|failed to allocate memory|bad_alloc|not enough memory|"
                         r"can't start new thread|ThreadPoolBuildError|std::length_error|unable to allocate|"
-                        r"could not (?:create|execute) a primitive$", re.IGNORECASE)  # oneDNN says no more
+                        r"could not (?:create|execute) a primitive$", re.IGNORECASE)  # oneDNN reports no more
 _NO_SPACE = re.compile(r"no space left on device|disk quota exceeded|file too large|\d+ requested and \d+ written",
                        re.IGNORECASE)
 
@@ -23,9 +23,9 @@ class UserError(Exception):
 
 
 def shortage(error: BaseException) -> str | None:
-    """One line on a full or forbidden disk or too little memory, whatever type reports it; None for any other error.
+    """Describe a full or write-protected disk or too little memory in one line; None for any other error.
 
-    A library's error may hide the system's: its causes are searched as well.
+    A library's error may hide the system's, so its causes are searched as well.
     """
     seen: list[BaseException] = []
     cause: BaseException | None = error
@@ -53,14 +53,14 @@ def _shortage(error: BaseException) -> str | None:
 
 @contextmanager
 def quiet_panics() -> Iterator[None]:
-    """Print what native code writes on stderr only where no exception comes of it.
+    """Print what native code writes to stderr only if no exception follows.
 
     A Rust library reports a panic twice: as an exception and in several lines on stderr.
     """
     stderr = os.dup(2)
     reading, writing = os.pipe()
     for end in (reading, writing):
-        os.set_blocking(end, False)  # what a pipe cannot hold is lost, and nothing waits
+        os.set_blocking(end, False)  # output that a pipe cannot hold is lost, but nothing blocks
     os.dup2(writing, 2)
     os.close(writing)
     panicked = True

@@ -1,6 +1,6 @@
-"""Parity: one model's logits against another's on the same tokens, and the gates that judge the figures.
+"""Parity: compare one model's logits with another's on the same tokens, and judge the figures by gates.
 
-Distributions are judged, not the largest difference alone: a faithful float32 runtime differs from PyTorch by 3e-4 in
+Distributions are judged, not only the largest difference: a faithful float32 runtime differs from PyTorch by 3e-4 in
 some logit at a KL divergence of 2e-9. Shapes: N positions, V vocabulary.
 """
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy as np
 from lrc_edge.formats import judged_as
 from lrc_edge.recipe import Gates
 
-AS_TRAINED = "as trained"  # of comparisons with the student that was trained on a grid, not with the student
-CHANGES = "changes"  # the metric of a file that is not what the build wrote
-CHUNK_ELEMENTS = 2**17  # logits in float64 at one time: 1 MiB stays in the cache (64 MiB took nine times the CPU time)
+AS_TRAINED = "as trained"  # names comparisons with the student that was trained on the grid
+CHANGES = "changes"  # the metric of whether a file is what the build wrote
+CHUNK_ELEMENTS = 2**17  # logits in float64 at once: 1 MiB stays in the cache (64 MiB took nine times the CPU time)
 
 
 @dataclass(frozen=True)
@@ -164,12 +164,12 @@ class Gate:
 
 
 def _table(metrics: Metrics | None) -> dict[str, Any]:
-    """The figures; None, of a model that did not answer, passes no gate."""
+    """The figures; all None for a model that did not answer, which pass no gate."""
     return dict.fromkeys(field.name for field in fields(Metrics)) if metrics is None else metrics.as_dict()
 
 
 def gates_of_copy(name: str, artifact: str, metrics: Metrics, limits: Gates, rounding: float) -> list[Gate]:
-    """Of a model that must compute what its original does. rounding: PyTorch's own, of the original's logits."""
+    """The gates of a model that must compute what its original does. rounding: PyTorch's, of the original's logits."""
     table = _table(metrics)
     return [Gate(name, artifact, "max_abs", table["max_abs"], limits.max_abs_rounding * rounding, "<="),
             Gate(name, artifact, "top1", table["top1"], limits.copy_top1, ">=")]
@@ -177,7 +177,7 @@ def gates_of_copy(name: str, artifact: str, metrics: Metrics, limits: Gates, rou
 
 def gates_of_grid(artifact: str, identical_blocks: float, metrics: Metrics | None, limits: Gates, why: str = ""
                   ) -> list[Gate]:
-    """Of a file made of a student that was trained on its grid: it holds the trained weights and says what they say."""
+    """The gates of a file made from a student trained on its grid: it has the trained weights and their outputs."""
     return [Gate(AS_TRAINED, artifact, "identical_blocks", identical_blocks, limits.identical_blocks, ">="),
             Gate(AS_TRAINED, artifact, "kl_mean", _table(metrics)["kl_mean"], limits.on_grid_kl, "<=", why)]
 
@@ -198,7 +198,7 @@ def gates_of_artifact(artifact: str, kind: str, mode: str, metrics: Metrics | No
 
 def gates_of_length(artifact: str, kind: str, name: str, metrics: Metrics | None, limits: Gates, why: str = ""
                     ) -> list[Gate]:
-    """Of some positions of a long row: their mean KL has the limit of all the others."""
+    """The gates of some positions of a long row: their mean KL has the same limit as all others."""
     return [Gate(name, artifact, "kl_mean", _table(metrics)["kl_mean"], _kl_limit(kind, limits), "<=", why)]
 
 

@@ -1,8 +1,8 @@
-"""check/reference.npz: what the PyTorch student says, small enough to go where PyTorch cannot.
+"""check/reference.npz: the PyTorch student's outputs, small enough to copy to machines without PyTorch.
 
-At each held-out position the TOP likeliest ids with their log-probabilities, and the log-probability of the token that
-really follows. A divergence over those ids and "any other" is at most the whole one, and close to it where the others
-are unlikely. Shapes: n rows, L tokens of a row, K = TOP or the vocabulary.
+For each held-out position, the TOP most probable ids with their log-probabilities, and the log-probability of the token
+that follows. A divergence over those ids and "any other" is at most the full one, and close to it where the others are
+improbable. Shapes: n rows, L tokens of a row, K = TOP or the vocabulary.
 """
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from lrc_edge.shape import ModelShape
 REFERENCE_FILE = "check/reference.npz"
 TOP = 64
 _MOST = 1.05  # a sum of probabilities, rounded as coarsely as runtimes do
-_LEAST = 1e-9  # a probability below the rounding of its float32 sum
+_LEAST = 1e-9  # below the rounding of a float32 sum of probabilities
 
 
 @dataclass(frozen=True)
 class StoredReference:
     ids: np.ndarray  # (n, L) int32
-    top_ids: np.ndarray  # (n, L, K) int32, likeliest first
+    top_ids: np.ndarray  # (n, L, K) int32, most probable first
     top_logprobs: np.ndarray  # (n, L, K) float32
     next_logprobs: np.ndarray  # (n, L - 1) float32, of ids[:, 1:]
-    texts: tuple[str, ...]  # as a runtime is given them
-    text_ids: tuple[tuple[int, ...], ...]  # what the Hugging Face tokenizer makes of each
-    shape: ModelShape  # of the model that says it
+    texts: tuple[str, ...]  # as runtimes get them
+    text_ids: tuple[tuple[int, ...], ...]  # the Hugging Face tokenizer's, of each text
+    shape: ModelShape  # of the student
 
     @classmethod
     def of(cls, ids: np.ndarray, logits: Iterable[np.ndarray], texts: Sequence[str],
            text_ids: Sequence[Sequence[int]], shape: ModelShape) -> StoredReference:
-        """`ids` (n, L) and the logits of each row, (L, V)."""
+        """From `ids` (n, L) and the logits of each row, (L, V)."""
         rows = [_row(row, row_logits) for row, row_logits in zip(ids, logits, strict=True)]
         top_ids, top_logprobs, next_logprobs = (np.stack(parts) for parts in zip(*rows, strict=True))
         return cls(ids.astype(np.int32), top_ids, top_logprobs, next_logprobs, tuple(texts),
@@ -60,10 +60,10 @@ class StoredReference:
 
     @classmethod
     def load(cls, path: Path) -> StoredReference:
-        """Raises UserError when the file is missing or is not whole."""
+        """Raises UserError if the file is missing or damaged."""
         if not path.exists():
-            raise UserError(f"{path}: missing: what to compare with; `lrc-edge check` without --target, where PyTorch "
-                            "is, writes it")
+            raise UserError(f"{path}: reference outputs not found; create them with `lrc-edge check` on a machine "
+                            "with PyTorch, without --target")
         try:
             with np.load(path) as table:
                 words = json.loads(table["words"].tobytes())
@@ -98,12 +98,12 @@ class StoredReference:
             raise ValueError(f"{len(self.texts)} texts with the ids of {len(self.text_ids)}")
 
     def wanted(self, row: int) -> np.ndarray:
-        """(L, K + 1): the ids whose log-probabilities a runtime is asked for; the last is the next token, or a 0."""
+        """(L, K + 1): the ids whose log-probabilities a runtime must give; the last is the next token, or 0."""
         following = np.append(self.ids[row, 1:], 0)
         return np.concatenate([self.top_ids[row], following[:, None]], axis=1)
 
     def long_prompt(self, n_tokens: int) -> list[int]:
-        """The rows one after the other, over again where they are too few."""
+        """The rows concatenated, repeated if they are too few."""
         flat = self.ids.reshape(-1)
         return [int(i) for i in np.resize(flat, n_tokens)]
 
@@ -143,7 +143,7 @@ class DeviceComparison(Divergences):
 
 
 def _divergence(log_p_LK: np.ndarray, log_q_LK: np.ndarray) -> np.ndarray:
-    """(L,) KL(p || q) over the K ids and all others together; NaN where q is no distribution."""
+    """(L,) KL(p || q) over the K ids and all others together; NaN where q is not a distribution."""
     p = np.exp(log_p_LK)
     log_q_LK = np.where(np.exp(log_q_LK).sum(-1, keepdims=True) > _MOST, np.nan, log_q_LK)
     rest_p, rest_q = (np.maximum(1 - np.exp(logs).sum(-1), _LEAST) for logs in (log_p_LK, log_q_LK))

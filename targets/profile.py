@@ -1,4 +1,4 @@
-"""Profiles: what is known of a device, each figure with its source. One TOML file a device, data only.
+"""Profiles: the known figures of a device, each with its source. One TOML file per device, data only.
 
 A user's own device is one more file of the same keys: `--target ./my-device.toml`.
 """
@@ -20,7 +20,7 @@ from lrc_edge.formats import FORMATS, format_of
 from lrc_edge.targets.runtimes.table import RUNTIMES, readers_of
 
 ARCHITECTURES = ("x86_64", "aarch64", "wasm32")
-# What decides which kernels a runtime has, and how it keeps the weights.
+# They decide which kernels a runtime uses, and how it stores the weights.
 FEATURES = ("avx2", "avx512", "neon", "dotprod", "i8mm", "simd128")
 # Their blocks have 32 weights at most, so that a student of any width can be written.
 PROFILE_FORMATS = tuple(name for name, row in FORMATS.items() if row.in_profiles)
@@ -28,7 +28,7 @@ PROFILE_FORMATS = tuple(name for name, row in FORMATS.items() if row.in_profiles
 
 @dataclass(frozen=True)
 class Figure:
-    """A number and where it comes from; `date`: when that was looked at."""
+    """A number and its source; `date`: when the source was read."""
 
     value: float
     source: str
@@ -48,7 +48,7 @@ class Profile:
     """One device. GB are 10^9 bytes."""
 
     name: str  # the file's
-    name_or_path: str = field(compare=False)  # what `load_profile` finds it by
+    name_or_path: str = field(compare=False)  # as given to load_profile
     description: str
     architecture: str
     features: tuple[str, ...]
@@ -109,7 +109,7 @@ def load_profile(name_or_path: str) -> Profile:
     path = Path(name_or_path).expanduser()
     if path.suffix == ".toml" or path.exists():
         if path.stem in profile_names():
-            raise UserError(f"{path}: {path.stem} is a target that comes along; give the file another name")
+            raise UserError(f"{path}: {path.stem} is a built-in target; give the file another name")
         return _read(path, path.stem, name_or_path)
     near = difflib.get_close_matches(name_or_path, profile_names(), n=1, cutoff=0.0)[0]
     raise UserError(f"target {name_or_path!r} is unknown; did you mean {near}? Known: {', '.join(profile_names())}; "
@@ -117,7 +117,7 @@ def load_profile(name_or_path: str) -> Profile:
 
 
 def load_profiles(names_or_paths: Iterable[str]) -> list[Profile]:
-    """Each target once. Raises UserError also for two of one name, by which results are kept."""
+    """Load each target once. Raises UserError also for two of the same name, under which results are kept."""
     profiles = list(dict.fromkeys(load_profile(name) for name in names_or_paths))
     by_name: dict[str, Profile] = {}
     for profile in profiles:
@@ -152,7 +152,7 @@ def _read(file: Traversable | Path, name: str, name_or_path: str) -> Profile:
 
 
 def _check_keys(table: Mapping[str, Any], kinds: Mapping[str, Any], where: str, prefix: str) -> None:
-    """Every key there, of its kind, and no other. Raises UserError."""
+    """Raise UserError unless the table has every key, each of its type, and no other."""
     if unknown := table.keys() - kinds.keys():
         key = min(unknown)
         near = difflib.get_close_matches(key, kinds, n=1)
@@ -186,7 +186,7 @@ def _format(entry: Any, where: str, index: int) -> Format:
 
 
 def _check(profile: Profile, where: str) -> None:
-    """What the values must be to one another. Raises UserError."""
+    """Raise UserError unless the values are possible and agree with each other."""
     _check_one_of(profile.architecture, ARCHITECTURES, f"{where}: architecture")
     for key, words, known in (("features", profile.features, FEATURES),
                               ("runtimes", profile.runtimes, tuple(RUNTIMES)),

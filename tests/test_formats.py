@@ -2,21 +2,24 @@
 from __future__ import annotations
 
 import re
+import struct
 from dataclasses import fields
 from pathlib import Path
 
 import llama_cpp
 import pytest
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
 from tiny_models import make_tiny
 
 from lrc_edge import formats
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
+from lrc_edge.export.gguf.to_gguf import export_gguf
 from lrc_edge.export.onnx.to_onnx import export_onnx
 from lrc_edge.export.quantize.encodings import ENCODINGS
 from lrc_edge.formats import FORMATS, QUANTIZED_TYPES, TYPES, format_of, formats_of, judged_as, onnx_format_of
 from lrc_edge.parity import gates_of_artifact, gates_of_device
+from lrc_edge.pipeline.verify import _examine
 from lrc_edge.recipe import Gates
 from lrc_edge.targets.memory import memory_of
 
@@ -64,6 +67,20 @@ def test_a_file_of_an_unknown_type_has_no_gate(name: str) -> None:
         gates_of_artifact("a", name, "prefill", None, Gates(), 1e-5)
     with pytest.raises(UserError, match=f"{name}: no gate"):
         gates_of_device("a", name, {"kl_mean": 0.0, "top1": 1.0}, Gates())
+
+
+def test_verify_refuses_a_file_of_an_unknown_type(tmp_path: Path) -> None:
+    checkpoint = DenseCheckpoint.open(make_tiny(tmp_path / "tiny"))
+    [artifact] = export_gguf(checkpoint, tmp_path / "gguf", ["f32"])
+    file = tmp_path / artifact.path
+    data = bytearray(file.read_bytes())
+    for tensor in GGUFReader(file).tensors:
+        if len(tensor.shape) > 1:  # after the name: the number of dimensions, the dimensions, the type
+            at = data.index(tensor.name.encode() + struct.pack("<I", 2)) + len(tensor.name) + 4 + 2 * 8
+            data[at:at + 4] = struct.pack("<I", 99)
+    file.write_bytes(data)
+    subject = _examine(file, checkpoint)
+    assert subject.artifact is None and "gguf:type 99: no gate" in subject.findings[-1].text
 
 
 @pytest.mark.parametrize("encoding", [*QUANTIZED_TYPES, "4.25bpw"])

@@ -1,7 +1,7 @@
 """DenseCheckpoint -> GGUF files.
 
-F32, F16 and BF16 are written here, one tensor in memory at a time; every other type is llama.cpp's quantizer's work on
-such a file.
+F32, F16 and BF16 are written here, with one tensor in memory at a time. llama.cpp's quantizer makes every other type
+from such a file.
 """
 from __future__ import annotations
 
@@ -85,10 +85,10 @@ def export_gguf(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[s
                 allocation: Allocation | None = None) -> list[Artifact]:
     """Write one GGUF file for each encoding, and an Ollama Modelfile, into `folder`.
 
-    `importance`: imatrix.collect's, by weight name, and `n_chunks` how many rows it saw. `on_grid`: the same model
-    trained on the Q4_0 grid, of which q4_0 is then made. `allocation`: one more file, in mixed precision. Returns the
-    artifacts in this order, their paths relative to folder's parent. A file bears its name only when it is whole.
-    Raises UserError before writing when an encoding, the tokenizer or the RoPE is not possible.
+    `importance`: imatrix.collect's, by weight name, and `n_chunks` the number of rows behind it. `on_grid`: the same
+    model trained on the Q4_0 grid, from which q4_0 is then made. `allocation`: one more file, in mixed precision.
+    Returns the artifacts in this order, their paths relative to folder's parent. A file has its name only once it is
+    complete. Raises UserError before writing if an encoding, the tokenizer or the RoPE is impossible.
     """
     wanted = list(dict.fromkeys(parse_encoding(name) for name in encodings))
     if allocation is not None:
@@ -134,7 +134,7 @@ def export_gguf(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[s
 
 
 def _passes(checkpoint: DenseCheckpoint, files: dict[Encoding, Path], n_from_grid: int, progress: Listener) -> Passes:
-    """One for each file, and one for each temporary file that llama.cpp quantizes."""
+    """Count one pass for each file, and one for each temporary file that llama.cpp quantizes."""
     n_quantized = sum(not encoding.direct for encoding in files) - n_from_grid
     n_temporary = n_from_grid + (n_quantized > 0 and not any(encoding in files for encoding in _lossless(checkpoint)))
     n_bytes = {gguf_name(weight): checkpoint.n_bytes(weight) for weight in checkpoint.weights()}
@@ -163,7 +163,7 @@ def _by_tensor(checkpoint: DenseCheckpoint, importance: Mapping[str, np.ndarray]
 
 
 def _mixed_encoding(checkpoint: DenseCheckpoint, allocation: Allocation) -> Encoding:
-    """As an entry of llama.cpp's quantizer: general.file_type says the type of most weights."""
+    """The mixed precision as an encoding: general.file_type is that of the type of most weights."""
     nominal = next(encoding for encoding in ENCODINGS.values() if encoding.type == allocation.main_type)
     types = tuple((gguf_name(weight), allocation.types[weight.name]) for weight in checkpoint.weights()
                   if len(weight.shape) > 1)
@@ -172,7 +172,7 @@ def _mixed_encoding(checkpoint: DenseCheckpoint, allocation: Allocation) -> Enco
 
 
 def rope_factor_bytes(checkpoint: DenseCheckpoint) -> int:
-    """Bytes of the one tensor that is no weight; 0 for most models."""
+    """Bytes of RoPE's frequency factors, the one tensor that is not a weight; 0 for most models."""
     factors = llama3_rope_factors(checkpoint)
     return 0 if factors is None else factors.numel() * 4
 
@@ -191,7 +191,7 @@ def file_name(checkpoint: DenseCheckpoint, encoding: Encoding) -> str:
 
 
 def file_stem(checkpoint: DenseCheckpoint) -> str:
-    """<Name>-<Size>; a name that says its size already is not told it twice."""
+    """<Name>-<Size>, or <Name> if it states the size already."""
     name = re.sub(r"[^\w.-]+", "-", checkpoint.name, flags=re.ASCII).strip("-.") or "model"
     stated = [float(number) * {"K": 1e3, "M": 1e6, "B": 1e9}[unit.upper()]
               for number, unit in re.findall(r"(?<![^-_])(\d+(?:\.\d+)?)([KMB])(?![^-_])", name, re.IGNORECASE)]
@@ -202,7 +202,7 @@ def file_stem(checkpoint: DenseCheckpoint) -> str:
 
 @contextmanager
 def _whole(file: Path) -> Iterator[Path]:
-    """A name to write under, in the same folder; renamed to `file` when the block ends well, else removed."""
+    """A temporary name in the same folder. It is renamed to `file` if the block succeeds, else removed."""
     partial = file.with_name(f".{file.name}.partial")
     try:
         yield partial
@@ -214,7 +214,7 @@ def _whole(file: Path) -> Iterator[Path]:
 @contextmanager
 def _lossless_file(checkpoint: DenseCheckpoint, vocabulary: Vocabulary, files: dict[Encoding, Path],
                    folder: Path, passes: Passes) -> Iterator[Path]:
-    """A GGUF that holds the checkpoint exactly: one of `files` when it does, else a temporary one."""
+    """A GGUF that holds the checkpoint exactly: one of `files` if possible, else a temporary one."""
     stored, _ = _lossless(checkpoint)
     for encoding in _lossless(checkpoint):
         if encoding in files:
@@ -230,14 +230,14 @@ def _lossless_file(checkpoint: DenseCheckpoint, vocabulary: Vocabulary, files: d
 
 
 def _lossless(checkpoint: DenseCheckpoint) -> tuple[Encoding, Encoding]:
-    """The encodings that hold the checkpoint exactly: bf16 or f16 when all matrices are stored so, and f32."""
+    """The encodings that hold the checkpoint exactly: bf16 or f16 if all matrices are stored in it, and f32."""
     types = {checkpoint.types[weight.name] for weight in checkpoint.weights() if len(weight.shape) > 1}
     stored = {frozenset({torch.bfloat16}): "bf16", frozenset({torch.float16}): "f16"}.get(frozenset(types), "f32")
     return ENCODINGS[stored], ENCODINGS["f32"]
 
 
 def _write(checkpoint: DenseCheckpoint, vocabulary: Vocabulary, encoding: Encoding, path: Path, passes: Passes) -> str:
-    """Write a whole F32, F16 or BF16 file and return its hash. Vectors (norms, biases) stay F32: llama.cpp wants it."""
+    """Write an F32, F16 or BF16 file and return its hash. Vectors (norms, biases) stay F32, as llama.cpp requires."""
     writer = GGUFWriter(path, architecture_name(checkpoint))
     write_metadata(writer, checkpoint, vocabulary, encoding)
     weights = list(checkpoint.weights())
@@ -281,7 +281,7 @@ def _tensor_type(weight: Weight, encoding: Encoding) -> GGMLQuantizationType:
 
 
 def _in_order(checkpoint: DenseCheckpoint, weight: Weight, permuted: bool) -> torch.Tensor:
-    """The weight with its rows as llama.cpp's graph wants them."""
+    """The weight with its rows in the order of llama.cpp's graph."""
     tensor, shape = checkpoint.tensor(weight.name), checkpoint.shape
     if permuted and weight.role.name in ("attn_q", "attn_q_bias"):
         return interleave_rotary(tensor, shape.num_attention_heads)
@@ -294,13 +294,16 @@ def _stored(tensor: torch.Tensor, kind: GGMLQuantizationType, where: str) -> np.
     """The tensor as GGUF stores it; BF16 as its bits in int16, since numpy has no such type."""
     tensor = _converted(tensor, _TORCH_TYPES[kind])
     if kind == GGMLQuantizationType.F16 and not all_finite(tensor):
-        raise UserError(f"{where} has values beyond F16's largest, 65504; take bf16 or f32 instead of f16")
+        raise UserError(f"{where} has values beyond F16's largest, 65504; use bf16 or f32 instead of f16")
     return tensor.view(torch.int16).numpy() if kind == GGMLQuantizationType.BF16 else tensor.numpy()
 
 
 def _converted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The contiguous tensor in another type. In pieces that stay in the cache and on this thread, by way of float32:
-    half as long as at once, and torch's other threads would spin where those of HashedFile work."""
+    """Return the contiguous tensor in another type.
+
+    It is converted through float32 in pieces that stay in the cache and on this thread. That takes half the time of one
+    call, whose threads would compete with those of HashedFile.
+    """
     if tensor.dtype == dtype:
         return tensor.contiguous()
     made = torch.empty(tensor.shape, dtype=dtype)

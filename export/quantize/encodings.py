@@ -1,4 +1,4 @@
-"""The GGUF encodings, llama.cpp's quantizer, and what a finished file really holds."""
+"""The GGUF encodings in llama.cpp, its quantizer, and the contents of a finished file."""
 from __future__ import annotations
 
 import ctypes
@@ -29,7 +29,7 @@ _SUBSTITUTES = {
     QType.IQ1_S: QType.IQ4_NL, QType.IQ1_M: QType.IQ4_NL, QType.IQ2_XXS: QType.IQ4_NL, QType.IQ2_XS: QType.IQ4_NL,
     QType.IQ2_S: QType.IQ4_NL, QType.IQ3_XXS: QType.IQ4_NL, QType.IQ3_S: QType.IQ4_NL, QType.IQ4_XS: QType.IQ4_NL,
 }
-# The k-quant that a mixture must have asked for where a file holds its substitute.
+# Substitute -> the k-quant that the mixture must have asked for.
 _SUBSTITUTED = {QType.Q8_0: QType.Q6_K, QType.Q5_1: QType.Q5_K, QType.Q5_0: QType.Q4_K, QType.Q4_0: QType.Q3_K}
 _DIRECT = (QType.F32, QType.F16, QType.BF16)
 _TENSOR_LINE = re.compile(r"\[ *\d+/ *\d+\] +(\S+) +- \[")  # of the quantizer's log, one a tensor
@@ -95,8 +95,9 @@ def quantize_file(source: Path, target: Path, encoding: Encoding, threads: int |
     """Let llama.cpp quantize the GGUF `source` (F32, F16 or BF16) to `target`.
 
     threads: at most the machine's processors, which is also the default. importance: GGUF tensor name -> weight of each
-    input channel (row length,) float32, above 0; n_chunks, the rows of text behind it, is only noted in the file.
-    progress: gets the name of each tensor when llama.cpp begins with it. Raises UserError with llama.cpp's reason.
+    input channel (row length,) float32, above 0; n_chunks, its number of rows of text, is only noted in the file.
+    progress: is called with the name of each tensor when llama.cpp begins with it. Raises UserError with llama.cpp's
+    reason.
     """
     check_imatrix(encoding, bool(importance))
     processors = os.cpu_count() or 1
@@ -131,7 +132,7 @@ def quantize_matrix(weight_OI: np.ndarray, type: GGMLQuantizationType, importanc
                     ) -> np.ndarray:
     """The blocks that llama.cpp's quantizer makes of one matrix: (O, bytes of a row) uint8, each row by itself.
 
-    importance_I: as in quantize_file, (I,) float32. Raises ValueError for what ggml would end the process on, and
+    importance_I: as in quantize_file, (I,) float32. Raises ValueError for input on which ggml would abort, and
     UserError when the blocks are not finite.
     """
     weight_OI = np.ascontiguousarray(weight_OI, dtype=np.float32)
@@ -198,7 +199,7 @@ def _imatrix(importance: Mapping[str, np.ndarray]) -> ctypes.Array:
 
 
 def _check_importance(name: str, values: np.ndarray, row: int) -> None:
-    """Raise ValueError for what the quantizer misreads, or silently makes garbage of: it zeroes a block of zeros."""
+    """Raise ValueError for an importance that the quantizer would misread; it turns a block of zeros into zeros."""
     if values.dtype != np.float32 or values.shape != (row,) or not values.flags.c_contiguous:
         raise ValueError(f"imatrix: {name} is {values.dtype} {values.shape}, need contiguous float32 ({row},)")
     if not (np.isfinite(values) & (values > 0)).all():
@@ -206,7 +207,7 @@ def _check_importance(name: str, values: np.ndarray, row: int) -> None:
 
 
 def _imatrix_metadata(n_entries: int, n_chunks: int | None) -> ctypes.Array:
-    """What llama-quantize notes in the file, but for the names of matrix and text, which are local paths.
+    """The keys that llama-quantize notes in the file, except the names of matrix and text, which are local paths.
 
     The list ends with an entry without a key. Source: tools/quantize/quantize.cpp in llama.cpp.
     """
@@ -218,9 +219,9 @@ def _imatrix_metadata(n_entries: int, n_chunks: int | None) -> ctypes.Array:
 
 
 def _overrides(source: Path, encoding: Encoding) -> ctypes.Array | None:
-    """Types of single tensors: those of a mixed precision, and F16 where llama.cpp would give up.
+    """Types of single tensors: those of a mixed precision, and F16 where llama.cpp would fail.
 
-    It knows no substitute for block sizes other than 32 and 256 (Q1_0 has 128).
+    It has no substitute for block sizes other than 32 and 256 (Q1_0 has 128).
     """
     types = dict(encoding.tensor_types)
     if not types and encoding.block not in (32, 256):
@@ -239,7 +240,7 @@ def _embedding_row(source: Path) -> int:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a GGUF file holds."""
+    """The contents of a GGUF file."""
 
     tensor_types: dict[str, int]  # type -> number of tensors
     data_bytes: int  # of all tensors, padding left out
@@ -247,7 +248,7 @@ class Contents:
 
 
 def read_contents(file: Path, encoding: Encoding) -> Contents:
-    """Read a finished file back and judge every tensor's type against the encoding."""
+    """Read a finished file back and compare every tensor's type with the encoding's."""
     tensors = GGUFReader(file).tensors
     counts = Counter(tensor.tensor_type.name for tensor in tensors)
     found = (judge_type(tensor.name, [int(n) for n in tensor.shape], tensor.tensor_type, encoding)
@@ -257,10 +258,10 @@ def read_contents(file: Path, encoding: Encoding) -> Contents:
 
 
 def judge_type(name: str, shape: Sequence[int], got: GGMLQuantizationType, encoding: Encoding) -> Fallback | None:
-    """A Fallback when the tensor has another type than the encoding would give it if only its rows allowed.
+    """Return a Fallback if the tensor has another type than the encoding asks for because its rows do not divide.
 
     shape: GGUF's order, row length first. A mixture's own choices (Q4_K_M holds some tensors in Q6_K, most encodings
-    the output in Q6_K) are no fallbacks: there the row is a multiple of the super-block and llama.cpp chose freely.
+    the output in Q6_K) are not fallbacks: there the row is a multiple of the super-block and llama.cpp chose freely.
     """
     row = shape[0]
     if encoding.tensor_types:

@@ -1,6 +1,6 @@
 """The importance matrix as a file: llama.cpp's imatrix GGUF, which llama-quantize and llama-imatrix read as well.
 
-For each tensor `<name>.in_sum2`, the sums of squares of its inputs, and `<name>.counts`, the tokens behind them.
+For each tensor `<name>.in_sum2`, the sums of squares of its inputs, and `<name>.counts`, the number of tokens.
 Format: tools/imatrix and common/imatrix-loader.cpp in llama.cpp.
 """
 from __future__ import annotations
@@ -23,7 +23,7 @@ def write_imatrix(file: Path, checkpoint: DenseCheckpoint, importance: Mapping[s
                   row_len: int, dataset: str) -> None:
     """Write imatrix.collect's mean squares of `n_rows` rows of `row_len` tokens, under GGUF's tensor names.
 
-    dataset: what tells the text apart; no path, for the file travels and llama.cpp copies it into what it quantizes.
+    dataset: identifies the text. Not a path: the file is published, and llama.cpp copies this into what it quantizes.
     """
     writer = GGUFWriter(file, "")
     writer.add_type(GGUFType.IMATRIX)

@@ -19,10 +19,10 @@ from lrc_edge.targets.runtimes.table import DeviceRuntime
 from lrc_edge.targets.runtimes.worker import Worker
 
 Progress = Callable[[str], None]
-SCORE_SECONDS = 20.0  # then no further row is begun, and no further part of the corpus
-TEXT_PARTS = 16  # of the corpus, one after the other while there is time: wllama takes a tenth of a second for a text
+SCORE_SECONDS = 20.0  # after them no further row, or part of the corpus, is begun
+TEXT_PARTS = 16  # of the corpus, taken in turn while there is time: wllama needs a tenth of a second per text
 SLOW_CONTEXT = 512  # tokens under emulation: llama.cpp's batch, where its matrix kernels are at work
-LEFT = 8  # tokens between the long prompt and the end of the context
+LEFT = 8  # tokens between the end of the long prompt and the end of the context
 SLOWEST_SECONDS = 3600.0  # of one answer: a row of a large model under emulation
 
 
@@ -57,7 +57,7 @@ def check_artifact(artifact: Artifact, runtime: DeviceRuntime, profile: Profile,
 
 
 class _Check:
-    """One artifact in one runtime. What is found goes into `row` as it is found: a crash loses nothing."""
+    """One artifact in one runtime. Each result goes into `row` at once, so that a crash loses none."""
 
     def __init__(self, artifact: Artifact, runtime: DeviceRuntime, profile: Profile, facts: CheckInput,
                  progress: Progress, row: dict[str, Any]):
@@ -103,7 +103,7 @@ class _Check:
                                       self._facts.recipe.gates)
 
     def _token_ids(self, worker: Worker) -> None:
-        """Of the texts that the context holds, from all over the corpus, as many as there is time for."""
+        """Compare token ids of texts from all over the corpus that fit the context, as many as there is time for."""
         self._progress("token ids")
         reference, started = self._facts.reference, time.monotonic()
         asked = [(text, list(ids)) for text, ids in zip(reference.texts, reference.text_ids, strict=True)
@@ -120,7 +120,7 @@ class _Check:
         self.judge("token ids", "mismatches", len(wrong), 0, "==")
 
     def _fill_context(self, worker: Worker) -> None:
-        """A prompt that nearly fills the context, read at once, then more tokens than there is room for."""
+        """Read a prompt that nearly fills the context at once, then generate more tokens than there is room for."""
         self._progress(f"{self._row['n_ctx']} tokens of context")
         prompt = self._facts.reference.long_prompt(self._row["n_ctx"] - LEFT)
         made = worker.ask("generate", SLOWEST_SECONDS, ids=prompt, n_tokens=8 * LEFT, stop=[])["ids"]
@@ -130,7 +130,7 @@ class _Check:
             self.judge("end of context", "tokens", len(made), 1, ">=")
 
     def _memory(self, worker: Worker) -> None:
-        """Measured where it means something: an emulator's memory is not the device's. Reckoned for every device."""
+        """Predict memory for every device, and measure it unless emulated: an emulator's memory is not the device's."""
         profile, shape = self._profile, self._facts.reference.shape
         memory = memory_of(shape, self._artifact.name, self._runtime.name,
                            min(shape.max_position_embeddings, profile.context), profile.features)

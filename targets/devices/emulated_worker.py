@@ -66,7 +66,7 @@ def load_llama_cpp() -> str:
     return f", {cpu_backend()}"
 
 
-# Runtime (a key of python_worker.OPEN) -> what loads it, and what its label then says of the processor.
+# Runtime (a key of python_worker.OPEN) -> what prepares it and returns the end of its label.
 PREPARE: dict[str, Callable[[], str]] = {"llama.cpp": load_llama_cpp, "onnxruntime": str, "onnxruntime-genai": str}
 
 

@@ -1,4 +1,4 @@
-"""Does a runtime write a conversation as Hugging Face does? Each engine that renders the template, reported by name.
+"""Compare how runtimes render conversations with Hugging Face; each engine is reported by name.
 
 llama.cpp has three: llama-cpp-python renders with Jinja, llama_chat_apply_template (the C API, which many bindings use)
 imitates the templates of some families, and llama-server has a Jinja of its own. The first is a gate. The C API cannot
@@ -29,7 +29,7 @@ Render = Callable[[list[dict[str, str]]], tuple[str, list[int]]]
 
 
 class ChatParity:
-    """What Hugging Face renders, once; then each runtime's engines against it."""
+    """Renders with Hugging Face once, then compares each runtime's engines."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._bos, self._bos_text = tokenizer.bos_token_id, str(tokenizer.bos_token or "")
@@ -91,7 +91,7 @@ class ChatParity:
             return f"not run: {error}"
 
     def _report(self, render: Render) -> str:
-        """Text first: what the program adds while it tokenizes, a BOS, is told apart from it."""
+        """Compare the texts, then whether the program adds a second BOS while it tokenizes."""
         try:
             for messages, text, ids in self._expected:
                 got, got_ids = render(messages)

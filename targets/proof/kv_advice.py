@@ -1,4 +1,4 @@
-"""Which type llama.cpp's KV cache should have on a device: what each type costs was measured, its size is known."""
+"""Recommend a type of llama.cpp's KV cache for a device, from the measured cost and the known size of each type."""
 from __future__ import annotations
 
 from collections.abc import Iterable

@@ -1,7 +1,7 @@
-"""The proof: each artifact, in its real runtime, against the PyTorch student on the same held-out tokens.
+"""Verification: compare each artifact, in its real runtime, with the PyTorch student on the same held-out tokens.
 
-PyTorch runs here, once; every runtime runs in a process of its own (worker_runtime.py). What goes wrong there fails the
-gates of that file, with the reason, and the proof continues.
+PyTorch runs here, once. Every runtime runs in its own process (worker_runtime.py). An error there fails the gates of
+that file, with the reason, and verification continues.
 """
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from lrc_edge.targets.runtimes.worker_runtime import WorkerRuntime
 
 @dataclass
 class Proof:
-    """What the report says of the artifacts, and the gates."""
+    """The report's entries on the artifacts, and the gates."""
 
     artifacts: list[dict[str, Any]] = field(default_factory=list)
     gates: list[Gate] = field(default_factory=list)
@@ -63,10 +63,10 @@ class ProofText:
 
 def prove(artifacts: Sequence[Artifact], folder: Path, student: DenseCheckpoint, on_grid: DenseCheckpoint | None,
           text: ProofText, recipe: Recipe, threads: int, teacher: DenseCheckpoint | None, task: Task) -> Proof:
-    """Run every artifact below `folder`.
+    """Verify every artifact below `folder`.
 
-    `on_grid`: the student trained on the grid of the 4-bit files. What is made of it is compared with both: with the
-    student for what the file has lost, with `on_grid` for whether it says what was trained.
+    `on_grid`: the student trained on the grid of the 4-bit files. Files made from it are compared with both: with the
+    student for what quantization lost, with `on_grid` for whether they compute what was trained.
     """
     prover = _Prover(folder, student, text, recipe, threads, task)
     prover.expect(artifacts, teacher, on_grid)
@@ -78,7 +78,7 @@ def prove(artifacts: Sequence[Artifact], folder: Path, student: DenseCheckpoint,
 
 
 class _Prover:
-    """The references, read once, and what is found, as it is found."""
+    """The references, read once, and the results so far."""
 
     def __init__(self, folder: Path, student: DenseCheckpoint, text: ProofText, recipe: Recipe, threads: int,
                  task: Task):
@@ -98,7 +98,7 @@ class _Prover:
     # Progress
 
     def expect(self, artifacts: Sequence[Artifact], *others: DenseCheckpoint | None) -> None:
-        """The work, in tokens that are read. `others`: models that PyTorch runs besides the student."""
+        """Announce the work, in tokens to read. `others`: models that PyTorch runs besides the student."""
         long = sum(map(len, self._text.long_rows)) if self._long is None else sum(rows.ids.size for rows in self._long)
         sampled = sum(len(prompt) + self._n_generated for prompt in self._prompts)
         per_file = 2 * self._text.rows.size + long + sampled
@@ -166,7 +166,7 @@ class _Prover:
                 yield row[:n_tokens]
 
     def _spread(self, n_tokens: int) -> list[int]:
-        """Positions over a row, its last one among them."""
+        """Positions spread over a row, including its last one."""
         n = min(2 * self._recipe.parity.long_positions, n_tokens)
         return sorted({int(p) for p in np.linspace(0, n_tokens, n + 1)[1:] - 1})
 
@@ -183,7 +183,7 @@ class _Prover:
         return [token for token in ids if 0 <= token < len(self._tokenizer)]
 
     def _store(self) -> None:
-        """For devices, where there is no PyTorch."""
+        """Store the student's outputs for devices, which have no PyTorch."""
         texts = corpus_of(self._tokenizer)
         StoredReference.of(
             self._held_out.ids, self._held_out.logits, [normalize(self._tokenizer, text) for text in texts],
@@ -227,14 +227,14 @@ class _Prover:
 
     @contextmanager
     def _failing(self, fail: Callable[[str], list[Gate]]) -> Iterator[None]:
-        """A runtime that fails in the block fails the gates that `fail` makes of the reason."""
+        """If the runtime fails in the block, add the failed gates that `fail` makes from the reason."""
         try:
             yield
         except WorkerFailed as error:
             self.proof.gates += fail(str(error))
 
     def _logits_parity(self, artifact: Artifact, runtime: WorkerRuntime, entry: dict[str, Any]) -> None:
-        """Prefill and decode on the recipe's rows; prefill against the student on its grid, too."""
+        """Compare prefill and decode on the recipe's rows; prefill also with the student trained on the grid."""
         kind, limits, rounding = artifact.name, self._recipe.gates, self.proof.rounding
         trained = self._trained if artifact.identical_blocks is not None else None
         path, blocks = artifact.path, artifact.identical_blocks or 0.0
@@ -254,11 +254,11 @@ class _Prover:
                     self.proof.gates += gates_of_grid(path, blocks, metrics[1], limits)
 
     def _compare(self, runtime: WorkerRuntime, mode: str, against: Sequence[HeldOutRows], path: str) -> list[Any]:
-        """Metrics against each of the references, of the same rows."""
+        """Metrics of the same rows against each of the references."""
         comparisons = [Comparison(self._recipe.parity.near_tie) for _ in against]
         ids, n_done = against[0].ids, 0
         runtime.open()
-        # The first row alone, which is what a user's own text is; then several at once, where the runtime takes them.
+        # The first row alone, like a user's text; then several at once, where the runtime can.
         sizes = [1] * len(ids) if mode == "prefill" else [1, *[runtime.rows_at_once(ids.shape[1])] * len(ids)]
         for size in sizes:
             rows = ids[n_done:n_done + size]
@@ -274,7 +274,7 @@ class _Prover:
 
     def _length_parity(self, artifact: Artifact, runtime: WorkerRuntime, entry: dict[str, Any], rows: HeldOutRows
                        ) -> None:
-        """One long row in one pass, at positions that are spread over it: every other one is read alone."""
+        """Compare one long row in one pass, at positions spread over it; every other one is read alone."""
         [ids], positions = rows.ids, rows.positions or ()
         kind, limits = artifact.name, self._recipe.gates
         names = [f"{mode} at {len(ids):,} tokens" for mode in ("prefill", "decode")]

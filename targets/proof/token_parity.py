@@ -1,4 +1,4 @@
-"""Does a runtime read text as the Hugging Face tokenizer does? Token ids and rendered chats, string by string."""
+"""Compare a runtime's token ids with the Hugging Face tokenizer's, string by string."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -39,9 +39,9 @@ def compare_token_ids(tokenizer: PreTrainedTokenizerBase, tokenize: Callable[[Se
     `tokenize`: a runtime's, of many texts. Its counterpart is `tokenizer.encode(text)`: BOS and EOS as the model adds
     them, special tokens in the text parsed.
 
-    Runtimes tokenize text as it comes. A tokenizer with a Unicode normalizer (Qwen's NFC) reads a decomposed "é" as
-    the composed one, and no GGUF can say so; for such a string the runtime is given the normalized text, and the
-    result says for how many.
+    Runtimes do not normalize text. A tokenizer with a Unicode normalizer (Qwen's NFC) reads a decomposed "é" as the
+    composed one, which no GGUF can express. For such a string the runtime gets the normalized text, and the result
+    counts them.
     """
     if strings is None:
         strings = corpus_of(tokenizer)
@@ -56,7 +56,7 @@ def compare_token_ids(tokenizer: PreTrainedTokenizerBase, tokenize: Callable[[Se
 
 
 def corpus_of(tokenizer: PreTrainedTokenizerBase) -> Sequence[str]:
-    """The awkward corpus with the tokenizer's own special tokens."""
+    """The tokenizer test strings, with the tokenizer's own special tokens."""
     return awkward_strings([str(token) for token in tokenizer.get_added_vocab()])
 
 

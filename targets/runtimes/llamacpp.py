@@ -16,7 +16,7 @@ from lrc_edge.machine import processors
 from lrc_edge.targets.runtimes import llama_probe
 from lrc_edge.targets.runtimes.protocol import TextRuntime, parts
 
-CHUNK = 512  # tokens in one llama_decode; llama.cpp keeps logits for all of them, V * 4 bytes each
+CHUNK = 512  # tokens per llama_decode; llama.cpp keeps the logits of all of them, V * 4 bytes each
 # Types of the KV cache, with ggml's number of each. llama.cpp's own default is f16.
 CACHES = {"f32": 0, "f16": 1, "q8_0": 8, "q4_0": 2}
 
@@ -57,13 +57,13 @@ class LlamaCpp(TextRuntime):
             raise
 
     def new_context(self, n_ctx: int, n_rows: int = 1, cache: str = "f32") -> None:
-        """An empty KV cache for `n_rows` sequences of n_ctx tokens each, in place of the present one.
+        """Replace the KV cache by an empty one for `n_rows` sequences of n_ctx tokens each.
 
-        Raises UserError when llama.cpp cannot make it.
+        Raises UserError if llama.cpp cannot create it.
         """
         self._free_context()
         params = llama_cpp.llama_context_default_params()
-        # Each sequence has a part of its own, which llama.cpp rounds up to 256 tokens.
+        # Each sequence has its own part, which llama.cpp rounds up to 256 tokens.
         params.n_ctx = n_ctx if n_rows == 1 else n_rows * (-(-n_ctx // 256) * 256)
         params.n_seq_max = n_rows
         params.n_batch = params.n_ubatch = CHUNK
@@ -73,7 +73,7 @@ class LlamaCpp(TextRuntime):
             params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._context = llama_cpp.llama_init_from_model(self._model, params)
         if self._context is None:
-            raise UserError(f"{self.path}: llama.cpp cannot make a context of {n_ctx} tokens, KV cache in {cache} "
+            raise UserError(f"{self.path}: llama.cpp cannot create a context of {n_ctx} tokens, KV cache in {cache} "
                             f"({llama_log.errors()}); use fewer tokens, or another type")
         self._batch = llama_cpp.llama_batch_init(CHUNK, 0, 1)
         self.n_ctx = int(llama_cpp.llama_n_ctx(self._context)) // n_rows
@@ -94,7 +94,7 @@ class LlamaCpp(TextRuntime):
         return logits
 
     def decode_rows(self, rows: np.ndarray) -> Iterator[np.ndarray]:
-        """Rows (B, T) side by side, B at most what the context was made for: T times (B, V)."""
+        """Decode rows (B, T) together, B at most the context's n_rows; yield (B, V) T times."""
         n_rows, length = rows.shape
         self._forget(length)
         for t in range(length):
@@ -116,7 +116,7 @@ class LlamaCpp(TextRuntime):
         return made
 
     def _forget(self, n_tokens: int) -> None:
-        """Empty the KV cache for rows of n_tokens."""
+        """Empty the KV cache before a row of n_tokens is read."""
         if self._context is None:
             raise ValueError(f"{self.path}: used after close()")
         if n_tokens > self.n_ctx:
@@ -124,7 +124,7 @@ class LlamaCpp(TextRuntime):
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
 
     def _feed(self, tokens: list[tuple[int, int, int]], kept: Iterable[int]) -> None:
-        """(token, position, sequence) of each; `kept` are those whose logits are wanted."""
+        """Decode tokens, each (token, position, sequence). `kept`: indices of those whose logits are needed."""
         batch = self._batch
         assert batch is not None
         batch.n_tokens = len(tokens)
@@ -141,7 +141,7 @@ class LlamaCpp(TextRuntime):
             raise RuntimeError(f"{self.path}: llama_decode failed with status {status}: {llama_log.errors()}")
 
     def _logits(self, i: int) -> np.ndarray:
-        """(V,) of the last call's token i; a view that the next call overwrites."""
+        """(V,) logits of token i of the last call: a view that the next call overwrites."""
         return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self._context, i), shape=(self.vocab_size,))
 
     # Text
@@ -160,11 +160,11 @@ class LlamaCpp(TextRuntime):
             size = -n
 
     def detokenize(self, ids: list[int]) -> str:
-        """Pieces one after the other, as a streaming client prints them: a leading space stays."""
+        """Concatenate the pieces, as a streaming client prints them: a leading space stays."""
         return b"".join(self.piece(i) for i in ids).decode("utf-8", errors="replace")
 
     def piece(self, token: int, special: bool = False) -> bytes:
-        """Bytes of one token; of a control token only when `special`."""
+        """Bytes of one token; a control token has none unless `special`."""
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)

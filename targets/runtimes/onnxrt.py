@@ -10,7 +10,7 @@ import onnxruntime
 from lrc_edge.errors import UserError, one_line
 from lrc_edge.targets.runtimes.protocol import Runtime, parts
 
-CHUNK = 512  # tokens in one run; each has its logits, V * 4 bytes
+CHUNK = 512  # tokens per run; each has its logits, V * 4 bytes
 CACHE_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 Cache = dict[str, onnxruntime.OrtValue]  # past_key_values.{layer}.{key|value} -> (1, kv heads, P, head_dim)
 
@@ -18,8 +18,8 @@ Cache = dict[str, onnxruntime.OrtValue]  # past_key_values.{layer}.{key|value} -
 class OnnxRuntime(Runtime):
     """One .onnx file that to_onnx wrote, or any other with the same inputs.
 
-    `threads`: of one operator; `spinning`: they wait for each other without sleeping. Raises UserError when the file
-    does not load.
+    `threads`: per operator; `spinning`: they wait for each other without sleeping. Raises UserError if the file does
+    not load.
     """
 
     def __init__(self, path: Path, threads: int = 1, spinning: bool = True):
@@ -54,7 +54,7 @@ class OnnxRuntime(Runtime):
         return np.concatenate(rows)
 
     def decode_rows(self, rows: np.ndarray) -> Iterator[np.ndarray]:
-        """Rows (B, T) side by side, one token of each at a time: T times (B, V)."""
+        """Decode rows (B, T) together, one token of each at a time; yield (B, V) T times."""
         cache = self._empty_cache(len(rows))
         for t in range(rows.shape[1]):
             logits, cache = self._step(rows[:, t:t + 1], cache, t)

@@ -1,4 +1,4 @@
-"""onnxruntime-genai: the folder of to_onnx with its own generation loop, tokenizer and chat template."""
+"""onnxruntime-genai: an ONNX folder with genai's own generation loop, tokenizer and chat template."""
 from __future__ import annotations
 
 import json
@@ -58,11 +58,11 @@ class OrtGenai(TextRuntime):
         return np.stack(rows if positions is None else [rows[p] for p in positions])
 
     def read(self, ids: np.ndarray, positions: Sequence[int], alone: Sequence[int]) -> np.ndarray:
-        """Every token alone, if one is to be: the loop of genai has no other way."""
+        """If any token is read alone, all are: genai's loop has no other way."""
         return self.decode(ids, positions) if alone else self.prefill(ids, positions)
 
     def generate(self, ids: list[int], n_tokens: int, stop: set[int]) -> list[int]:
-        """Ends at the folder's own end-of-text ids too, whatever `stop` says: they are in genai's loop."""
+        """Ends also at the folder's own end-of-text ids, which are part of genai's loop."""
         generator = self._generator(len(ids) + n_tokens)
         generator.append_tokens(np.array(ids, dtype=np.int32))
         made: list[int] = []
@@ -87,7 +87,7 @@ class OrtGenai(TextRuntime):
         return set(map(int, self._tokenizer.eos_token_ids))
 
     def render_chat(self, messages: list[dict[str, str]], engine: str = "") -> tuple[str, list[int]]:
-        """By its own Jinja, the only engine that it has."""
+        """Render with genai's own Jinja, its only engine."""
         text = self._tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True)
         return text, [int(token) for token in self._tokenizer.encode(text)]
 

@@ -26,7 +26,7 @@ class Runtime(Protocol):
         return self.read(ids, wanted, wanted)
 
     def read(self, ids: np.ndarray, positions: Sequence[int], alone: Sequence[int]) -> np.ndarray:
-        """Both in one pass: (P, V) at `positions`, ascending; those that are in `alone` are read alone."""
+        """Both in one pass: (P, V) at `positions`, ascending; tokens at `alone` are read alone."""
         ...
 
     def generate(self, ids: list[int], n_tokens: int, stop: set[int]) -> list[int]:
@@ -56,8 +56,7 @@ class TextRuntime(Runtime, Protocol):
 
 
 def parts(n_tokens: int, alone: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of the parts in which a row is read: the tokens at `alone`, ascending, each a part of its own, the
-    others `size` at a time."""
+    """Split a row into parts (start, end): each token at `alone` (ascending) by itself, the others `size` at a time."""
     done = 0
     for position in [*alone, n_tokens]:
         for start in range(done, position, size):

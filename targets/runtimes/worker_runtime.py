@@ -1,4 +1,4 @@
-"""A file in a runtime of this machine, as the proof asks it: in a process of its own, within a limit of time."""
+"""A file in a runtime of this machine, run for verification in its own process and within a time limit."""
 from __future__ import annotations
 
 import math
@@ -14,7 +14,7 @@ import numpy as np
 from lrc_edge.targets.runtimes.table import native_command, runtime_named
 from lrc_edge.targets.runtimes.worker import Worker, WorkerFailed
 
-# A request may take as long as the slowest machine that anyone would use: 0.5 GFLOP/s, 20 MB/s of a file's bytes.
+# A request may take as long as on the slowest plausible machine: 0.5 GFLOP/s, 20 MB/s of a file's bytes.
 BASE_SECONDS = 120.0
 SLOWEST_FLOPS, SLOWEST_BYTES = 5e8, 2e7
 LOGITS_BYTES = 1 << 31  # of one answer: on disk, and read one row at a time
@@ -23,10 +23,10 @@ LOGITS_BYTES = 1 << 31  # of one answer: on disk, and read one row at a time
 class WorkerRuntime:
     """One file in one runtime that has Python bindings.
 
-    A worker that crashed is started again for the next request: what dies in prefill may live in decode. One that
-    hung, or that cannot open the file, is not asked again. n_params: of the model, for the limits of time.
-    vocab_size: what the file must have; 0: any. folder: on whose disk logits pass from the worker to us. Use it as a
-    context manager. All that goes wrong is a WorkerFailed whose text names the runtime and the stage (open, prefill,
+    A worker that crashed is restarted for the next request: prefill may crash where decode works. A worker that hung,
+    or that cannot open the file, is not asked again. n_params: of the model, for the time limits.
+    vocab_size: required of the file; 0: any. folder: its disk holds the logits that the worker passes back. Use it as a
+    context manager. Every failure is a WorkerFailed whose text names the runtime and the stage (open, prefill,
     decode, generate, tokenize, chat).
     """
 
@@ -59,7 +59,7 @@ class WorkerRuntime:
             self._ask("context", n_ctx=n_ctx, n_rows=n_rows, cache=cache)
 
     def prefill(self, rows: np.ndarray, positions: Sequence[int] | None = None) -> np.ndarray:
-        """(B, T) -> (B, P, V), in a file that the next request of this runtime overwrites."""
+        """(B, T) -> (B, P, V), mapped from a file that the next request overwrites."""
         return self._logits("prefill", rows, positions)
 
     def decode(self, rows: np.ndarray, positions: Sequence[int] | None = None) -> np.ndarray:
@@ -86,7 +86,7 @@ class WorkerRuntime:
         return set(self._ask("end_tokens")["ids"])
 
     def rows_at_once(self, n_tokens: int, most: int = 8) -> int:
-        """Rows of n_tokens whose logits are one answer."""
+        """How many rows of n_tokens have logits that fit into one answer."""
         return max(1, min(most, LOGITS_BYTES // (4 * n_tokens * self.vocab_size))) if self.vocab_size else 1
 
     # The worker
@@ -140,7 +140,7 @@ class WorkerRuntime:
         if shape != expected:
             raise WorkerFailed(f"{self.name}, {op}: logits of shape {shape}, need {expected}")
         if os.fstat(self._file.fileno()).st_size < 4 * math.prod(shape):
-            raise WorkerFailed(f"{self.name}, {op}: fewer logits than it says")
+            raise WorkerFailed(f"{self.name}, {op}: fewer logits than it reports")
         logits = np.memmap(self._file, np.float32, "r", shape=tuple(shape))
         if n_flat := sum(int((row.min(-1) == row.max(-1)).sum()) for row in logits):
             raise WorkerFailed(f"{self.name}, {op}: every token has the same logit at {n_flat} positions: the runtime "
