@@ -26,6 +26,7 @@ TYPES = {
 # Types that have the limits of quantized files and no encoding of their name: those of mixtures, and those that only
 # others write. `verify` names a third-party GGUF after the type of most of its bytes.
 QUANTIZED_TYPES = ("q3_k", "q4_k", "q5_k", "mxfp4", "nvfp4")
+_LONGER_SCALES = {"gguf": 0, "onnx": 2}  # bytes per block beyond TYPES: float32 scales instead of float16
 _MIXED = re.compile(r"[\d.]+bpw")
 
 
@@ -62,7 +63,7 @@ class Format:
         """Bytes of `block` weights: of linears, and of embedding and head. Raises ValueError for a mixture."""
         if self.ends is None:
             raise ValueError(f"{self.name}: a mixture, in which llama.cpp chooses the type of every tensor")
-        longer = 2 if self.kind == "onnx" and self.block > 1 else 0  # float32 scales; GGUF has float16
+        longer = _LONGER_SCALES[self.kind] if self.block > 1 else 0
         return TYPES[self.type][1] + longer, TYPES[self.ends][1] + longer
 
     @property

@@ -101,15 +101,15 @@ def _llama_cpp_flags() -> list[str]:
 
 
 RUNTIMES = {row.name: row for row in (
-    Runtime(name="llama.cpp", reads="gguf", kits=(Pip("llama-cpp-python", "llama_cpp", "0.3.36"),),
+    Runtime(name="llama.cpp", reads="gguf", kits=(Pip("llama-cpp-python", "llama_cpp", emulation.LLAMA_CPP_PYTHON),),
             on_device=_in_python, python_flags=_llama_cpp_flags, verifies="logits", caches=("f16", "q8_0", "q4_0"),
             chat_engines=("jinja", "c_api", "server")),
     Runtime(name="node-llama-cpp", reads="gguf", kits=node_llama.KITS, on_device=_in_node),
     Runtime(name="wllama", reads="gguf", kits=browser.KITS["wllama"], on_device=_in_page, in_page=True),
-    Runtime(name="onnxruntime-genai", reads="onnx", kits=(Pip("onnxruntime-genai", "onnxruntime_genai", "0.18.0"),),
-            on_device=_in_python, python_flags=list, verifies="text", gate_suffix=", genai",
-            chat_engines=("jinja",), ends_texts=True),
-    Runtime(name="onnxruntime", reads="onnx", kits=(Pip("onnxruntime", "onnxruntime", "1.31.1"),),
+    Runtime(name="onnxruntime-genai", reads="onnx",
+            kits=(Pip("onnxruntime-genai", "onnxruntime_genai", emulation.GENAI),), on_device=_in_python,
+            python_flags=list, verifies="text", gate_suffix=", genai", chat_engines=("jinja",), ends_texts=True),
+    Runtime(name="onnxruntime", reads="onnx", kits=(Pip("onnxruntime", "onnxruntime", emulation.ONNXRUNTIME),),
             on_device=_in_python, python_flags=list, verifies="logits", tokenizes=False),
     Runtime(name="transformers.js", reads="onnx", kits=browser.KITS["transformers.js"], on_device=_in_page,
             in_page=True))}
