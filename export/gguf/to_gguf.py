@@ -100,7 +100,9 @@ def export_gguf(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[s
     vocabulary = read_vocabulary(checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
     files = {encoding: folder / file_name(checkpoint, encoding) for encoding in wanted}
-    from_grid = [encoding for encoding in files if on_grid is not None and encoding.trained_on_grid]
+    quantized = {encoding: file for encoding, file in files.items() if not encoding.direct}
+    from_grid = {encoding: quantized.pop(encoding) for encoding in files
+                 if on_grid is not None and encoding.trained_on_grid}
     passes = _passes(checkpoint, files, len(from_grid), progress)
     hashes: dict[Encoding, str] = {}
     for encoding, file in files.items():
@@ -108,29 +110,27 @@ def export_gguf(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[s
             with _whole(file) as partial:
                 passes.start(f"writing {file.name}")
                 hashes[encoding] = _write(checkpoint, vocabulary, encoding, partial, passes)
-    quantized = {encoding: file for encoding, file in files.items() if not encoding.direct}
-    identical: dict[Encoding, float] = {}
-    for encoding in from_grid:
-        assert on_grid is not None
-        file = quantized.pop(encoding)
-        with _lossless_file(on_grid, vocabulary, {}, folder, passes) as source, _whole(file) as partial:
-            passes.start(f"quantizing {file.name}")
+    if on_grid is not None and from_grid:
+        with _lossless_file(on_grid, vocabulary, {}, folder, passes) as source:
             # Without importance: the scales are already those that the weights were trained with.
-            quantize_file(source, partial, encoding, progress=passes.at)
-        hashes[encoding], identical[encoding] = sha256_of(file), identical_blocks(file, on_grid)
+            _quantize(source, from_grid, passes)
     if quantized:
         with _lossless_file(checkpoint, vocabulary, files, folder, passes) as source:
-            for encoding, file in quantized.items():
-                with _whole(file) as partial:
-                    passes.start(f"quantizing {file.name}")
-                    quantize_file(source, partial, encoding, importance=by_tensor, n_chunks=n_chunks,
-                                  progress=passes.at)
-                hashes[encoding] = sha256_of(file)
-    artifacts = [_artifact(checkpoint, encoding, file, hashes[encoding], identical.get(encoding))
+            _quantize(source, quantized, passes, by_tensor, n_chunks)
+    artifacts = [_artifact(checkpoint, encoding, file, hashes.get(encoding) or sha256_of(file),
+                           identical_blocks(file, on_grid) if on_grid and encoding in from_grid else None)
                  for encoding, file in files.items()]
     if files:
         write_modelfile(checkpoint, vocabulary, {encoding.name: file for encoding, file in files.items()})
     return artifacts
+
+
+def _quantize(source: Path, files: Mapping[Encoding, Path], passes: Passes,
+              importance: Mapping[str, np.ndarray] | None = None, n_chunks: int | None = None) -> None:
+    for encoding, file in files.items():
+        with _whole(file) as partial:
+            passes.start(f"quantizing {file.name}")
+            quantize_file(source, partial, encoding, importance=importance, n_chunks=n_chunks, progress=passes.at)
 
 
 def _passes(checkpoint: DenseCheckpoint, files: dict[Encoding, Path], n_from_grid: int, progress: Listener) -> Passes:

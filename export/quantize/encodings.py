@@ -66,7 +66,7 @@ def _encodings() -> dict[str, Encoding]:
         prefix = "LLAMA_FTYPE_ALL" if name == "f32" else "LLAMA_FTYPE_MOSTLY"
         ftype, type = getattr(llama_cpp, f"{prefix}_{name.upper()}", None), QType.__members__.get(row.type)
         if ftype is not None and type is not None:
-            ends = None if row.ends in (None, row.type) else QType[row.ends]
+            ends = QType.__members__[row.ends] if row.ends and row.ends != row.type else None
             table[name] = Encoding(name, ftype, type, row.needs_imatrix, ends, row.trained_on_grid)
     return table
 

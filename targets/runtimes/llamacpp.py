@@ -188,34 +188,31 @@ class LlamaCpp(TextRuntime):
         it (llama.cpp's simple-chat) tokenize with the BOS added.
         Raises UserError without a template, and where the C API knows no template like it.
         """
-        if self.chat_template is None:
+        if (template := self.chat_template) is None:
             raise UserError(f"{self.path}: holds no chat template; use plain prompts")
-        return {"jinja": self._render_by_jinja, "c_api": self._render_by_c_api}[engine](messages)
+        return {"jinja": self._render_by_jinja, "c_api": self._render_by_c_api}[engine](template, messages)
 
-    def _render_by_c_api(self, messages: list[dict[str, str]]) -> tuple[str, list[int]]:
-        prompt = self._apply_template(messages)
-        return prompt, self._tokenize(prompt, add_special=True)
-
-    def _render_by_jinja(self, messages: list[dict[str, str]]) -> tuple[str, list[int]]:
+    def _render_by_jinja(self, template: str, messages: list[dict[str, str]]) -> tuple[str, list[int]]:
         formatter = Jinja2ChatFormatter(
-            template=self.chat_template, add_generation_prompt=True,
+            template=template, add_generation_prompt=True,
             bos_token=self._special_text(llama_cpp.llama_vocab_bos(self._vocab)),
             eos_token=self._special_text(llama_cpp.llama_vocab_eos(self._vocab)))
         prompt = formatter(messages=messages).prompt  # type: ignore[arg-type]  # plain dicts are what it takes
         return prompt, self._tokenize(prompt, add_special=False)
 
-    def _apply_template(self, messages: list[dict[str, str]]) -> str:
+    def _render_by_c_api(self, template: str, messages: list[dict[str, str]]) -> tuple[str, list[int]]:
         texts = [(message["role"].encode(), message["content"].encode()) for message in messages]
         chat = (llama_cpp.llama_chat_message * len(texts))(*texts)  # type: ignore[misc]
         size = 2 * sum(len(content) for _, content in texts) + 1024
         while True:
             buffer = ctypes.create_string_buffer(size)
-            n = llama_cpp.llama_chat_apply_template(str(self.chat_template).encode(), chat, len(texts), True, buffer,
+            n = llama_cpp.llama_chat_apply_template(template.encode(), chat, len(texts), True, buffer,
                                                     size)
             if n < 0:
                 raise UserError(f"{self.path}: llama.cpp's C API knows no such chat template; use an engine with Jinja")
             if n <= size:
-                return buffer.raw[:n].decode("utf-8", errors="replace")
+                prompt = buffer.raw[:n].decode("utf-8", errors="replace")
+                return prompt, self._tokenize(prompt, add_special=True)
             size = n
 
     def _special_text(self, token: int) -> str:

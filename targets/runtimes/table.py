@@ -127,7 +127,7 @@ def readers_of(kind: Kind) -> tuple[str, ...]:
     return tuple(row.name for row in RUNTIMES.values() if row.reads == kind)
 
 
-def verifiers_of(kind: Kind) -> tuple[Runtime, tuple[Runtime, ...]]:
+def verifiers_of(kind: str) -> tuple[Runtime, tuple[Runtime, ...]]:
     """The runtime whose logits are compared with PyTorch, and those that run the same files their own way."""
     rows = [row for row in RUNTIMES.values() if row.reads == kind]
     for row in rows:
