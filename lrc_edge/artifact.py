@@ -1,4 +1,4 @@
-"""Artifact: one file (or folder) that a writer made, as it stands in the report."""
+"""Artifact: one file that a writer made, as the report describes it."""
 from __future__ import annotations
 
 import hashlib
@@ -12,12 +12,12 @@ import numpy as np
 
 from lrc_edge.errors import UserError
 
-WRITE_BYTES = 4 << 20  # of one call
+WRITE_BYTES = 4 << 20  # per call
 
 
 @dataclass(frozen=True)
 class Fallback:
-    """A tensor that did not get the type that the encoding asks for."""
+    """A tensor that has another type than the encoding asks for."""
 
     tensor: str
     wanted: str
@@ -32,11 +32,16 @@ class Artifact:
     encoding: str  # "q8_0", "fp32", ...
     bytes: int  # of all its files
     bits_per_weight: float  # 8 * bytes of tensor data / parameters of the student
-    sha256: str  # of its file; of its files one after the other when there are several
+    sha256: str  # of its file, or of its files concatenated
     fallbacks: tuple[Fallback, ...]
     tensor_types: dict[str, int]  # type -> number of tensors
-    # Of a model trained on its grid: the share of blocks that decode to exactly the trained weights.
+    # Share of blocks that decode to exactly the trained weights; None if the model was not trained on the grid.
     identical_blocks: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Its format as `--formats` writes it: "gguf:q4_k_m"."""
+        return f"{self.format}:{self.encoding}"
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -47,15 +52,15 @@ class Artifact:
 
 
 def smallest_gguf(path: Path, encoding: str = "") -> Path:
-    """`path` itself where it is a file; of a directory the smallest GGUF, or the smallest in `encoding`.
+    """Return `path` if it is a file, else the directory's smallest GGUF, or its smallest in `encoding`.
 
-    Raises UserError when there is none.
+    Raises UserError if there is none.
     """
     if path.is_file():
         return path
     wanted = encoding.lower()
     models = (f for f in path.rglob("*.gguf") if not f.stem.endswith(".imatrix") and f.parent.name != "check"
-              and f.stem.lower().endswith(wanted))  # the teacher lies in check/
+              and f.stem.lower().endswith(wanted))  # check/ holds the teacher
     files = sorted(models, key=lambda f: f.stat().st_size)
     if not files:
         raise UserError(f"{path}: no GGUF {f'in {encoding} ' if encoding else ''}here; "
@@ -74,7 +79,7 @@ def sha256_of(*paths: Path) -> str:
 
 
 class HashedFile:
-    """Appends to a file: one thread writes, one hashes, while the caller prepares what comes next."""
+    """Appends to a file: one thread writes and one hashes while the caller prepares the next data."""
 
     def __init__(self, path: Path):
         header = path.read_bytes() if path.exists() else b""
@@ -94,7 +99,10 @@ class HashedFile:
         self._file.close()
 
     def write(self, data: bytes | np.ndarray) -> None:
-        """Append a contiguous array, which may not change until the next call returns. Raises OSError, also for it."""
+        """Append a contiguous array, which must not change until the next call returns.
+
+        Raises OSError, also for the previous call.
+        """
         view = memoryview(data).cast("B")  # type: ignore[arg-type]  # an array is a buffer
         self._wait()
         self._pending = [thread.submit(work, view)
@@ -102,12 +110,12 @@ class HashedFile:
         self.n_bytes += len(view)
 
     def align(self, n_bytes: int) -> None:
-        """Fill with zeros up to a multiple of n_bytes."""
+        """Append zeros up to a multiple of n_bytes."""
         if padding := -self.n_bytes % n_bytes:
             self.write(bytes(padding))
 
     def sha256(self) -> str:
-        """Hex digest of the whole file, all of which is written when this returns."""
+        """Hex digest of the complete file, which is written when this returns."""
         self._wait()
         return self._digest.hexdigest()
 

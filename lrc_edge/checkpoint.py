@@ -25,14 +25,13 @@ from lrc_edge.config_file import (
     check_values,
     front_matter,
     ids_of,
-    one_line,
     read_config,
     read_generation,
     read_provenance,
     read_table,
     shape_of,
 )
-from lrc_edge.errors import UserError, quiet_panics, shortage
+from lrc_edge.errors import UserError, one_line, quiet_panics, shortage
 from lrc_edge.roles import HEAD, Weight, weights_of
 from lrc_edge.shape import ModelShape
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import yaml
 
-from lrc_edge.errors import UserError
-from lrc_edge.figures import visible
+from lrc_edge.errors import UserError, one_line
 from lrc_edge.roles import FAMILIES, UNSUPPORTED_SWITCHES
 from lrc_edge.shape import ModelShape
 
@@ -42,11 +41,6 @@ def read_table(file: Path) -> dict[str, Any]:
 def read_optional(file: Path) -> dict[str, Any]:
     """The table in a JSON file, {} when there is no such file. Raises UserError when it holds anything else."""
     return read_table(file) if file.exists() else {}
-
-
-def one_line(error: BaseException) -> str:
-    """Its text without line breaks, control characters and great length; its type where it has none."""
-    return visible(" ".join(str(error).split()))[:200] or type(error).__name__
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Parity: one model's logits against another's on the same tokens, and the gates that judge the figures.
+"""Parity: compare one model's logits with another's on the same tokens, and judge the figures by gates.
 
-Distributions are judged, not the largest difference alone: a faithful float32 runtime differs from PyTorch by 3e-4 in
+Distributions are judged, not only the largest difference: a faithful float32 runtime differs from PyTorch by 3e-4 in
 some logit at a KL divergence of 2e-9. Shapes: N positions, V vocabulary.
 """
 from __future__ import annotations
@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lrc_edge.formats import judged_as
 from lrc_edge.recipe import Gates
 
-AS_TRAINED = "as trained"  # of comparisons with the student that was trained on a grid, not with the student
-CHANGES = "changes"  # the metric of a file that is not what the build wrote
-CHUNK_ELEMENTS = 2**17  # logits in float64 at one time: 1 MiB stays in the cache (64 MiB took nine times the CPU time)
+AS_TRAINED = "as trained"  # names comparisons with the student that was trained on the grid
+CHANGES = "changes"  # the metric of whether a file is what the build wrote
+CHUNK_ELEMENTS = 2**17  # logits in float64 at once: 1 MiB stays in the cache (64 MiB took nine times the CPU time)
 
 
 @dataclass(frozen=True)
@@ -40,17 +41,45 @@ class Metrics:
                 for key, value in asdict(self).items()}
 
 
-class Comparison:
-    """Collects row after row, then gives Metrics."""
+class Divergences:
+    """KL, agreement and cross entropy of a model and its reference, collected row after row: what comparisons share."""
 
     def __init__(self, near_tie: float):
         self.near_tie = near_tie
         self._kl: list[np.ndarray] = []
         self._agree: list[np.ndarray] = []
         self._nll: list[np.ndarray] = []  # (2, n): reference, model
+        self._near_ties = 0
+
+    def _collect(self, kl_N: np.ndarray, margin_N: np.ndarray, equal_N: np.ndarray, nll_2M: np.ndarray) -> None:
+        """margin_N: between the reference's two best logits. equal_N: whether the argmax is equal."""
+        clear = margin_N >= self.near_tie
+        self._kl.append(kl_N)
+        self._near_ties += int((~clear).sum())
+        self._agree.append(equal_N[clear])
+        self._nll.append(nll_2M)
+
+    def _shared_figures(self) -> dict[str, Any]:
+        kl, agree = np.concatenate(self._kl), np.concatenate(self._agree)
+        ppl_reference, ppl = self._perplexities()
+        return {"positions": len(kl), "near_ties": self._near_ties, "kl_mean": float(kl.mean()),
+                "kl_p99": float(np.quantile(kl, 0.99)), "kl_max": float(kl.max()),
+                "top1": float(agree.mean()) if len(agree) else math.nan, "delta_ppl": float(ppl - ppl_reference)}
+
+    def _perplexities(self) -> np.ndarray:
+        """(2,): reference, model."""
+        with np.errstate(over="ignore"):  # infinite for a damaged file, which passes no gate
+            found: np.ndarray = np.exp(np.concatenate(self._nll, axis=1).mean(1))
+        return found
+
+
+class Comparison(Divergences):
+    """Collects a model's logits row after row, then gives Metrics."""
+
+    def __init__(self, near_tie: float):
+        super().__init__(near_tie)
         self._squares = [0.0, 0.0]  # error, signal
         self._max_abs = 0.0
-        self._near_ties = 0
 
     def update(self, reference_NV: np.ndarray, model_NV: np.ndarray, next_ids_N: np.ndarray) -> None:
         """Add the logits of one row; `next_ids_N` are the tokens that follow, -1 where none does.
@@ -71,28 +100,20 @@ class Comparison:
         self._max_abs = float(np.maximum(self._max_abs, np.abs(error).max()))
         log_p, log_q = _log_softmax(ref), _log_softmax(got)
         # Rounding can leave a tiny negative sum; NaN must stay NaN.
-        self._kl.append(np.maximum((np.exp(log_p) * (log_p - log_q)).sum(-1), 0.0))
-        best = np.partition(ref, -2, axis=-1)
-        clear = best[:, -1] - best[:, -2] >= self.near_tie
-        self._near_ties += int((~clear).sum())
-        self._agree.append((ref.argmax(-1) == got.argmax(-1))[clear])
-        known = np.flatnonzero(next_ids >= 0)
-        self._nll.append(-np.stack([log_p[known, next_ids[known]], log_q[known, next_ids[known]]]))
+        kl = np.maximum((np.exp(log_p) * (log_p - log_q)).sum(-1), 0.0)
+        best, known = np.partition(ref, -2, axis=-1), np.flatnonzero(next_ids >= 0)
+        self._collect(kl, best[:, -1] - best[:, -2], ref.argmax(-1) == got.argmax(-1),
+                      -np.stack([log_p[known, next_ids[known]], log_q[known, next_ids[known]]]))
 
     def metrics(self) -> Metrics:
-        kl, agree = np.concatenate(self._kl), np.concatenate(self._agree)
-        nll = np.concatenate(self._nll, axis=1)
-        with np.errstate(over="ignore"):  # of a damaged file: infinite, which no gate passes
-            ppl_ref, ppl = np.exp(nll.mean(1))
+        nll, (ppl_reference, ppl) = np.concatenate(self._nll, axis=1), self._perplexities()
         # Error propagation through exp of the two means, which are correlated: the tokens are the same.
-        gradient = np.array([-ppl_ref, ppl])
+        gradient = np.array([-ppl_reference, ppl])
         variance = gradient @ (np.cov(nll) / nll.shape[1]) @ gradient if nll.shape[1] > 1 else np.nan
         return Metrics(
-            positions=len(kl), kl_mean=float(kl.mean()), kl_p99=float(np.quantile(kl, 0.99)), kl_max=float(kl.max()),
-            top1=float(agree.mean()) if len(agree) else math.nan, near_ties=self._near_ties,
-            nmse=self._squares[0] / self._squares[1] if self._squares[1] else math.nan, max_abs=self._max_abs,
-            ppl=float(ppl), delta_ppl=float(ppl - ppl_ref), delta_ppl_se=math.sqrt(max(0.0, variance))
-            if math.isfinite(variance) else math.nan)
+            **self._shared_figures(), ppl=float(ppl), max_abs=self._max_abs,
+            nmse=self._squares[0] / self._squares[1] if self._squares[1] else math.nan,
+            delta_ppl_se=math.sqrt(max(0.0, variance)) if math.isfinite(variance) else math.nan)
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -143,12 +164,12 @@ class Gate:
 
 
 def _table(metrics: Metrics | None) -> dict[str, Any]:
-    """The figures; None, of a model that did not answer, passes no gate."""
+    """The figures; all None for a model that did not answer, which pass no gate."""
     return dict.fromkeys(field.name for field in fields(Metrics)) if metrics is None else metrics.as_dict()
 
 
 def gates_of_copy(name: str, artifact: str, metrics: Metrics, limits: Gates, rounding: float) -> list[Gate]:
-    """Of a model that must compute what its original does. rounding: PyTorch's own, of the original's logits."""
+    """The gates of a model that must compute what its original does. rounding: PyTorch's, of the original's logits."""
     table = _table(metrics)
     return [Gate(name, artifact, "max_abs", table["max_abs"], limits.max_abs_rounding * rounding, "<="),
             Gate(name, artifact, "top1", table["top1"], limits.copy_top1, ">=")]
@@ -156,49 +177,43 @@ def gates_of_copy(name: str, artifact: str, metrics: Metrics, limits: Gates, rou
 
 def gates_of_grid(artifact: str, identical_blocks: float, metrics: Metrics | None, limits: Gates, why: str = ""
                   ) -> list[Gate]:
-    """Of a file made of a student that was trained on its grid: it holds the trained weights and says what they say."""
+    """The gates of a file made from a student trained on its grid: it has the trained weights and their outputs."""
     return [Gate(AS_TRAINED, artifact, "identical_blocks", identical_blocks, limits.identical_blocks, ">="),
             Gate(AS_TRAINED, artifact, "kl_mean", _table(metrics)["kl_mean"], limits.on_grid_kl, "<=", why)]
 
 
 def gates_of_artifact(artifact: str, kind: str, mode: str, metrics: Metrics | None, limits: Gates,
                       rounding: float | None, why: str = "") -> list[Gate]:
-    """`kind` is "gguf:q8_0", "onnx:fp32", ...; `mode` is "prefill" or "decode"; `rounding` PyTorch's own."""
+    """The gates of a file against the student.
+
+    kind: its format's name ("gguf:q8_0"). mode: "prefill" or "decode". rounding: PyTorch's own.
+    """
     table = _table(metrics)
-
-    def gate(metric: str, limit: float, relation: Literal["<=", ">="] = "<=") -> Gate:
-        return Gate(f"{mode} vs student", artifact, metric, table[metric], limit, relation, why)
-
-    if kind == "gguf:f32":
-        return [gate("kl_mean", limits.gguf_f32_kl), gate("top1", limits.gguf_f32_top1, ">=")]
-    if kind == "onnx:fp32":
-        return [gate("kl_mean", limits.onnx_fp32_kl), gate("max_abs", limits.max_abs_rounding * (rounding or 0.0))]
-    return [gate("kl_mean", _kl_limit(kind, limits))]
+    bounds: dict[str, tuple[Literal["<=", ">="], float]] = {
+        "kl_mean": ("<=", _kl_limit(kind, limits)), "top1": (">=", limits.gguf_f32_top1),
+        "max_abs": ("<=", limits.max_abs_rounding * (rounding or 0.0))}
+    return [Gate(f"{mode} vs student", artifact, metric, table[metric], limit, relation, why)
+            for metric in ("kl_mean", *judged_as(kind).also_judged) for relation, limit in [bounds[metric]]]
 
 
 def gates_of_length(artifact: str, kind: str, name: str, metrics: Metrics | None, limits: Gates, why: str = ""
                     ) -> list[Gate]:
-    """Of some positions of a long row: their mean KL has the limit of all the others."""
+    """The gates of some positions of a long row: their mean KL has the same limit as all others."""
     return [Gate(name, artifact, "kl_mean", _table(metrics)["kl_mean"], _kl_limit(kind, limits), "<=", why)]
 
 
 def _kl_limit(kind: str, limits: Gates) -> float:
-    by_kind = {"gguf:f32": limits.gguf_f32_kl, "gguf:f16": limits.gguf_f16_kl, "gguf:bf16": limits.gguf_bf16_kl,
-               "gguf:q8_0": limits.gguf_q8_0_kl, "onnx:fp32": limits.onnx_fp32_kl, "onnx:fp16": limits.onnx_fp16_kl,
-               "onnx:q8": limits.onnx_q8_kl}
-    return by_kind.get(kind, limits.quantized_kl)
+    limit: float = getattr(limits, judged_as(kind).kl_gate)
+    return limit
 
 
 def gates_of_device(artifact: str, kind: str, figures: dict[str, Any], limits: Gates) -> list[Gate]:
-    """Of an artifact in a device's runtime; `figures` as stored_reference.DeviceComparison gives them.
+    """The gates of a file in a device's runtime. `figures`: DeviceComparison's.
 
-    A device rounds its KV cache to 16 bits (1.4e-7 nats on the demo's student): unquantized files are held to F16's
+    A device rounds its KV cache to 16 bits (1.4e-7 nats on the demo's student), so no file is held to less than F16's
     limit.
     """
-    encoding = kind.partition(":")[2]
-    unquantized = encoding in ("f32", "fp32", "f16", "fp16", "bf16")
-    kl = max(_kl_limit(kind, limits) if "32" not in encoding else 0.0, limits.gguf_f16_kl)
-    top1 = (limits.unquantized_top1 if unquantized else limits.q8_top1 if encoding in ("q8_0", "q8")
-            else limits.quantized_top1)
+    row = judged_as(kind)
+    kl, top1 = max(getattr(limits, row.device_kl_gate), limits.gguf_f16_kl), getattr(limits, row.top1_gate)
     return [Gate("on device vs student", artifact, "kl_mean", figures["kl_mean"], kl, "<="),
             Gate("on device vs student", artifact, "top1", figures["top1"], top1, ">=")]

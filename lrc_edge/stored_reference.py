@@ -1,8 +1,8 @@
-"""check/reference.npz: what the PyTorch student says, small enough to go where PyTorch cannot.
+"""check/reference.npz: the PyTorch student's outputs, small enough to copy to machines without PyTorch.
 
-At each held-out position the TOP likeliest ids with their log-probabilities, and the log-probability of the token that
-really follows. A divergence over those ids and "any other" is at most the whole one, and close to it where the others
-are unlikely. Shapes: n rows, L tokens of a row, K = TOP or the vocabulary.
+For each held-out position, the TOP most probable ids with their log-probabilities, and the log-probability of the token
+that follows. A divergence over those ids and "any other" is at most the full one, and close to it where the others are
+improbable. Shapes: n rows, L tokens of a row, K = TOP or the vocabulary.
 """
 from __future__ import annotations
 
@@ -17,30 +17,31 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from lrc_edge.errors import UserError
+from lrc_edge.errors import UserError, one_line
+from lrc_edge.parity import Divergences
 from lrc_edge.shape import ModelShape
 
 REFERENCE_FILE = "check/reference.npz"
 TEACHER_FILE = "check/teacher.gguf"  # the teacher in 4 bits, for comparing speeds
 TOP = 64
 _MOST = 1.05  # a sum of probabilities, rounded as coarsely as runtimes do
-_LEAST = 1e-9  # a probability below the rounding of its float32 sum
+_LEAST = 1e-9  # below the rounding of a float32 sum of probabilities
 
 
 @dataclass(frozen=True)
 class StoredReference:
     ids: np.ndarray  # (n, L) int32
-    top_ids: np.ndarray  # (n, L, K) int32, likeliest first
+    top_ids: np.ndarray  # (n, L, K) int32, most probable first
     top_logprobs: np.ndarray  # (n, L, K) float32
     next_logprobs: np.ndarray  # (n, L - 1) float32, of ids[:, 1:]
-    texts: tuple[str, ...]  # as a runtime is given them
-    text_ids: tuple[tuple[int, ...], ...]  # what the Hugging Face tokenizer makes of each
-    shape: ModelShape  # of the model that says it
+    texts: tuple[str, ...]  # as runtimes get them
+    text_ids: tuple[tuple[int, ...], ...]  # the Hugging Face tokenizer's, of each text
+    shape: ModelShape  # of the student
 
     @classmethod
     def of(cls, ids: np.ndarray, logits: Iterable[np.ndarray], texts: Sequence[str],
            text_ids: Sequence[Sequence[int]], shape: ModelShape) -> StoredReference:
-        """`ids` (n, L) and the logits of each row, (L, V)."""
+        """From `ids` (n, L) and the logits of each row, (L, V)."""
         rows = [_row(row, row_logits) for row, row_logits in zip(ids, logits, strict=True)]
         top_ids, top_logprobs, next_logprobs = (np.stack(parts) for parts in zip(*rows, strict=True))
         return cls(ids.astype(np.int32), top_ids, top_logprobs, next_logprobs, tuple(texts),
@@ -60,10 +61,10 @@ class StoredReference:
 
     @classmethod
     def load(cls, path: Path) -> StoredReference:
-        """Raises UserError when the file is missing or is not whole."""
+        """Raises UserError if the file is missing or damaged."""
         if not path.exists():
-            raise UserError(f"{path}: missing: what to compare with; `lrc-edge check` without --target, where PyTorch "
-                            "is, writes it")
+            raise UserError(f"{path}: reference outputs not found; create them with `lrc-edge check` on a machine "
+                            "with PyTorch, without --target")
         try:
             with np.load(path) as table:
                 words = json.loads(table["words"].tobytes())
@@ -73,7 +74,7 @@ class StoredReference:
             reference._check()
         except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RecursionError, BadZipFile,
                 zlib.error, NotImplementedError) as error:
-            raise UserError(f"{path}: damaged ({' '.join(str(error).split())[:200]}); copy it again, or write it with "
+            raise UserError(f"{path}: damaged ({one_line(error)}); copy it again, or write it with "
                             "`lrc-edge check`") from error
         return reference
 
@@ -98,12 +99,12 @@ class StoredReference:
             raise ValueError(f"{len(self.texts)} texts with the ids of {len(self.text_ids)}")
 
     def wanted(self, row: int) -> np.ndarray:
-        """(L, K + 1): the ids whose log-probabilities a runtime is asked for; the last is the next token, or a 0."""
+        """(L, K + 1): the ids whose log-probabilities a runtime must give; the last is the next token, or 0."""
         following = np.append(self.ids[row, 1:], 0)
         return np.concatenate([self.top_ids[row], following[:, None]], axis=1)
 
     def long_prompt(self, n_tokens: int) -> list[int]:
-        """The rows one after the other, over again where they are too few."""
+        """The rows concatenated, repeated if they are too few."""
         flat = self.ids.reshape(-1)
         return [int(i) for i in np.resize(flat, n_tokens)]
 
@@ -116,18 +117,16 @@ def _row(ids: np.ndarray, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
             logprobs[np.arange(len(ids) - 1), ids[1:]].astype(np.float32))
 
 
-class DeviceComparison:
+class DeviceComparison(Divergences):
     """Collects a device's answers row after row, then gives figures. KL in nats."""
 
     def __init__(self, reference: StoredReference, near_tie: float):
-        self._reference, self._near_tie = reference, near_tie
-        self._kl: list[np.ndarray] = []
-        self._agree: list[np.ndarray] = []
-        self._nll: list[np.ndarray] = []
-        self._near_ties = 0
+        super().__init__(near_tie)
+        self._reference = reference
 
     def update(self, row: int, logprobs: Any, argmax: Any) -> None:
-        """Of `wanted(row)`: log-probabilities (L, K + 1), None for what is no number, and the likeliest ids (L)."""
+        """Add the answers for `wanted(row)`: log-probabilities (L, K + 1), None where they are not numbers, and the
+        most probable ids (L)."""
         expected = self._reference.top_logprobs[row].astype(np.float64)
         got = np.array(logprobs, dtype=np.float64)
         if got.shape != (len(expected), expected.shape[1] + 1) or np.shape(argmax) != (len(expected),):
@@ -135,24 +134,17 @@ class DeviceComparison:
                             f"{(len(expected), expected.shape[1] + 1)}")
         if (got[:, :-1] == got[:, :1]).all():
             raise UserError("the runtime gave every token the same probability: it returned no scores")
-        self._kl.append(_divergence(expected, got[:, :-1]))
-        clear = expected[:, 0] - expected[:, 1] >= self._near_tie
-        self._near_ties += int((~clear).sum())
-        self._agree.append((self._reference.top_ids[row, :, 0] == np.asarray(argmax))[clear])
-        self._nll.append(-np.stack([self._reference.next_logprobs[row].astype(np.float64), got[:-1, -1]]))
+        self._collect(_divergence(expected, got[:, :-1]), expected[:, 0] - expected[:, 1],
+                      self._reference.top_ids[row, :, 0] == np.asarray(argmax),
+                      -np.stack([self._reference.next_logprobs[row].astype(np.float64), got[:-1, -1]]))
 
     def figures(self) -> dict[str, Any]:
-        """positions, kl_mean, kl_p99, kl_max, top1, near_ties, delta_ppl; None for what is no number."""
-        kl, agree = np.concatenate(self._kl), np.concatenate(self._agree)
-        ppl_ref, ppl = np.exp(np.concatenate(self._nll, axis=1).mean(1))
-        table = {"kl_mean": float(kl.mean()), "kl_p99": float(np.quantile(kl, 0.99)), "kl_max": float(kl.max()),
-                 "top1": float(agree.mean()) if len(agree) else math.nan, "delta_ppl": float(ppl - ppl_ref)}
-        return {"positions": len(kl), "near_ties": self._near_ties,
-                **{key: value if math.isfinite(value) else None for key, value in table.items()}}
+        """positions, near_ties, kl_mean, kl_p99, kl_max, top1, delta_ppl; None for what is not a number."""
+        return {key: value if math.isfinite(value) else None for key, value in self._shared_figures().items()}
 
 
 def _divergence(log_p_LK: np.ndarray, log_q_LK: np.ndarray) -> np.ndarray:
-    """(L,) KL(p || q) over the K ids and all others together; NaN where q is no distribution."""
+    """(L,) KL(p || q) over the K ids and all others together; NaN where q is not a distribution."""
     p = np.exp(log_p_LK)
     log_q_LK = np.where(np.exp(log_q_LK).sum(-1, keepdims=True) > _MOST, np.nan, log_q_LK)
     rest_p, rest_q = (np.maximum(1 - np.exp(logs).sum(-1), _LEAST) for logs in (log_p_LK, log_q_LK))

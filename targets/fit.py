@@ -1,4 +1,4 @@
-"""Whether a model fits a device, before anything is built: memory against the profile, context, a bound of speed."""
+"""Predict whether a model fits a device before it is built: memory, context, and an upper bound on speed."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ CONTEXT_STEP = 256
 
 @dataclass(frozen=True)
 class FormatFit:
-    """One format in the runtime that the profile names first for it."""
+    """One format, in the first of the profile's runtimes that reads it."""
 
     format: str
     runtime: str
@@ -55,7 +55,7 @@ class Fit:
 
 
 def check_fit(shape: ModelShape, profile: Profile, context: int | None = None) -> Fit:
-    """Every format of the profile for a model of this shape. `context`: the profile's by default, at most the model's.
+    """Predict every format of the profile for a model of this shape. `context`: by default the profile's.
 
     Raises UserError on a context that the model does not have.
     """
@@ -76,14 +76,14 @@ def _fit(shape: ModelShape, profile: Profile, format_: str, context: int) -> For
 
 
 def judge(memory: Memory, profile: Profile) -> Verdict:
-    """`tight`: within the prediction's error of the limit, or only once the system has dropped what is read no more."""
+    """`tight`: within the prediction's error of the limit, or only once the system drops weights not read again."""
     if memory.peak * MARGIN <= profile.usable_bytes:
         return "fits"
     return "tight" if memory.needed <= profile.usable_bytes else "does not fit"
 
 
 def bytes_read_per_token(shape: ModelShape, format_: str, context: int) -> int:
-    """Every matrix once and the cache of `context` tokens; of an embedding that is no head, one row: nothing."""
+    """Bytes of every matrix and of the cache of `context` tokens. An untied embedding is left out: one row is read."""
     weights = sum(weight_bytes(weight, format_) for weight in weights_of(shape)
                   if weight.role is not EMBEDDING or shape.tied)
     return weights + context * kv_bytes_per_token(shape, format_)

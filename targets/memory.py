@@ -1,43 +1,32 @@
-"""How much memory a model takes in a runtime, from its shape alone: bytes as the runtimes allocate them.
+"""Predict how much memory a model takes in a runtime, from its shape alone, as the runtimes allocate it.
 
 llama.cpp's part is derived from its source (0.5.0, as in llama-cpp-python 0.3.36), onnxruntime's (1.31) from
-measurements; benchmarks/fit.py sets both beside the resident sets of real processes. What node and browsers add is
-fitted to two or three measurements each (node 20, headless Chromium 156). A prompt is taken to fill the context.
+measurements; benchmarks/fit.py compares both with the resident sets of real processes. What node and browsers add is
+fitted to two or three measurements each (node 20, headless Chromium 156). The prompt is assumed to fill the context.
 """
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 
+from lrc_edge.errors import UserError
+from lrc_edge.formats import BLOCK, format_of
 from lrc_edge.roles import EMBEDDING, HEAD, Weight, weights_of
 from lrc_edge.shape import ModelShape
+from lrc_edge.targets.runtimes.table import readers_of
 
-BLOCK = 32  # weights that share a scale
-# Bytes of a block, (linears, embedding and head). Source: export/quantize.py for GGUF, export/onnx_weights.py for ONNX,
-# whose scales are float32.
-_BLOCK_BYTES = {"gguf:q4_0": (18, 34), "gguf:q8_0": (34, 34), "gguf:f16": (64, 64), "onnx:q4": (20, 36),
-                "onnx:q8": (36, 36)}
-_CACHE_BYTES = {"f16": 2.0, "q8_0": 34 / BLOCK, "q4_0": 18 / BLOCK}  # an element of llama.cpp's KV cache
 GROUPS = ("embedding", "attention", "ffn", "norms", "head")
-
-# The process with a model of no size (VmHWM, Linux x86-64): Python with numpy, node, or a browser's page. A program in
-# C++ takes less than Python.
-_RUNTIME_BYTES = {"llama.cpp": 47_000_000, "node-llama-cpp": 98_000_000, "wllama": 330_000_000,
-                  "onnxruntime": 60_000_000, "onnxruntime-genai": 66_000_000, "transformers.js": 300_000_000}
-# A token of the vocabulary: strings, ids, merges. Of llama.cpp, measured with real ones: 318 (Qwen2) to 424 (Llama 3)
-# for BPE; 152 for SentencePiece, which are small. node reads the file's metadata into JavaScript as well. Plain
-# onnxruntime has no tokenizer.
-_VOCABULARY_BYTES = {"llama.cpp": 340, "wllama": 340, "node-llama-cpp": 840, "onnxruntime": 0,
-                     "onnxruntime-genai": 500, "transformers.js": 500}
+# A matrix row that is not a multiple of the format's block: llama.cpp stores the matrix as F16, ONNX pads the row.
+_PADS = {"gguf": False, "onnx": True}
+_PRODUCT_BYTES = {"F16": 2, "Q4_0": 34 / 32, "Q8_0": 34 / 32}  # type of a matrix -> bytes per input of its product
 _BATCH = 512  # llama.cpp's n_ubatch, and wllama's
 _CONTEXT_STEP = 256  # llama.cpp rounds the context up to this (llama_context's constructor)
-# While a plain onnxruntime decodes, a step's whole new cache stands beside the last one, and the arena has holes of
-# older ones: 1.47 to 1.48 times the cache where it is nearly all there is. Part of it goes where the prompt's
-# activations were; how much depends on how the arena was split. Both are fitted: 20 points were within 10 %.
+# Plain onnxruntime keeps a step's complete new cache next to the previous one, and its arena has holes of older ones:
+# 1.47 to 1.48 times the cache where the cache is nearly everything. Part of it goes where the prompt's activations
+# were; how much depends on how the arena was split. Both factors are fitted: 20 points were within 10 %.
 _GROWING_CACHE, _USED_AGAIN = 1.5, 0.8
-# In a page the file stays in JavaScript beside the module's copy, and so do, until they are collected, old caches and
-# logits: how many times more of each.
+# How many times more weights, caches and logits a page holds: old ones stay in JavaScript until they are collected.
 _PAGE_WEIGHTS, _PAGE_CACHE, _PAGE_LOGITS = 0.9, 2.6, 2.5
 
 
@@ -45,14 +34,14 @@ _PAGE_WEIGHTS, _PAGE_CACHE, _PAGE_LOGITS = 0.9, 2.6, 2.5
 class Memory:
     """Bytes at the peak, by what they are for."""
 
-    weights: int  # as the file has them
-    copies: int  # what the runtime makes of weights for its kernels, beside the file's
+    weights: int  # as they are in the file
+    copies: int  # of weights, repacked for the runtime's kernels
     kv_cache: int
     working: int  # activations, logits, scratch
-    runtime: int  # the program itself, its vocabulary
-    # Of `weights`: mapped from the file and not read again once copied. They count in the resident set, but the system
-    # can drop them when it needs the room.
-    droppable: int
+    # The part of `weights` that is mapped from the file and not read again once copied. It counts in the resident set,
+    # but the system can drop it when it needs the room.
+    droppable: int = 0
+    runtime: int = 0  # the program itself and its vocabulary
 
     @property
     def peak(self) -> int:
@@ -65,17 +54,17 @@ class Memory:
 
 
 def weight_bytes(weight: Weight, format_: str) -> int:
-    """Bytes of one tensor in a file of that format (a key of profile.FORMATS). Vectors are float32."""
+    """Bytes of one tensor in a file of that format, one of profile.PROFILE_FORMATS. Vectors are float32."""
     if len(weight.shape) < 2:
         return 4 * weight.numel
-    rows, row = math.prod(weight.shape[:-1]), weight.shape[-1]
-    if format_.startswith("gguf:") and row % BLOCK:
-        return 2 * weight.numel  # llama.cpp falls back to F16; ONNX pads
-    return rows * math.ceil(row / BLOCK) * _BLOCK_BYTES[format_][weight.role in (EMBEDDING, HEAD)]
+    file, rows, length = format_of(format_), math.prod(weight.shape[:-1]), weight.shape[-1]
+    if length % file.block and not _PADS[file.kind]:
+        return 2 * weight.numel
+    return rows * math.ceil(length / file.block) * file.block_bytes[weight.role in (EMBEDDING, HEAD)]
 
 
 def bytes_by_group(shape: ModelShape, format_: str) -> dict[str, int]:
-    """Bytes of GROUPS in a file of that format, all layers together; a tied head takes none."""
+    """Group -> bytes in a file of that format, all layers together; a tied head has none."""
     groups = dict.fromkeys(GROUPS, 0)
     for weight in weights_of(shape):
         groups[_group(weight)] += weight_bytes(weight, format_)
@@ -93,55 +82,71 @@ def _group(weight: Weight) -> str:
 
 
 def kv_bytes_per_token(shape: ModelShape, format_: str, cache: str = "f16") -> int:
-    """llama.cpp keeps the cache in F16 by default (`cache`: its type there), our ONNX graphs in float32."""
-    return int((_CACHE_BYTES[cache] if format_.startswith("gguf:") else 4) * shape.kv_elements_per_token)
+    """Bytes of one token in the KV cache. `cache`: its type in llama.cpp. Our ONNX graphs keep it in float32."""
+    element_bytes = {"gguf": format_of(f"gguf:{cache}").bytes_per_weight, "onnx": 4.0}
+    return int(element_bytes[format_of(format_).kind] * shape.kv_elements_per_token)
 
 
 def memory_of(shape: ModelShape, format_: str, runtime: str, context: int, features: Collection[str],
               cache: str = "f16") -> Memory:
-    """What `runtime` takes for a file of that format and a prompt that fills `context`, on a processor with `features`.
+    """Predict what `runtime` takes for a file of that format when a prompt fills `context`.
 
-    Both names as profiles have them (profile.FORMATS, GGUF_RUNTIMES and ONNX_RUNTIMES). `cache`: the type of
-    llama.cpp's KV cache.
+    features: the processor's, as profiles name them. cache: the type of llama.cpp's KV cache. Raises UserError for an
+    unknown format or runtime, and for a runtime that does not read the format.
     """
-    if format_.startswith("gguf:"):
-        return _llama_cpp(shape, format_, runtime, context, features, cache)
-    return _onnxruntime(shape, format_, runtime, context)
+    if runtime not in _PREDICTIONS:
+        raise UserError(f"runtime {runtime!r}: its memory is unknown; known: {', '.join(_PREDICTIONS)}")
+    if runtime not in (readers := readers_of(format_of(format_).kind)):
+        raise UserError(f"{format_} in {runtime}: only {', '.join(readers)} read it")
+    own = _PREDICTIONS[runtime]
+    return replace(own.predict(_Case(shape, format_, context, features, cache)),
+                   runtime=own.process_bytes + own.token_bytes * shape.vocab_size)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What is predicted: the arguments of memory_of."""
+
+    shape: ModelShape
+    format: str
+    context: int
+    features: Collection[str]
+    cache: str
 
 
 # llama.cpp
 
 
-def _llama_cpp(shape: ModelShape, format_: str, runtime: str, context: int, features: Collection[str], cache: str
-               ) -> Memory:
-    padded = math.ceil(context / _CONTEXT_STEP) * _CONTEXT_STEP
-    repacked, originals = _repacked(shape, format_, features)
-    working = _llama_cpp_activations(shape, format_, context, padded)
-    if runtime == "wllama":  # an address space of 32 bits: what is reserved counts, touched or not
-        working = max(working, 4 * min(_BATCH, context) * (shape.vocab_size + 2 * shape.hidden_size))
+def _llama_cpp(case: _Case) -> Memory:
+    shape = case.shape
+    padded = math.ceil(case.context / _CONTEXT_STEP) * _CONTEXT_STEP
+    repacked, originals = _repacked(shape, case.format, case.features)
     return Memory(
-        weights=sum(bytes_by_group(shape, format_).values()), copies=repacked, working=working,
-        kv_cache=padded * kv_bytes_per_token(shape, format_, cache), droppable=originals,
-        runtime=_own(shape, runtime))
+        weights=sum(bytes_by_group(shape, case.format).values()), copies=repacked, droppable=originals,
+        working=_llama_cpp_activations(shape, case.format, case.context, padded),
+        kv_cache=padded * kv_bytes_per_token(shape, case.format, case.cache))
 
 
-def _own(shape: ModelShape, runtime: str) -> int:
-    return _RUNTIME_BYTES[runtime] + _VOCABULARY_BYTES[runtime] * shape.vocab_size
+def _wllama(case: _Case) -> Memory:
+    """llama.cpp in an address space of 32 bits: what is reserved counts, touched or not."""
+    memory, shape = _llama_cpp(case), case.shape
+    reserved = 4 * min(_BATCH, case.context) * (shape.vocab_size + 2 * shape.hidden_size)
+    return replace(memory, working=max(memory.working, reserved))
 
 
 def _repacked(shape: ModelShape, format_: str, features: Collection[str]) -> tuple[int, int]:
     """Bytes of the matrices that llama.cpp copies into interleaved rows when it loads, and of those whose original is
-    not read any more: a tied head's is, as the embedding. Source: ggml_repack_get_optimal_repack_type in ggml-cpu.
+    not read again (a tied head's is: it is the embedding). Source: ggml_repack_get_optimal_repack_type in ggml-cpu.
     """
-    dotprod = "dotprod" in features or "i8mm" in features
-    # Bytes of a block (Q4_0, Q8_0) -> rows that are interleaved.
-    rows_of = {18: 8 if "avx2" in features else 4 if dotprod else 0, 34: 4 if dotprod else 0}
+    file, dotprod = format_of(format_), "dotprod" in features or "i8mm" in features
+    # Type -> rows that are interleaved.
+    rows_of = {"Q4_0": 8 if "avx2" in features else 4 if dotprod else 0, "Q8_0": 4 if dotprod else 0}
     copied = originals = 0
     for weight in weights_of(shape):
         is_embedding = weight.role is EMBEDDING
         if len(weight.shape) < 2 or weight.shape[1] % BLOCK or (is_embedding and not shape.tied):
             continue
-        step = rows_of.get(_BLOCK_BYTES[format_][weight.role in (EMBEDDING, HEAD)], 0)
+        step = rows_of.get(str(file.ends if weight.role in (EMBEDDING, HEAD) else file.type), 0)
         if step and weight.shape[0] % step == 0:
             copied += weight_bytes(weight, format_)
             originals += 0 if is_embedding else weight_bytes(weight, format_)
@@ -149,48 +154,59 @@ def _repacked(shape: ModelShape, format_: str, features: Collection[str]) -> tup
 
 
 def _llama_cpp_activations(shape: ModelShape, format_: str, context: int, padded: int) -> int:
-    """The compute buffer as far as it is touched, the work buffer, and one row of logits.
+    """Bytes of the compute buffer as far as it is touched, the work buffer, and one row of logits.
 
-    The compute buffer holds the mask (T x context, F16), the residual stream and its norm and two rows more of their
-    size where the allocator leaves holes, and either gate, up and their product, or query, attended query, key and
-    value. (With logits of one token it has more room than it uses: T x vocabulary, which only `score` touches.) The
-    work buffer has a matrix product's input in the type of its kernel.
+    The compute buffer holds the mask (T x context, F16), the residual stream, its norm and two more rows of their size
+    where the allocator leaves holes, and either gate, up and their product, or query, attended query, key and value.
+    (With logits of one token it is larger than what it uses: T x vocabulary, which only `score` touches.) The work
+    buffer holds a matrix product's input in the type of its kernel.
     """
     tokens = min(_BATCH, context)
     mask = 2 * tokens * padded
     rows = 4 * tokens * (4 * shape.hidden_size + max(3 * shape.intermediate_size, 2 * (shape.q_size + shape.kv_size)))
     widest = max(shape.hidden_size, shape.intermediate_size, shape.q_size)
-    work = tokens * widest * (2 if format_ == "gguf:f16" else 34 / 32)
+    work = tokens * widest * _PRODUCT_BYTES[format_of(format_).type]
     return mask + rows + int(work) + 4 * shape.vocab_size
 
 
 # onnxruntime
 
 
-def _onnxruntime(shape: ModelShape, format_: str, runtime: str, context: int) -> Memory:
-    cache = context * kv_bytes_per_token(shape, format_)
-    # The whole prompt in one pass, logits for every position. The planner lets values of one shape share a buffer for
-    # the run: residual, norm and two outputs; queries, rotated, attended; keys and values, rotated and in the order of
-    # heads; gate, silu, up; and the widest product's input as int8 with its scales.
+def _onnxruntime_genai(case: _Case) -> Memory:
+    """The prompt is read in one pass, with logits for every position.
+
+    The planner lets values of one shape share a buffer for the run: residual, norm and two outputs; queries, rotated,
+    attended; keys and values, rotated and in the order of heads; gate, silu, up; and the widest product's input as int8
+    with its scales.
+    """
+    shape = case.shape
     widths = (4 * shape.hidden_size + 3 * shape.q_size + 5 * shape.kv_size + 3 * shape.intermediate_size
               + 0.3 * max(shape.hidden_size, shape.q_size, shape.intermediate_size))
-    logits = 4 * context * shape.vocab_size
-    working = int(4 * context * widths) + logits
     rope_tables = 4 * shape.max_position_embeddings * shape.head_dim
-    weights = sum(bytes_by_group(shape, format_).values()) + rope_tables
-    copies = _prepacked(shape)
-    if runtime == "onnxruntime":
-        working += max(0, int(_GROWING_CACHE * cache - _USED_AGAIN * working))
-    elif runtime == "transformers.js":
-        working += int(_PAGE_CACHE * cache + _PAGE_LOGITS * logits)
-        copies = int(_PAGE_WEIGHTS * weights)
-    return Memory(weights=weights, copies=copies, kv_cache=cache, working=working, runtime=_own(shape, runtime),
-                  droppable=0)
+    return Memory(
+        weights=sum(bytes_by_group(shape, case.format).values()) + rope_tables, copies=_prepacked(shape),
+        kv_cache=case.context * kv_bytes_per_token(shape, case.format),
+        working=int(4 * case.context * widths) + 4 * case.context * shape.vocab_size)
+
+
+def _onnxruntime(case: _Case) -> Memory:
+    """While it decodes, a step's complete new cache exists next to the previous one."""
+    memory = _onnxruntime_genai(case)
+    more = max(0, int(_GROWING_CACHE * memory.kv_cache - _USED_AGAIN * memory.working))
+    return replace(memory, working=memory.working + more)
+
+
+def _transformers_js(case: _Case) -> Memory:
+    """In a page the file stays in JavaScript next to the module's copy, and so do old caches and logits."""
+    memory, logits = _onnxruntime_genai(case), 4 * case.context * case.shape.vocab_size
+    return replace(memory, copies=int(_PAGE_WEIGHTS * memory.weights),
+                   working=memory.working + int(_PAGE_CACHE * memory.kv_cache + _PAGE_LOGITS * logits))
 
 
 def _prepacked(shape: ModelShape) -> int:
-    """MatMulNBits packs a matrix anew with scales and sums of its blocks, 8 bytes each, and lets go of the file's
-    levels; those of a tied head stay, for they are the embedding's, too.
+    """Bytes that MatMulNBits adds to a matrix when it repacks it: scales and sums of its blocks, 8 bytes each.
+
+    The file's levels are released, except those of a tied head, which are also the embedding's.
     """
     copies = 0
     for weight in weights_of(shape):
@@ -198,3 +214,27 @@ def _prepacked(shape: ModelShape) -> int:
             blocks = weight.shape[0] * math.ceil(weight.shape[1] / BLOCK)
             copies += blocks * (8 + BLOCK * (weight.role is EMBEDDING))
     return copies
+
+
+@dataclass(frozen=True)
+class _Prediction:
+    """process_bytes: of the process with a model of no size (VmHWM, Linux x86-64): Python with numpy, node or a
+    browser's page; a program in C++ takes less than Python. token_bytes: per token of the vocabulary (strings, ids,
+    merges).
+    """
+
+    predict: Callable[[_Case], Memory]
+    process_bytes: int
+    token_bytes: int
+
+
+# By the name of the runtime. llama.cpp's 340 bytes per token: measured with real vocabularies, 318 (Qwen2) to 424
+# (Llama 3) for BPE; 152 for SentencePiece, which are small. node reads the file's metadata into JavaScript as well.
+# Plain onnxruntime has no tokenizer.
+_PREDICTIONS = {
+    "llama.cpp": _Prediction(_llama_cpp, 47_000_000, 340),
+    "node-llama-cpp": _Prediction(_llama_cpp, 98_000_000, 840),
+    "wllama": _Prediction(_wllama, 330_000_000, 340),
+    "onnxruntime-genai": _Prediction(_onnxruntime_genai, 66_000_000, 500),
+    "onnxruntime": _Prediction(_onnxruntime, 60_000_000, 0),
+    "transformers.js": _Prediction(_transformers_js, 300_000_000, 500)}

@@ -1,4 +1,4 @@
-"""Profiles: what is known of a device, each figure with its source. One TOML file a device, data only.
+"""Profiles: the known figures of a device, each with its source. One TOML file per device, data only.
 
 A user's own device is one more file of the same keys: `--target ./my-device.toml`.
 """
@@ -16,19 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from lrc_edge.errors import UserError
+from lrc_edge.formats import FORMATS, format_of
+from lrc_edge.targets.runtimes.table import RUNTIMES, readers_of
 
 ARCHITECTURES = ("x86_64", "aarch64", "wasm32")
-# What decides which kernels a runtime has, and how it keeps the weights.
+# They decide which kernels a runtime uses, and how it stores the weights.
 FEATURES = ("avx2", "avx512", "neon", "dotprod", "i8mm", "simd128")
-GGUF_RUNTIMES = ("llama.cpp", "node-llama-cpp", "wllama")
-ONNX_RUNTIMES = ("onnxruntime-genai", "onnxruntime", "transformers.js")
-# Their rows need blocks of 32 at most, so that a student of any width can be written.
-FORMATS = ("gguf:q4_0", "gguf:q8_0", "gguf:f16", "onnx:q4", "onnx:q8")
+# Their blocks have 32 weights at most, so that a student of any width can be written.
+PROFILE_FORMATS = tuple(name for name, row in FORMATS.items() if row.in_profiles)
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A number and where it comes from; `date`: when that was looked at."""
+    """A number and its source; `date`: when the source was read."""
 
     value: float
     source: str
@@ -48,7 +48,7 @@ class Profile:
     """One device. GB are 10^9 bytes."""
 
     name: str  # the file's
-    given: str = field(compare=False)  # what `load_profile` finds it by
+    name_or_path: str = field(compare=False)  # as given to load_profile
     description: str
     architecture: str
     features: tuple[str, ...]
@@ -75,8 +75,9 @@ class Profile:
         return {name: getattr(self, name) for name in FIGURES}
 
     def runtime_of(self, format_name: str) -> str:
-        """The first of its runtimes that runs the format."""
-        return next(name for name in self.runtimes if name in runtimes_of_format(format_name))
+        """The first of its runtimes that reads the format."""
+        readers = readers_of(format_of(format_name).kind)
+        return next(name for name in self.runtimes if name in readers)
 
 
 FIGURES = ("cores", "ram_gb", "usable_gb", "bandwidth_gb_s")
@@ -108,7 +109,7 @@ def load_profile(name_or_path: str) -> Profile:
     path = Path(name_or_path).expanduser()
     if path.suffix == ".toml" or path.exists():
         if path.stem in profile_names():
-            raise UserError(f"{path}: {path.stem} is a target that comes along; give the file another name")
+            raise UserError(f"{path}: {path.stem} is a built-in target; give the file another name")
         return _read(path, path.stem, name_or_path)
     near = difflib.get_close_matches(name_or_path, profile_names(), n=1, cutoff=0.0)[0]
     raise UserError(f"target {name_or_path!r} is unknown; did you mean {near}? Known: {', '.join(profile_names())}; "
@@ -116,13 +117,13 @@ def load_profile(name_or_path: str) -> Profile:
 
 
 def load_profiles(names_or_paths: Iterable[str]) -> list[Profile]:
-    """Each target once. Raises UserError also for two of one name, by which results are kept."""
+    """Load each target once. Raises UserError also for two of the same name, under which results are kept."""
     profiles = list(dict.fromkeys(load_profile(name) for name in names_or_paths))
     by_name: dict[str, Profile] = {}
     for profile in profiles:
         if (other := by_name.setdefault(profile.name, profile)) is not profile:
-            raise UserError(f"targets {other.given} and {profile.given}: both are called {profile.name}; give one of "
-                            "the files another name")
+            raise UserError(f"targets {other.name_or_path} and {profile.name_or_path}: both are called {profile.name}; "
+                            "give one of the files another name")
     return profiles
 
 
@@ -130,7 +131,7 @@ def _folder() -> Traversable:
     return files("lrc_edge.targets") / "profiles"
 
 
-def _read(file: Traversable | Path, name: str, given: str) -> Profile:
+def _read(file: Traversable | Path, name: str, name_or_path: str) -> Profile:
     try:
         table = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -142,7 +143,7 @@ def _read(file: Traversable | Path, name: str, given: str) -> Profile:
     _check_keys(table, _KINDS, where, "")
     figures = {key: _figure(table[key], where, key) for key in FIGURES}
     profile = Profile(
-        name=name, given=given, description=table["description"], architecture=table["architecture"],
+        name=name, name_or_path=name_or_path, description=table["description"], architecture=table["architecture"],
         features=tuple(table["features"]), emulate=table.get("emulate", ""), context=table["context"],
         runtimes=tuple(table["runtimes"]), recommended=table["recommended"],
         formats=tuple(_format(entry, where, i) for i, entry in enumerate(table["formats"])), **figures)
@@ -151,7 +152,7 @@ def _read(file: Traversable | Path, name: str, given: str) -> Profile:
 
 
 def _check_keys(table: Mapping[str, Any], kinds: Mapping[str, Any], where: str, prefix: str) -> None:
-    """Every key there, of its kind, and no other. Raises UserError."""
+    """Raise UserError unless the table has every key, each of its type, and no other."""
     if unknown := table.keys() - kinds.keys():
         key = min(unknown)
         near = difflib.get_close_matches(key, kinds, n=1)
@@ -185,21 +186,20 @@ def _format(entry: Any, where: str, index: int) -> Format:
 
 
 def _check(profile: Profile, where: str) -> None:
-    """What the values must be to one another. Raises UserError."""
+    """Raise UserError unless the values are possible and agree with each other."""
     _check_one_of(profile.architecture, ARCHITECTURES, f"{where}: architecture")
     for key, words, known in (("features", profile.features, FEATURES),
-                              ("runtimes", profile.runtimes, GGUF_RUNTIMES + ONNX_RUNTIMES),
-                              ("formats", profile.format_names, FORMATS)):
+                              ("runtimes", profile.runtimes, tuple(RUNTIMES)),
+                              ("formats", profile.format_names, PROFILE_FORMATS)):
         for word in words:
             _check_one_of(word, known, f"{where}: {key}")
     if not profile.formats or not profile.runtimes:
         raise UserError(f"{where}: {'runtimes' if profile.formats else 'formats'} is empty; need at least one")
     _check_one_of(profile.recommended, tuple(profile.format_names), f"{where}: recommended")
     for name in profile.format_names:
-        if not set(runtimes_of_format(name)) & set(profile.runtimes):
-            readers = ", ".join(runtimes_of_format(name))
-            raise UserError(f"{where}: formats has {name}, and none of its runtimes ({readers}) is among runtimes; add "
-                            "one or remove the format")
+        if not set(readers := readers_of(format_of(name).kind)) & set(profile.runtimes):
+            raise UserError(f"{where}: formats has {name}, and none of its runtimes ({', '.join(readers)}) is among "
+                            "runtimes; add one or remove the format")
     if profile.context < 1:
         raise UserError(f"{where}: context = {profile.context}: need 1 or more")
     if profile.usable_gb.value > profile.ram_gb.value:
@@ -210,7 +210,3 @@ def _check(profile: Profile, where: str) -> None:
 def _check_one_of(word: Any, known: tuple[str, ...], where: str) -> None:
     if word not in known:
         raise UserError(f"{where} = {word!r}: need one of {', '.join(known)}")
-
-
-def runtimes_of_format(format_name: str) -> tuple[str, ...]:
-    return GGUF_RUNTIMES if format_name.startswith("gguf:") else ONNX_RUNTIMES

@@ -1,4 +1,4 @@
-"""Tokens/s of artifacts on the processor that is really here, beside the teacher's own GGUF in the same run."""
+"""Measure tokens/s of artifacts on this machine's processor, and of the teacher's own GGUF in the same run."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from lrc_edge.targets.runtimes.worker import Worker
 
 N_PROMPT, N_DECODE = 128, 64  # tokens read and written at each depth
 DEPTH = 1024  # tokens in the cache before the second measurement, where the context has room for them
-ROUNDS = 3  # each file once a round, so that what slows one slows all; the best of a file counts
+ROUNDS = 3  # each file once per round, so that a disturbance slows all of them; each file's best counts
 
 
 def depths(n_ctx: int) -> list[int]:
@@ -21,7 +21,7 @@ def depths(n_ctx: int) -> list[int]:
 
 def measure(files: dict[str, tuple[Start, Path]], prompt: list[int], n_ctx: int, threads: int,
             progress: Callable[[str], None]) -> dict[str, list[dict[str, Any]]]:
-    """name -> for each depth {depth, prefill, decode}, in tokens/s, None where it could not be told.
+    """name -> for each depth {depth, prefill, decode}, in tokens/s, None where it could not be measured.
 
     `prompt`: at least depth + N_PROMPT ids.
     """

@@ -120,7 +120,7 @@ BAD_JSON: dict[str, tuple[str, Edit, str]] = {
     "EOS": ("config.json", set_("eos_token_id", value=7), "EOS token: found [7], expected [4]"),
     "BOS": ("genai_config.json", set_("model", "bos_token_id", value=9), "BOS token: found 9, expected 0"),
     "genai's EOS": ("genai_config.json", set_("model", "eos_token_id", value=[4, 9]), "text would end at 9"),
-    "genai without EOS": ("genai_config.json", set_("model", "eos_token_id", value=None), "text would go on after 4"),
+    "genai without EOS": ("genai_config.json", set_("model", "eos_token_id", value=None), "text would not end at 4"),
     "genai's head size": ("genai_config.json", set_("model", "decoder", "head_size", value=16),
                           "head size: found 16, expected 24 (head_size in genai_config.json)"),
     "genai's context": ("genai_config.json", set_("model", "context_length", value=64), "context length: found 64, "),

@@ -19,7 +19,7 @@ from lrc_edge.shape import ModelShape
 from lrc_edge.targets import profile as profiles
 from lrc_edge.targets.fit import bytes_read_per_token, check_fit, judge
 from lrc_edge.targets.memory import Memory, bytes_by_group, memory_of
-from lrc_edge.targets.profile import FORMATS, Figure, Profile, load_profile
+from lrc_edge.targets.profile import PROFILE_FORMATS, Figure, Profile, load_profile
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "fit.py"
 # V 1000, h 64, f 160, q 96 (3 heads of 32), kv 32, one layer.
@@ -58,7 +58,7 @@ def test_bytes_are_the_files(family: str, tied: bool, hidden_size: int, tmp_path
     written = export_gguf(checkpoint, tmp_path / "gguf", ["f16", "q8_0", "q4_0"])
     written += export_onnx(checkpoint, tmp_path / "onnx", ["q8", "q4"])
     found = {f"{a.format}:{a.encoding}": round(a.bits_per_weight * checkpoint.shape.n_params / 8) for a in written}
-    assert found == {name: sum(bytes_by_group(checkpoint.shape, name).values()) for name in FORMATS}
+    assert found == {name: sum(bytes_by_group(checkpoint.shape, name).values()) for name in PROFILE_FORMATS}
 
 
 # Memory

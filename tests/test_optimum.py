@@ -12,12 +12,13 @@ from tiny_models import make_tiny
 
 pytest.importorskip("optimum.onnxruntime")
 
+from support.optimum_ort import OptimumOrt
+
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.export.onnx.to_onnx import FILES, export_onnx
 from lrc_edge.parity import compare
 from lrc_edge.targets.proof.reference import Reference
 from lrc_edge.targets.runtimes.onnxrt import OnnxRuntime
-from lrc_edge.targets.runtimes.optimum_ort import OptimumOrt
 
 
 @pytest.mark.parametrize("name", FAMILIES)

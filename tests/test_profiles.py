@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lrc_edge.errors import UserError
-from lrc_edge.pipeline.plan import gguf_encodings, parse_format
+from lrc_edge.formats import format_of
 from lrc_edge.targets import profile as profiles
 from lrc_edge.targets.profile import Profile, all_profiles, load_profile, profile_names
 
@@ -34,10 +34,8 @@ def test_a_shipped_profile_is_whole(profile: Profile) -> None:
         assert figure.value > 0 and figure.date >= datetime.date(2026, 1, 1)
         assert "https://" in figure.source or "our judgement" in figure.source, figure
     assert profile.recommended in profile.format_names
-    blocks = gguf_encodings()
     for format_ in profile.formats:
-        kind, encoding = parse_format(format_.name)
-        assert format_.why and (kind == "onnx" or blocks[encoding] <= 32)  # any width can have it
+        assert format_.why and format_of(format_.name).block <= 32  # any width can have it
         assert profile.runtime_of(format_.name) in profile.runtimes
     assert bool(profile.emulate) == (profile.architecture == "aarch64")
     assert profile.usable_bytes == profile.usable_gb.value * 1e9 <= profile.ram_gb.value * 1e9
@@ -67,7 +65,7 @@ def test_a_users_file_works(own: Path) -> None:
     ('"dotprod"', '"dotproduct"', "features = 'dotproduct': need one of"),
     ('"llama.cpp", ', "", "formats has gguf:q4_0, and none of its runtimes (llama.cpp, node-llama-cpp, wllama)"),
     ('"llama.cpp"', '"llama"', "runtimes = 'llama': need one of llama.cpp"),
-    ('name = "gguf:q8_0"', 'name = "gguf:q4_k_m"', "formats = 'gguf:q4_k_m': need one of gguf:q4_0"),
+    ('name = "gguf:q8_0"', 'name = "gguf:q4_k_m"', "formats = 'gguf:q4_k_m': need one of gguf:f16, gguf:q4_0"),
     ('recommended = "gguf:q4_0"', 'recommended = "gguf:f16"', "recommended = 'gguf:f16': need one of gguf:q4_0"),
     ("value = 17\n", "value = -17\n", "bandwidth_gb_s.value = -17: need a number above 0"),
     ("value = 17\n", 'value = "17"\n', "bandwidth_gb_s.value = '17': need a number"),

@@ -125,7 +125,7 @@ def test_a_damaged_file_is_one_line(damage: str, reference: StoredReference, tmp
         file.write_text("not a table")
     elif damage == "other":
         np.savez(file, ids=np.zeros(3))
-    with pytest.raises(UserError, match="missing" if damage == "missing" else "damaged"):
+    with pytest.raises(UserError, match="not found" if damage == "missing" else "damaged"):
         StoredReference.load(file)
 
 

@@ -270,7 +270,7 @@ def test_a_runtime_that_fails_at_the_end_of_its_context(fault: str, failed: set[
     facts, profile = BuildFacts.read(out), load_profile(str(device))
     command = Command((sys.executable, "-c", FAULTY, fault))
     faulty = replace(runtimes_of(profile)[0], start=lambda _: nullcontext(command))
-    row = check_artifact(facts.artifacts_for(profile)[0], faulty, profile, facts.given, lambda _: None)
+    row = check_artifact(facts.artifacts_for(profile)[0], faulty, profile, facts.check_input, lambda _: None)
     assert row["state"] == "failed" and row["kl_mean"] < 5e-3
     assert {gate["name"] for gate in row["gates"] if not gate["passed"]} == failed
 

@@ -251,7 +251,7 @@ def test_f16_overflow_is_named(llama_copy: Path, tmp_path: Path) -> None:
     tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e5
     save_file(tensors, llama_copy / "model.safetensors", metadata={"format": "pt"})
     checkpoint = DenseCheckpoint.open(llama_copy)
-    with pytest.raises(UserError, match=r"up_proj.weight has values beyond F16's largest, 65504; take bf16"):
+    with pytest.raises(UserError, match=r"up_proj.weight has values beyond F16's largest, 65504; use bf16"):
         export_gguf(checkpoint, tmp_path / "gguf", ["f16"])
     export_gguf(checkpoint, tmp_path / "gguf", ["bf16"])
 

@@ -139,7 +139,7 @@ def test_weights_beyond_float16_are_refused(tmp_path: Path) -> None:
     tensors = load_file(path / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = 70000
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"up_proj.weight has values beyond float16's largest, 65504; take onnx:fp32"):
+    with pytest.raises(UserError, match=r"up_proj.weight has values beyond float16's largest, 65504; use onnx:fp32"):
         export_onnx(DenseCheckpoint.open(path), tmp_path / "onnx", ["fp16"])
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 

@@ -73,7 +73,7 @@ def test_ids_are_hugging_faces(kind: str, tmp_path: Path) -> None:
     path = make_tiny(tmp_path / "model", tokenizer=kind)
     assert read_vocabulary(DenseCheckpoint.open(path)).pre == KINDS[kind]
     found = parity(path, tmp_path)
-    assert found.n_strings >= 1000 and found.share_equal == 1, found.examples
+    assert found.n_strings >= 1000 and not found.n_mismatches, found.examples
 
 
 @pytest.mark.parametrize("kind", KINDS)

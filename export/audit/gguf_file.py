@@ -1,7 +1,7 @@
-"""Proof that a GGUF file, whoever wrote it, describes the model of a Hugging Face directory; without running it.
+"""Verify, without running it, that a GGUF file from any writer describes the model of a Hugging Face directory.
 
-The file is not trusted: hyperparameters, RoPE, tokenizer, chat template and tensors are compared by what llama.cpp
-makes of them. A key that is left out counts as llama.cpp's default; notes name differences that change nothing.
+The file is not trusted: hyperparameters, RoPE, tokenizer, chat template and tensors are compared as llama.cpp would
+read them. A missing key counts as llama.cpp's default. Notes report differences that have no effect.
 """
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _NEUTRAL = {"attention.causal": True, "expert_count": 0, "expert_used_count": 0,
 
 
 def audit_gguf(path: Path, checkpoint: DenseCheckpoint) -> list[Finding]:
-    """Everything in which the file differs from the checkpoint; without a fault, the file describes this model.
+    """Return every difference between the file and the checkpoint; without a fault, the file describes this model.
 
-    Large tensors are compared by 256 rows each (audit_gguf_tensors.py); NaN is looked for in all of them. Whether
-    llama.cpp then computes the same logits is for a runtime to show. Raises UserError for a file that is not GGUF, is
-    truncated, or is one part of several.
+    Large tensors are compared by 256 rows each (gguf_tensors.py), and all are searched for NaN. Whether llama.cpp then
+    computes the same logits is tested in the runtime. Raises UserError for a file that is not GGUF, is truncated, or is
+    one part of several.
     """
     header = read_header(path)
     parts = header.metadata.get("split.count", 0)
@@ -84,7 +84,7 @@ def _audit_hyperparameters(header: GgufHeader, checkpoint: DenseCheckpoint) -> I
 
 
 class _Values:
-    """The architecture's hyperparameters as llama.cpp takes them."""
+    """The architecture's hyperparameters as llama.cpp reads them."""
 
     def __init__(self, header: GgufHeader, arch: str):
         self.metadata, self.arch = header.metadata, arch

@@ -1,7 +1,7 @@
 """The tensors of a GGUF file against those of a checkpoint: names, shapes, values, and the row order of q and k.
 
-Of a large tensor, 256 rows are compared (audit_values.py), so that 1.5B parameters take seconds. NaN and infinity are
-looked for in all values.
+Large tensors are compared by 256 rows each (values.py), so that 1.5B parameters take seconds. All values are searched
+for NaN and infinity.
 """
 from __future__ import annotations
 
@@ -34,8 +34,7 @@ LIMITS = {
     QType.Q6_K: 0.05, QType.Q5_K: 0.08, QType.Q5_1: 0.08, QType.Q5_0: 0.11, QType.Q4_K: 0.16, QType.Q4_1: 0.17,
     QType.IQ4_NL: 0.17, QType.IQ4_XS: 0.17, QType.Q4_0: 0.2, QType.MXFP4: 0.3, QType.NVFP4: 0.3, QType.Q3_K: 0.3,
     QType.IQ3_S: 0.42, QType.IQ3_XXS: 0.5, QType.Q2_K: 0.55, QType.IQ2_S: 0.8, QType.IQ2_XS: 0.8, QType.IQ2_XXS: 0.9,
-    QType.IQ1_S: 0.95, QType.IQ1_M: 0.95}
-LARGEST_LIMIT = 1.1
+    QType.IQ1_S: 0.95, QType.IQ1_M: 0.95, QType.TQ1_0: 1.1, QType.TQ2_0: 1.1, QType.Q1_0: 1.1}
 _FLOATS: dict[QType, np.dtype] = {QType.F16: np.dtype("<f2"), QType.F32: np.dtype("<f4"), QType.F64: np.dtype("<f8")}
 _BITS: dict[QType, tuple[str, int]] = {  # integers of the same size, and the exponent's bits
     QType.F16: ("<u2", 0x7c00), QType.BF16: ("<u2", 0x7f80), QType.F32: ("<u4", 0x7f800000)}
@@ -62,7 +61,7 @@ def audit_tensors(header: GgufHeader, checkpoint: DenseCheckpoint, permuted: boo
 
 
 class _Tensors:
-    """Both sides, and where the expected tensors are in the file."""
+    """The file's tensors and the checkpoint's weights, and which tensor holds which weight."""
 
     def __init__(self, header: GgufHeader, checkpoint: DenseCheckpoint, permuted: bool):
         self.checkpoint, self.shape, self.permuted = checkpoint, checkpoint.shape, permuted
@@ -111,7 +110,7 @@ class _Tensors:
             kind = f"type {tensor.type_id}" if tensor.type is None else f"{tensor.type.name} with a scale of its own"
             yield self._problem("tensor type", weight, kind + _UNREADABLE, "note")
             return
-        finite = self._finite(tensor)
+        finite = self._finite(tensor) if tensor.type in LIMITS else None
         if finite is None:
             yield self._problem("tensor type", weight, tensor.type.name + _UNREADABLE, "note")
         elif not finite:
@@ -137,7 +136,7 @@ class _Tensors:
         assert tensor.type is not None
         rows = sample_rows(gguf_name(weight), weight.shape)
         found = self._rows(tensor, rows + first_row, weight.shape)
-        limit = LIMITS.get(tensor.type, LARGEST_LIMIT)
+        limit = LIMITS[tensor.type]
         expected = self._expected(weight, rows, self.permuted)
         error = relative_error(found, expected)
         if error <= limit:

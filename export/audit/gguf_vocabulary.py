@@ -1,6 +1,6 @@
-"""The tokenizer in a GGUF file against a checkpoint's, by what llama.cpp makes of it.
+"""Compare the tokenizer in a GGUF file with a checkpoint's, as llama.cpp would read it.
 
-The ids that llama.cpp then gives are compared in the runtime; here the reason is named: a token, a merge, a score.
+The ids that llama.cpp gives are compared in the runtime. This names the reason: a token, a merge, a score.
 """
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ _FOUND_IN_TEXT = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
 
 
 def audit_vocabulary(header: GgufHeader, checkpoint: DenseCheckpoint) -> list[Finding]:
-    """Differences of tokens, their types, merges, scores, splitting rule, special tokens and chat template.
+    """Compare tokens, their types, merges, scores, splitting rule, special tokens and chat template.
 
-    Of a tokenizer that lrc-edge does not write to GGUF itself, what remains comparable, with a note.
+    A tokenizer that lrc-edge cannot write to GGUF is compared as far as possible, with a note.
     """
     return list(_Vocabularies(header, checkpoint).findings())
 
@@ -87,7 +87,7 @@ class _Vocabularies:
             yield differs("tokens", self.tokens[wrong[0]], expected[wrong[0]], f"token {wrong[0]}{_more(len(wrong))}")
 
     def _types(self) -> Iterator[Finding]:
-        """Types matter where they decide whether a token is looked for in the text as a whole."""
+        """Types matter only where they decide whether a token's text is searched for before the text is split."""
         if not self.expected.types:
             return
         found = self._key("token_type")
@@ -211,7 +211,7 @@ class _Vocabularies:
 
 
 def declared_ends(checkpoint: DenseCheckpoint, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Every id that generation_config.json, config.json or the tokenizer names as an end."""
+    """Every id that generation_config.json, config.json or the tokenizer names as the end of a text."""
     file = checkpoint.path / "generation_config.json"
     try:
         generation = json.loads(file.read_text()) if file.exists() else {}
@@ -225,7 +225,7 @@ def declared_ends(checkpoint: DenseCheckpoint, tokenizer: PreTrainedTokenizerBas
 
 
 def _partial(checkpoint: DenseCheckpoint, tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
-    """What is comparable of a tokenizer that read_vocabulary refuses: no types, no splitting rule."""
+    """The comparable part of a tokenizer that read_vocabulary refuses: no types, no splitting rule."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     model = json.loads(backend.to_str())["model"] if backend is not None else {"type": "none"}
     by_id = {i: token for token, i in tokenizer.get_vocab().items()}

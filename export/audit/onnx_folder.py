@@ -1,7 +1,7 @@
-"""Proof that an ONNX file and the files beside it, whoever wrote them, describe a checkpoint's model; not running it.
+"""Verify, without running it, that an ONNX file from any writer and the files next to it describe a checkpoint's model.
 
-Config, tokenizer, special tokens and chat template are what programs read beside the graph; the graph's own heads, RoPE
-tables and weights are what is computed. Both are compared, since either may be wrong.
+Programs read config, tokenizer, special tokens and chat template next to the graph, and compute with the graph's own
+heads, RoPE tables and weights. Both are compared, since either may be wrong.
 """
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _GENAI_MODEL = {"context_length": "max_position_embeddings", "vocab_size": "voca
 
 
 def audit_onnx(path: Path, checkpoint: DenseCheckpoint) -> list[Finding]:
-    """Everything in which the ONNX file and its sidecars differ from the checkpoint; without a fault, they describe it.
+    """Return every difference between the checkpoint and the ONNX file with its sidecars.
 
     `path`: an .onnx file, or a folder with one. Its sidecars are in its folder or the one above. Raises UserError when
     there is no such file, the graph is corrupt, or a data file is missing or truncated.
@@ -116,7 +116,7 @@ def _audit_config(table: Mapping[str, Any], checkpoint: DenseCheckpoint, tokeniz
 
 
 def _audit_rope(table: Mapping[str, Any], expected: Rope) -> Iterator[Finding]:
-    """Each form that the config has: transformers 5 reads rope_parameters, other programs rope_theta."""
+    """Compare each form in the config: transformers 5 reads rope_parameters, other programs rope_theta."""
     forms: dict[str, dict[str, Any]] = {}
     if table.get("rope_parameters") is not None:
         forms["rope_parameters"] = dict(table)
@@ -168,7 +168,7 @@ def _audit_genai(table: Mapping[str, Any], checkpoint: DenseCheckpoint, tokenize
 
 
 def _audit_ends(tables: Mapping[str, Mapping[str, Any]], ends: set[int]) -> Iterator[Finding]:
-    """The tokens at which programs stop: each reads one of these files. `ends`: the model's."""
+    """Compare the tokens at which programs stop; each program reads one of these files. `ends`: the model's."""
     places = {"genai_config.json": _section(tables["genai_config.json"], "model"),
               "generation_config.json": tables["generation_config.json"], "config.json": tables["config.json"]}
     for name, table in places.items():
@@ -180,8 +180,8 @@ def _audit_ends(tables: Mapping[str, Mapping[str, Any]], ends: set[int]) -> Iter
             yield differs("EOS token", sorted(found), sorted(ends), f"eos_token_id in {name}: text would end at "
                           f"{min(extra)}")
         elif name == "genai_config.json" and (missing := ends - found):
-            yield differs("EOS token", sorted(found), sorted(ends), f"eos_token_id in {name}: text would go on after "
-                          f"{min(missing)}")
+            yield differs("EOS token", sorted(found), sorted(ends), f"eos_token_id in {name}: text would not end "
+                          f"at {min(missing)}")
 
 
 def _audit_templates(folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
@@ -195,10 +195,10 @@ def _audit_templates(folder: Path, config: Mapping[str, Any], tokenizer: PreTrai
 
 
 def _names(genai: Mapping[str, Any]) -> dict[str, str]:
-    """DEFAULT_NAMES with what genai_config.json calls them."""
+    """DEFAULT_NAMES, replaced by the names in genai_config.json where it has them."""
     decoder = _section(genai, "model", "decoder")
-    given = {**_section(decoder, "inputs"), **_section(decoder, "outputs")}
-    return {key: given[key] if isinstance(given.get(key), str) else name for key, name in DEFAULT_NAMES.items()}
+    named = {**_section(decoder, "inputs"), **_section(decoder, "outputs")}
+    return {key: named[key] if isinstance(named.get(key), str) else name for key, name in DEFAULT_NAMES.items()}
 
 
 def _section(table: Mapping[str, Any], *keys: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""An ONNX graph against a checkpoint: inputs, outputs, heads, RoPE's tables, epsilon, and the weights that have names.
+"""Compare an ONNX graph with a checkpoint: inputs, outputs, heads, RoPE's tables, epsilon, and the named weights.
 
-Writers name and pack matrices as they like; those that bear Hugging Face's names are compared here, the others show in
-the logits. Large tensors are compared by a sample of rows (audit_values.py); NaN is looked for in all float tensors.
+Writers name and pack matrices as they like. Those with Hugging Face's names are compared here; errors in others show in
+the logits. Large tensors are compared by a sample of rows (values.py); all float tensors are searched for NaN.
 """
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from onnx import TensorProto, numpy_helper
 
 from lrc_edge.checkpoint import DenseCheckpoint
-from lrc_edge.errors import UserError
+from lrc_edge.errors import UserError, one_line
 from lrc_edge.export.audit.values import relative_error, rounded_before, sample_rows
 from lrc_edge.export.onnx.graph import rope_tables
 from lrc_edge.finding import Finding, differs
@@ -25,7 +25,7 @@ from lrc_edge.roles import Weight
 DEFAULT_NAMES = {"input_ids": "input_ids", "attention_mask": "attention_mask", "position_ids": "position_ids",
                  "past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value",
                  "logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
-# Further inputs that some runtime knows to feed.
+# Further inputs that some runtime feeds.
 _KNOWN_INPUTS = {"position_ids", "cache_position", "num_logits_to_keep", "use_cache_branch", "past_sequence_length",
                  "total_sequence_length", "current_sequence_length"}
 _NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "RMSNormalization")
@@ -33,7 +33,7 @@ _FLOATS: dict[int, tuple[np.dtype, float]] = {
     TensorProto.FLOAT: (np.dtype("<f4"), 1e-6), TensorProto.FLOAT16: (np.dtype("<f2"), 6e-4),
     TensorProto.BFLOAT16: (np.dtype("<u2"), 4e-3)}  # stored type, and the relative error that rounding costs
 _EXPONENT = {TensorProto.FLOAT: 0x7f800000, TensorProto.FLOAT16: 0x7c00, TensorProto.BFLOAT16: 0x7f80}
-_PIECE = 1 << 22  # values that are looked at for NaN at once
+_PIECE = 1 << 22  # values searched for NaN at once
 _ANGLE = 2e-2  # of cos and sin: writers round positions' angles in float32
 
 
@@ -47,9 +47,8 @@ def audit_graph(path: Path, checkpoint: DenseCheckpoint, names: Mapping[str, str
         check_data_files(path, model.graph.initializer)
         return list(_Graph(path, model, checkpoint, names).findings())
     except (ValueError, TypeError, IndexError, KeyError, OverflowError, AttributeError, OSError) as error:
-        # A damaged protobuf may hold anything: lengths that do not fit shapes, types that there are not.
-        raise UserError(f"{path}: corrupt ({' '.join(str(error).split())[:200]}); "
-                        "write or download the file again") from error
+        # A damaged protobuf may hold anything: lengths that do not fit shapes, types that do not exist.
+        raise UserError(f"{path}: corrupt ({one_line(error)}); write or download the file again") from error
 
 
 class _Graph:
@@ -94,7 +93,7 @@ class _Graph:
             yield differs("vocabulary size", logits[-1], shape.vocab_size, "of the logits")
 
     def _attention(self) -> Iterator[Finding]:
-        """What GroupQueryAttention is told; equal in all layers of a sound file."""
+        """Compare GroupQueryAttention's attributes, which are equal in all layers of a correct file."""
         window = self.checkpoint.sliding_window if self.shape.family != "llama" else None
         expected = {"num_heads": ("attention heads", self.shape.num_attention_heads),
                     "kv_num_heads": ("key/value heads", self.shape.num_key_value_heads),

@@ -1,4 +1,4 @@
-"""The tokenizer beside an ONNX file, as its runtimes read it (tokenizer.json alone), against the checkpoint's."""
+"""Compare the tokenizer next to an ONNX file, as its runtimes read it (tokenizer.json alone), with the checkpoint's."""
 from __future__ import annotations
 
 import json
@@ -9,8 +9,8 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lrc_edge.errors import quiet_panics
-from lrc_edge.finding import Finding, differs, shown
+from lrc_edge.errors import one_line, quiet_panics
+from lrc_edge.finding import Finding, differs
 
 # Parts of tokenizer.json whose structure may differ without effect: decided by the ids of PROBES.
 _STEPS = {"normalizer": "normalizer", "pre_tokenizer": "pre-tokenizer", "post_processor": "post-processor",
@@ -28,29 +28,29 @@ def audit_tokenizer_json(folder: Path, tokenizer: PreTrainedTokenizerBase) -> It
         return
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        yield Finding("tokenizer", "tokenizer: the model's has no fast form; only comparable in a runtime", "note")
+        yield Finding("tokenizer", "tokenizer: the model's has no fast form; compared in a runtime only", "note")
         return
     try:
         with quiet_panics():
             found = Tokenizer.from_str(file.read_text(encoding="utf-8"))
-    except BaseException as error:  # the library panics on some files, which is no Exception
+    except BaseException as error:  # the library panics on some files: that is not an Exception
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
-        yield Finding("tokenizer", f"tokenizer: {file.name} does not load ({shown(' '.join(str(error).split()))})")
+        yield Finding("tokenizer", f"tokenizer: {file.name} does not load ({one_line(error)})")
         return
     yield from _compare(json.loads(found.to_str()), json.loads(backend.to_str()), lambda: _same_ids(found, backend))
 
 
 def _compare(found: dict[str, Any], expected: dict[str, Any], same_ids: Any) -> Iterator[Finding]:
-    ours, theirs = expected["model"], found["model"]
-    if ours["type"] != theirs["type"]:
-        yield differs("tokenizer model", theirs["type"], ours["type"])
+    model, wanted = found["model"], expected["model"]
+    if model["type"] != wanted["type"]:
+        yield differs("tokenizer model", model["type"], wanted["type"])
         return
-    yield from _compare_tokens(theirs.get("vocab"), ours.get("vocab"))
-    yield from _compare_merges(theirs.get("merges"), ours.get("merges"))
-    for key in sorted((ours.keys() | theirs.keys()) - {"type", "vocab", "merges"}):
-        if (theirs.get(key) or None) != (ours.get(key) or None):
-            yield differs(f"tokenizer {key}", theirs.get(key), ours.get(key))
+    yield from _compare_tokens(model.get("vocab"), wanted.get("vocab"))
+    yield from _compare_merges(model.get("merges"), wanted.get("merges"))
+    for key in sorted((wanted.keys() | model.keys()) - {"type", "vocab", "merges"}):
+        if (model.get(key) or None) != (wanted.get(key) or None):
+            yield differs(f"tokenizer {key}", model.get(key), wanted.get(key))
     yield from _compare_added(found["added_tokens"], expected["added_tokens"])
     for key, name in _STEPS.items():
         if found.get(key) != expected.get(key):
@@ -60,7 +60,7 @@ def _compare(found: dict[str, Any], expected: dict[str, Any], same_ids: Any) -> 
 
 
 def _compare_tokens(found: Any, expected: Any) -> Iterator[Finding]:
-    """A table of token -> id; of Unigram a list of (token, score)."""
+    """Tables of token -> id; a Unigram model has a list of (token, score)."""
     if not isinstance(expected, dict) or not isinstance(found, dict):
         if found != expected:
             yield Finding("tokens", "tokens: the vocabulary differs from the model's")
@@ -86,12 +86,12 @@ def _compare_merges(found: Any, expected: Any) -> Iterator[Finding]:
 
 
 def _compare_added(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> Iterator[Finding]:
-    """Tokens that are looked for in the text as a whole; `special` hides them from the output."""
-    theirs, ours = ({token["id"]: token for token in table} for table in (found, expected))
-    wrong = [i for i in sorted(theirs.keys() | ours.keys()) if theirs.get(i) != ours.get(i)]
+    """Tokens whose text is searched for before the text is split; `special` hides them from the output."""
+    added, wanted = ({token["id"]: token for token in table} for table in (found, expected))
+    wrong = [i for i in sorted(added.keys() | wanted.keys()) if added.get(i) != wanted.get(i)]
     if wrong:
         i = wrong[0]
-        there, here = theirs.get(i, {}), ours.get(i, {})
+        there, here = added.get(i, {}), wanted.get(i, {})
         keys = [key for key in here | there if here.get(key) != there.get(key)] if here and there else ["content"]
         yield differs("added tokens", there.get(keys[0]), here.get(keys[0]),
                       f"{keys[0]} of token {i}" + (f", and {len(wrong) - 1:,} more" if len(wrong) > 1 else ""))

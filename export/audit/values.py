@@ -1,7 +1,7 @@
 """Values in a file against a checkpoint's: which rows to compare, and how far apart they are.
 
-Of a tensor of more than WHOLE values, SAMPLE rows are compared: one drawn from each of SAMPLE equal stretches, so that
-no pattern of the rows escapes, and any damage that is longer than two stretches is seen.
+A tensor of more than WHOLE values is compared by SAMPLE rows: one drawn from each of SAMPLE equal stretches, so that no
+pattern of the rows escapes, and any damage longer than two stretches is found.
 """
 from __future__ import annotations
 

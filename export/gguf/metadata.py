@@ -14,7 +14,7 @@ from lrc_edge.errors import UserError
 from lrc_edge.export.gguf.vocabulary import Vocabulary
 from lrc_edge.export.quantize.encodings import Encoding
 
-# What each rope_type says, all of it but attention_factor needed; anything else would be dropped in silence.
+# rope_type -> its fields; all except attention_factor are required. Any other field would be dropped silently.
 _ROPE_FIELDS = {
     "linear": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
@@ -57,7 +57,7 @@ def check_rope(checkpoint: DenseCheckpoint) -> None:
         raise UserError(f"{checkpoint.path}: RoPE scaling {kind!r} is not supported in GGUF; "
                         f"supported: {', '.join(_ROPE_FIELDS)}")
     if missing := _ROPE_FIELDS.get(kind, set()) - {"attention_factor"} - scaling.keys():
-        raise UserError(f"{checkpoint.path}: RoPE scaling {kind!r} lacks {min(missing)}; mend the config")
+        raise UserError(f"{checkpoint.path}: RoPE scaling {kind!r} lacks {min(missing)}; fix the config")
     for name, value in scaling.items():
         usual = kind == "yarn" and value == _YARN_FIXED.get(name)
         if value is not None and name not in _ROPE_FIELDS.get(kind, ()) and not usual:
@@ -147,7 +147,7 @@ def write_identity(writer: GGUFWriter, checkpoint: DenseCheckpoint) -> None:
 
 
 def _write_base_models(writer: GGUFWriter, checkpoint: DenseCheckpoint) -> None:
-    """base_model.0 is a student's teacher; of a foreign checkpoint, what its card says."""
+    """base_model.0 is a student's teacher. For a third-party checkpoint, the models are those that its card names."""
     teacher = checkpoint.provenance.get("teacher")
     models = [teacher] if teacher else _strings(checkpoint.card.get("base_model"))
     if not models:
@@ -155,7 +155,7 @@ def _write_base_models(writer: GGUFWriter, checkpoint: DenseCheckpoint) -> None:
     writer.add_base_model_count(len(models))
     for i, model in enumerate(models):
         hub_id = re.fullmatch(r"([\w.-]+)/([\w.-]+)", model)
-        # Of a local directory only the name: its path is nobody's business.
+        # Only the name of a local directory: its path is private.
         writer.add_base_model_name(i, hub_id[2] if hub_id else re.split(r"[/\\]", model.rstrip("/\\"))[-1])
         if hub_id:
             writer.add_base_model_organization(i, hub_id[1])

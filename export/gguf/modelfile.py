@@ -1,4 +1,4 @@
-"""The Ollama Modelfile beside the GGUF files: `ollama create NAME -f Modelfile`."""
+"""The Ollama Modelfile next to the GGUF files: `ollama create NAME -f Modelfile`."""
 from __future__ import annotations
 
 import re
@@ -11,9 +11,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.export.gguf.vocabulary import Vocabulary
 
-# The file that a user most likely wants, first: small, and close to the original at any model size.
+# The most useful file first: small, and close to the original at any model size.
 PREFERRED = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "f16", "bf16", "f32")
-# Types of tokens whose text in the vocabulary is the text itself; at others Ollama stops by the GGUF's ids alone.
+# Types of tokens whose text in the vocabulary is the text itself. At others Ollama stops only by the GGUF's ids.
 _WRITTEN_OUT = (TokenType.CONTROL, TokenType.USER_DEFINED)
 _PROBES = (
     [{"role": "user", "content": "Hello"}],
@@ -42,7 +42,7 @@ _GO_TEMPLATES: tuple[tuple[Callable[[list[dict[str, str]]], str], str], ...] = (
 
 
 def write_modelfile(checkpoint: DenseCheckpoint, vocabulary: Vocabulary, files: Mapping[str, Path]) -> Path:
-    """Write Modelfile beside the files (encoding -> path) for the preferred one. Returns its path."""
+    """Write a Modelfile for the preferred one of the files (encoding -> path), next to them. Return its path."""
     file = next((files[name] for name in PREFERRED if name in files), next(iter(files.values())))
     lines = [f"FROM ./{file.name}"]
     tokenizer = checkpoint.tokenizer()
@@ -66,7 +66,7 @@ def write_modelfile(checkpoint: DenseCheckpoint, vocabulary: Vocabulary, files: 
 def go_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The Go template that renders what the tokenizer's chat template renders, or None when none is known to.
 
-    The BOS is left out: Ollama adds it as the GGUF says.
+    The BOS is left out: Ollama adds it if the GGUF asks for it.
     """
     if not getattr(tokenizer, "chat_template", None):
         return None
@@ -83,7 +83,7 @@ def go_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def _licence(checkpoint: DenseCheckpoint) -> str:
-    """The licence text that lies beside the weights, else what the card names."""
+    """The licence text next to the weights, else the licence that the card names."""
     for name in ("LICENSE", "LICENSE.txt", "LICENSE.md"):
         if (checkpoint.path / name).is_file():
             text = (checkpoint.path / name).read_text(encoding="utf-8", errors="replace")

@@ -1,7 +1,7 @@
 """DenseCheckpoint -> GGUF files.
 
-F32, F16 and BF16 are written here, one tensor in memory at a time; every other type is llama.cpp's quantizer's work on
-such a file.
+F32, F16 and BF16 are written here, with one tensor in memory at a time. llama.cpp's quantizer makes every other type
+from such a file.
 """
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ from lrc_edge.export.quantize.encodings import (
     read_contents,
 )
 from lrc_edge.export.quantize.imatrix import check_importance, measured_weights
-from lrc_edge.export.quantize.mixed_precision import Allocation, encoding_name
+from lrc_edge.export.quantize.mixed_precision import Allocation
+from lrc_edge.formats import FORMATS, mixed_encoding
 from lrc_edge.roles import Weight
 
 # Role -> (GGUF tensor, suffix). Total over roles.py: a role that is missing here is an error, not a skipped tensor.
@@ -73,7 +74,6 @@ GGUF_NAMES: dict[str, tuple[MODEL_TENSOR, str]] = {
 }
 _TORCH_TYPES = {GGMLQuantizationType.F32: torch.float32, GGMLQuantizationType.F16: torch.float16,
                 GGMLQuantizationType.BF16: torch.bfloat16}
-ON_GRID_ENCODING = "q4_0"  # the one that quantization-aware training is for
 PART = 1 << 22  # elements that are written at once
 PIECE = 1 << 15  # elements that are converted at once; torch starts threads above that
 ROPE_FACTORS = TENSOR_NAMES[MODEL_TENSOR.ROPE_FREQS] + ".weight"
@@ -85,10 +85,10 @@ def export_gguf(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[s
                 allocation: Allocation | None = None) -> list[Artifact]:
     """Write one GGUF file for each encoding, and an Ollama Modelfile, into `folder`.
 
-    `importance`: imatrix.collect's, by weight name, and `n_chunks` how many rows it saw. `on_grid`: the same model
-    trained on the Q4_0 grid, of which q4_0 is then made. `allocation`: one more file, in mixed precision. Returns the
-    artifacts in this order, their paths relative to folder's parent. A file bears its name only when it is whole.
-    Raises UserError before writing when an encoding, the tokenizer or the RoPE is not possible.
+    `importance`: imatrix.collect's, by weight name, and `n_chunks` the number of rows behind it. `on_grid`: the same
+    model trained on the Q4_0 grid, from which q4_0 is then made. `allocation`: one more file, in mixed precision.
+    Returns the artifacts in this order, their paths relative to folder's parent. A file has its name only once it is
+    complete. Raises UserError before writing if an encoding, the tokenizer or the RoPE is impossible.
     """
     wanted = list(dict.fromkeys(parse_encoding(name) for name in encodings))
     if allocation is not None:
@@ -100,43 +100,43 @@ def export_gguf(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[s
     vocabulary = read_vocabulary(checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
     files = {encoding: folder / file_name(checkpoint, encoding) for encoding in wanted}
-    from_grid = on_grid is not None and ENCODINGS[ON_GRID_ENCODING] in files
-    passes = _passes(checkpoint, files, from_grid, progress)
+    quantized = {encoding: file for encoding, file in files.items() if not encoding.direct}
+    from_grid = {encoding: quantized.pop(encoding) for encoding in files
+                 if on_grid is not None and encoding.trained_on_grid}
+    passes = _passes(checkpoint, files, len(from_grid), progress)
     hashes: dict[Encoding, str] = {}
     for encoding, file in files.items():
         if encoding.direct:
             with _whole(file) as partial:
                 passes.start(f"writing {file.name}")
                 hashes[encoding] = _write(checkpoint, vocabulary, encoding, partial, passes)
-    quantized = {encoding: file for encoding, file in files.items() if not encoding.direct}
-    identical: dict[Encoding, float] = {}
     if on_grid is not None and from_grid:
-        encoding = ENCODINGS[ON_GRID_ENCODING]
-        file = quantized.pop(encoding)
-        with _lossless_file(on_grid, vocabulary, {}, folder, passes) as source, _whole(file) as partial:
-            passes.start(f"quantizing {file.name}")
+        with _lossless_file(on_grid, vocabulary, {}, folder, passes) as source:
             # Without importance: the scales are already those that the weights were trained with.
-            quantize_file(source, partial, encoding, progress=passes.at)
-        hashes[encoding], identical[encoding] = sha256_of(file), identical_blocks(file, on_grid)
+            _quantize(source, from_grid, passes)
     if quantized:
         with _lossless_file(checkpoint, vocabulary, files, folder, passes) as source:
-            for encoding, file in quantized.items():
-                with _whole(file) as partial:
-                    passes.start(f"quantizing {file.name}")
-                    quantize_file(source, partial, encoding, importance=by_tensor, n_chunks=n_chunks,
-                                  progress=passes.at)
-                hashes[encoding] = sha256_of(file)
-    artifacts = [_artifact(checkpoint, encoding, file, hashes[encoding], identical.get(encoding))
+            _quantize(source, quantized, passes, by_tensor, n_chunks)
+    artifacts = [_artifact(checkpoint, encoding, file, hashes.get(encoding) or sha256_of(file),
+                           identical_blocks(file, on_grid) if on_grid and encoding in from_grid else None)
                  for encoding, file in files.items()]
     if files:
         write_modelfile(checkpoint, vocabulary, {encoding.name: file for encoding, file in files.items()})
     return artifacts
 
 
-def _passes(checkpoint: DenseCheckpoint, files: dict[Encoding, Path], from_grid: bool, progress: Listener) -> Passes:
-    """One for each file, and one for each temporary file that llama.cpp quantizes."""
-    n_quantized = sum(not encoding.direct for encoding in files) - from_grid
-    n_temporary = from_grid + (n_quantized > 0 and not any(encoding in files for encoding in _lossless(checkpoint)))
+def _quantize(source: Path, files: Mapping[Encoding, Path], passes: Passes,
+              importance: Mapping[str, np.ndarray] | None = None, n_chunks: int | None = None) -> None:
+    for encoding, file in files.items():
+        with _whole(file) as partial:
+            passes.start(f"quantizing {file.name}")
+            quantize_file(source, partial, encoding, importance=importance, n_chunks=n_chunks, progress=passes.at)
+
+
+def _passes(checkpoint: DenseCheckpoint, files: dict[Encoding, Path], n_from_grid: int, progress: Listener) -> Passes:
+    """Count one pass for each file, and one for each temporary file that llama.cpp quantizes."""
+    n_quantized = sum(not encoding.direct for encoding in files) - n_from_grid
+    n_temporary = n_from_grid + (n_quantized > 0 and not any(encoding in files for encoding in _lossless(checkpoint)))
     n_bytes = {gguf_name(weight): checkpoint.n_bytes(weight) for weight in checkpoint.weights()}
     return Passes(n_bytes, len(files) + n_temporary, progress)
 
@@ -163,16 +163,16 @@ def _by_tensor(checkpoint: DenseCheckpoint, importance: Mapping[str, np.ndarray]
 
 
 def _mixed_encoding(checkpoint: DenseCheckpoint, allocation: Allocation) -> Encoding:
-    """As an entry of llama.cpp's quantizer: general.file_type says the type of most weights."""
+    """The mixed precision as an encoding: general.file_type is that of the type of most weights."""
     nominal = next(encoding for encoding in ENCODINGS.values() if encoding.type == allocation.main_type)
     types = tuple((gguf_name(weight), allocation.types[weight.name]) for weight in checkpoint.weights()
                   if len(weight.shape) > 1)
-    return Encoding(encoding_name(allocation.bits_per_weight), nominal.ftype, nominal.type, needs_imatrix=False,
+    return Encoding(mixed_encoding(allocation.bits_per_weight), nominal.ftype, nominal.type, needs_imatrix=False,
                     tensor_types=types)
 
 
 def rope_factor_bytes(checkpoint: DenseCheckpoint) -> int:
-    """Bytes of the one tensor that is no weight; 0 for most models."""
+    """Bytes of RoPE's frequency factors, the one tensor that is not a weight; 0 for most models."""
     factors = llama3_rope_factors(checkpoint)
     return 0 if factors is None else factors.numel() * 4
 
@@ -186,12 +186,12 @@ def check_gguf(checkpoint: DenseCheckpoint) -> None:
 
 def file_name(checkpoint: DenseCheckpoint, encoding: Encoding) -> str:
     """llama.cpp's convention, <Name>-<Size>-<Encoding>.gguf."""
-    label = encoding.name if encoding.tensor_types else encoding.name.upper()
-    return f"{file_stem(checkpoint)}-{label}.gguf"
+    template = f"{{model}}-{encoding.name}.gguf" if encoding.tensor_types else FORMATS[f"gguf:{encoding.name}"].file
+    return template.format(model=file_stem(checkpoint))
 
 
 def file_stem(checkpoint: DenseCheckpoint) -> str:
-    """<Name>-<Size>; a name that says its size already is not told it twice."""
+    """<Name>-<Size>, or <Name> if it states the size already."""
     name = re.sub(r"[^\w.-]+", "-", checkpoint.name, flags=re.ASCII).strip("-.") or "model"
     stated = [float(number) * {"K": 1e3, "M": 1e6, "B": 1e9}[unit.upper()]
               for number, unit in re.findall(r"(?<![^-_])(\d+(?:\.\d+)?)([KMB])(?![^-_])", name, re.IGNORECASE)]
@@ -202,7 +202,7 @@ def file_stem(checkpoint: DenseCheckpoint) -> str:
 
 @contextmanager
 def _whole(file: Path) -> Iterator[Path]:
-    """A name to write under, in the same folder; renamed to `file` when the block ends well, else removed."""
+    """A temporary name in the same folder. It is renamed to `file` if the block succeeds, else removed."""
     partial = file.with_name(f".{file.name}.partial")
     try:
         yield partial
@@ -214,7 +214,7 @@ def _whole(file: Path) -> Iterator[Path]:
 @contextmanager
 def _lossless_file(checkpoint: DenseCheckpoint, vocabulary: Vocabulary, files: dict[Encoding, Path],
                    folder: Path, passes: Passes) -> Iterator[Path]:
-    """A GGUF that holds the checkpoint exactly: one of `files` when it does, else a temporary one."""
+    """A GGUF that holds the checkpoint exactly: one of `files` if possible, else a temporary one."""
     stored, _ = _lossless(checkpoint)
     for encoding in _lossless(checkpoint):
         if encoding in files:
@@ -230,14 +230,14 @@ def _lossless_file(checkpoint: DenseCheckpoint, vocabulary: Vocabulary, files: d
 
 
 def _lossless(checkpoint: DenseCheckpoint) -> tuple[Encoding, Encoding]:
-    """The encodings that hold the checkpoint exactly: bf16 or f16 when all matrices are stored so, and f32."""
+    """The encodings that hold the checkpoint exactly: bf16 or f16 if all matrices are stored in it, and f32."""
     types = {checkpoint.types[weight.name] for weight in checkpoint.weights() if len(weight.shape) > 1}
     stored = {frozenset({torch.bfloat16}): "bf16", frozenset({torch.float16}): "f16"}.get(frozenset(types), "f32")
     return ENCODINGS[stored], ENCODINGS["f32"]
 
 
 def _write(checkpoint: DenseCheckpoint, vocabulary: Vocabulary, encoding: Encoding, path: Path, passes: Passes) -> str:
-    """Write a whole F32, F16 or BF16 file and return its hash. Vectors (norms, biases) stay F32: llama.cpp wants it."""
+    """Write an F32, F16 or BF16 file and return its hash. Vectors (norms, biases) stay F32, as llama.cpp requires."""
     writer = GGUFWriter(path, architecture_name(checkpoint))
     write_metadata(writer, checkpoint, vocabulary, encoding)
     weights = list(checkpoint.weights())
@@ -281,7 +281,7 @@ def _tensor_type(weight: Weight, encoding: Encoding) -> GGMLQuantizationType:
 
 
 def _in_order(checkpoint: DenseCheckpoint, weight: Weight, permuted: bool) -> torch.Tensor:
-    """The weight with its rows as llama.cpp's graph wants them."""
+    """The weight with its rows in the order of llama.cpp's graph."""
     tensor, shape = checkpoint.tensor(weight.name), checkpoint.shape
     if permuted and weight.role.name in ("attn_q", "attn_q_bias"):
         return interleave_rotary(tensor, shape.num_attention_heads)
@@ -294,13 +294,16 @@ def _stored(tensor: torch.Tensor, kind: GGMLQuantizationType, where: str) -> np.
     """The tensor as GGUF stores it; BF16 as its bits in int16, since numpy has no such type."""
     tensor = _converted(tensor, _TORCH_TYPES[kind])
     if kind == GGMLQuantizationType.F16 and not all_finite(tensor):
-        raise UserError(f"{where} has values beyond F16's largest, 65504; take bf16 or f32 instead of f16")
+        raise UserError(f"{where} has values beyond F16's largest, 65504; use bf16 or f32 instead of f16")
     return tensor.view(torch.int16).numpy() if kind == GGMLQuantizationType.BF16 else tensor.numpy()
 
 
 def _converted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The contiguous tensor in another type. In pieces that stay in the cache and on this thread, by way of float32:
-    half as long as at once, and torch's other threads would spin where those of HashedFile work."""
+    """Return the contiguous tensor in another type.
+
+    It is converted through float32 in pieces that stay in the cache and on this thread. That takes half the time of one
+    call, whose threads would compete with those of HashedFile.
+    """
     if tensor.dtype == dtype:
         return tensor.contiguous()
     made = torch.empty(tensor.shape, dtype=dtype)

@@ -1,7 +1,7 @@
 """Hugging Face tokenizer -> GGUF vocabulary.
 
 llama.cpp knows a tokenizer's splitting rule only by name (tokenizer.ggml.pre). The name is chosen here from the
-structure of the loaded tokenizer; that it gives the same ids is proved later, in the runtime.
+structure of the loaded tokenizer; that it gives the same ids is verified later, in the runtime.
 """
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PRE_TOKENIZERS: dict[tuple[tuple[tuple[Any, ...], ...], bool], str] = {
 # Texts of tokens that end a turn, the most telling first. llama.cpp looks for the same ones, in hash order.
 _END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<end_of_utterance>", "<EOT>")
 _END_OF_MESSAGE = ("<|eom_id|>",)
-# Texts of tokens at which llama.cpp ends a generation without being told: those that it has known the longest
+# Texts of tokens at which llama.cpp always ends a generation: those that it has known the longest
 # (special_eog_ids in src/llama-vocab.cpp), because other programs hold older versions of it.
 _KNOWN_ENDS = frozenset((*_END_OF_TURN, *_END_OF_MESSAGE, "<|endoftext|>", "<|end_of_text|>"))
 _SPACE = "▁"  # SentencePiece's mark of a space
@@ -43,7 +43,7 @@ _BYTE_TOKENS = {f"<0x{byte:02X}>" for byte in range(256)}
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What GGUF says of a tokenizer; field names follow its tokenizer.ggml.* keys."""
+    """A tokenizer as GGUF stores it; field names follow its tokenizer.ggml.* keys."""
 
     model: str  # "gpt2": byte-level BPE; "llama": SentencePiece's BPE
     pre: str
@@ -78,7 +78,7 @@ def read_vocabulary(checkpoint: DenseCheckpoint) -> Vocabulary:
     by_id = _tokens_by_id(table, checkpoint.shape.vocab_size, where)
     tokens = [by_id.get(i, f"[PAD{i}]") for i in range(checkpoint.shape.vocab_size)]
     if repeated := [token for token, n in Counter(tokens).items() if n > 1]:
-        raise UserError(f"{where} has the token {repeated[0]!r} twice, which llama.cpp refuses; mend tokenizer.json")
+        raise UserError(f"{where} has the token {repeated[0]!r} twice, which llama.cpp refuses; fix tokenizer.json")
     prefix, suffix = _added_by_encode(tokenizer, where)
     ids = _special_ids(tokenizer, checkpoint, by_id, prefix, suffix, where)
     merges = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
@@ -102,7 +102,7 @@ def _check_added_tokens(added: list[dict[str, Any]], where: str) -> None:
         for switch in ("lstrip", "rstrip", "single_word"):
             if token.get(switch):
                 raise UserError(f"{where} has {switch} = true on {token['content']!r}, which GGUF cannot say; "
-                                "leave gguf out of --formats or mend tokenizer.json")
+                                "leave gguf out of --formats or fix tokenizer.json")
 
 
 def _tokens_by_id(table: dict[str, Any], n_rows: int, where: str) -> dict[int, str]:
@@ -238,7 +238,7 @@ def _check_sentencepiece(tokens: list[str], added: list[dict[str, Any]], space_p
                         "leave gguf out of --formats")
     for token in added:
         if space_prefix and token["normalized"]:
-            # Its text is normalized, too, so Hugging Face finds it only behind a space; llama.cpp everywhere.
+            # Its text is normalized, too, so Hugging Face finds it only after a space, llama.cpp everywhere.
             raise UserError(f"{where} has normalized = true on {token['content']!r}, which GGUF cannot say; "
                             "set it to false in tokenizer.json")
 

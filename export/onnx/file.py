@@ -1,7 +1,7 @@
-"""An ONNX model on its way to disk: nodes in memory, weights straight into the data files beside it.
+"""Write an ONNX model: nodes are collected in memory, weights go straight into the data files next to it.
 
-Weights never meet in memory, so writing needs room for what a caller holds, not for the model, and the 2 GB limit of a
-protobuf is out of reach. `<file>.onnx_data`, `<file>.onnx_data_1` ... are the names that transformers.js looks for.
+Weights are never in memory together, so writing needs memory for one tensor, not for the model, and a protobuf's limit
+of 2 GB is never reached. transformers.js looks for `<file>.onnx_data`, `<file>.onnx_data_1` ....
 """
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class OnnxFile:
 
     def node(self, op: str, inputs: Sequence[str], output: str | Sequence[str], *, domain: str = "",
              **attributes: Any) -> str:
-        """Add a node, named like its first output, and return that output. An empty input name leaves an input out."""
+        """Add a node, named after its first output, and return that output. An empty input name omits an input."""
         outputs = [output] if isinstance(output, str) else list(output)
         self._nodes.append(helper.make_node(op, list(inputs), outputs, name=outputs[0], domain=domain, **attributes))
         return outputs[0]
@@ -68,7 +68,7 @@ class OnnxFile:
         return self.weight_in_parts(name, array.shape, array.dtype, [array])
 
     def weight_in_parts(self, name: str, shape: Sequence[int], dtype: np.dtype, parts: Iterable[np.ndarray]) -> str:
-        """`weight` for an array that comes as its consecutive rows, or elements."""
+        """`weight` for an array that arrives in parts: consecutive rows or elements."""
         n_bytes = math.prod(shape) * dtype.itemsize
         offset = self._place_for(n_bytes)
         tensor = TensorProto(name=name, dims=shape, data_type=helper.np_dtype_to_tensor_dtype(dtype),
@@ -78,13 +78,13 @@ class OnnxFile:
         for part in parts:
             self._data.write(np.ascontiguousarray(part, dtype).data)
         if self._data.tell() != offset + n_bytes:
-            raise ValueError(f"{self.path}: {name} came as {self._data.tell() - offset} bytes, need {n_bytes}")
+            raise ValueError(f"{self.path}: {name} has {self._data.tell() - offset} bytes, need {n_bytes}")
         self._add(tensor)
         self.written[name] = dtype, n_bytes
         return name
 
     def _place_for(self, n_bytes: int) -> int:
-        """The offset, in the last data file or a new one, where n_bytes may be written next."""
+        """The offset, in the last data file or a new one, at which n_bytes are written next."""
         alignment = PAGE if n_bytes >= PAGE_ALIGNED_BYTES else 64
         end = self._data.tell()
         padding = -end % alignment
@@ -97,7 +97,7 @@ class OnnxFile:
         return end + padding
 
     def constant(self, value: int | float | Sequence[int], dtype: type = np.int64) -> str:
-        """A small constant inside the graph; equal ones are one."""
+        """A small constant inside the graph; equal constants are shared."""
         array: np.ndarray = np.asarray(value, dtype=dtype)
         name = f"const.{array.dtype}.{'x'.join(map(str, array.reshape(-1).tolist()))}" + (".scalar" * (array.ndim == 0))
         if name not in self._initializers:

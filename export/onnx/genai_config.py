@@ -1,4 +1,4 @@
-"""genai_config.json: what onnxruntime-genai must know of the graph, the special tokens and the search."""
+"""genai_config.json: the graph, the special tokens and the search, as onnxruntime-genai reads them."""
 from __future__ import annotations
 
 from typing import Any
@@ -18,8 +18,8 @@ def genai_config(checkpoint: DenseCheckpoint, tokenizer: PreTrainedTokenizerBase
                  model_file: str) -> dict[str, Any]:
     """The table for `model_file` (relative to the folder). `generation`: generation_config.json, {} when there is none.
 
-    The thread count belongs to the device. 0 leaves it to onnxruntime, which takes one thread a physical core; left
-    out, onnxruntime-genai takes half of the processors: one thread on two cores. og.Config.overlay sets another.
+    The thread count depends on the device. 0 leaves it to onnxruntime, which uses one thread per physical core; without
+    the key, onnxruntime-genai uses half of the processors: one thread on two cores. og.Config.overlay changes it.
     """
     shape = checkpoint.shape
     eos = checkpoint.stop_ids(tokenizer)

@@ -29,7 +29,7 @@ FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # whose angles depen
 
 
 class WeightFormat(Protocol):
-    """How matrices stand in the graph: plain or packed."""
+    """How matrices are stored in the graph: plain or packed."""
 
     type: np.dtype  # of activations, cache, biases and RoPE's tables
     onnx_type: int  # the same as ONNX names it
@@ -52,7 +52,10 @@ class WeightFormat(Protocol):
 
 
 def check_supported(checkpoint: DenseCheckpoint) -> None:
-    """Raise UserError on what the graph cannot say: odd heads, angles that depend on the length of the text."""
+    """Raise UserError for a model that the graph cannot represent.
+
+    Its head_dim is not a multiple of 8, or its RoPE angles depend on the length of the text.
+    """
     where = checkpoint.path / "config.json"
     if checkpoint.shape.head_dim % HEAD_DIM_MULTIPLE:
         raise UserError(f"{where}: head_dim {checkpoint.shape.head_dim} has no ONNX form: onnxruntime's attention "

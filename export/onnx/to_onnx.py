@@ -1,4 +1,4 @@
-"""ONNX: one folder that plain onnxruntime, onnxruntime-genai, ORTModelForCausalLM and transformers.js all read.
+"""Write one ONNX folder that plain onnxruntime, onnxruntime-genai, ORTModelForCausalLM and transformers.js read.
 
     config.json, generation_config.json, tokenizer files, chat template, genai_config.json
     onnx/model.onnx            fp32
@@ -6,7 +6,7 @@
     onnx/model_quantized.onnx  q8: llama.cpp's Q8_0 blocks
     onnx/model_q4.onnx         q4: llama.cpp's Q4_0 blocks, embedding and head Q8_0
 
-Beside each lie its weights, <file>.onnx_data, and <file>.onnx_data_1 ... where they are more than 2 GB.
+Next to each file are its weights: <file>.onnx_data, and <file>.onnx_data_1 ... above 2 GB.
 """
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from lrc_edge.export.onnx.graph import ROPE_TABLES, DecoderGraph, WeightFormat, 
 from lrc_edge.export.onnx.weights import GRIDS, PLAIN_TYPES, Q4_0, Q8_0, Blocks, Plain
 from lrc_edge.export.passes import Passes
 from lrc_edge.export.quantize.imatrix import check_importance
+from lrc_edge.formats import formats_of
 from lrc_edge.workspace import replace_tree
 
-# transformers.js's names for its dtypes fp32, fp16, q8 and q4; the largest first.
-FILES = {"fp32": "onnx/model.onnx", "fp16": "onnx/model_fp16.onnx", "q8": "onnx/model_quantized.onnx",
-         "q4": "onnx/model_q4.onnx"}
+ROWS = formats_of("onnx")
+FILES = {encoding: row.file for encoding, row in ROWS.items()}  # the largest first
 CARRIED = ("generation_config.json", "README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", PROVENANCE_FILE)
-# int8 activations, as llama.cpp computes with these grids. Measured on a trained model of 9M parameters: KL to float32
-# 0.00197 instead of 0.00192, 7.0 times the decoding speed (2.0 with a 4-bit head, see Blocks).
+# int8 activations, as in llama.cpp. Measured on a trained model of 9M parameters: KL to float32 0.00197 instead of
+# 0.00192, at 7.0 times the decoding speed (2.0 times with a 4-bit head, see Blocks).
 DEFAULT_ACCURACY_LEVEL = 4
 
 
@@ -49,8 +49,8 @@ def export_onnx(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[s
     """Write the checkpoint to `folder`, replacing what is there, and return an artifact for each encoding.
 
     `encodings`: of FILES. `accuracy_level` of q8 and q4: see Blocks. `importance`: imatrix.collect's, by weight name.
-    `on_grid`: the same model trained on the Q4_0 grid, of which q4 is then made. `threads` quantize: the machine's
-    processors by default. `shard_bytes`: of one data file. The artifacts' paths are relative to the folder's parent.
+    `on_grid`: the same model trained on the Q4_0 grid, from which q4 is then made. `threads`: for quantizing; by
+    default one per processor. `shard_bytes`: of one data file. The artifacts' paths are relative to folder's parent.
     Needs memory for one tensor as the checkpoint stores it. An exception leaves `folder` as it was. Raises UserError.
     """
     _check_encodings(encodings, accuracy_level)
@@ -74,7 +74,7 @@ def export_onnx(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[s
             path = partial / FILES[encoding]
             passes.start(encoding)
             with OnnxFile(path, shard_bytes) as file:
-                source = on_grid if on_grid is not None and encoding == "q4" else checkpoint
+                source = on_grid if on_grid is not None and ROWS[encoding].trained_on_grid else checkpoint
                 DecoderGraph(file, source, formats[encoding], passes.at).write()
                 file.save(checkpoint.name, _metadata(source, encoding))
             identical = getattr(formats[encoding], "identical_blocks", None)
@@ -109,9 +109,9 @@ def _artifact(checkpoint: DenseCheckpoint, file: OnnxFile, encoding: str, folder
 
 
 def _inventory(checkpoint: DenseCheckpoint, written: dict[str, tuple[np.dtype, int]]) -> tuple[int, dict[str, int]]:
-    """Bytes of the checkpoint's weights in the file, and how many stand there as which type.
+    """Return the bytes of the checkpoint's weights in the file, and the number of weights of each type.
 
-    Raises ValueError unless the file holds each weight once, in one form, and nothing else but RoPE's tables.
+    Raises ValueError unless the file holds each weight once, in one form, and nothing else except RoPE's tables.
     """
     left = {name: entry for name, entry in written.items() if name not in ROPE_TABLES}
     n_bytes, types = 0, Counter[str]()
@@ -121,17 +121,17 @@ def _inventory(checkpoint: DenseCheckpoint, written: dict[str, tuple[np.dtype, i
             forms[PLAIN_TYPES[left[weight.name][0]]] = (weight.name,)
         found = [kind for kind, names in forms.items() if all(name in left for name in names)]
         if len(found) != 1:
-            raise ValueError(f"onnx: {weight.name} stands in the file as {found or 'nothing'}")
+            raise ValueError(f"onnx: {weight.name} is in the file as {found or 'nothing'}")
         types[found[0]] += 1
         n_bytes += sum(left.pop(name)[1] for name in forms[found[0]])
     if left:
-        raise ValueError(f"onnx: {sorted(left)} in the file are no weights of the checkpoint")
+        raise ValueError(f"onnx: {sorted(left)} in the file are not weights of the checkpoint")
     return n_bytes, dict(types)
 
 
 def _write_sidecars(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[str], n_shards: dict[str, int]
                     ) -> None:
-    """Everything beside the graphs. Whoever names no file gets the smallest one: it is what a device is to run."""
+    """Write the files next to the graphs. onnxruntime-genai and transformers.js load the smallest graph by default."""
     smallest = max(encodings, key=list(FILES).index)
     config = student_config(checkpoint.config, checkpoint.shape, checkpoint.rope)
     config["transformers.js_config"] = {"dtype": smallest, "use_external_data_format": n_shards}
@@ -152,12 +152,12 @@ def _write_sidecars(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequen
         generation = json.loads(generation_file.read_text()) if generation_file.exists() else {}
     except ValueError as error:
         where = checkpoint.path / generation_file.name
-        raise UserError(f"{where}: not JSON ({error}); mend it or delete it") from error
+        raise UserError(f"{where}: not JSON ({error}); fix it or delete it") from error
     _write_json(folder / "genai_config.json", genai_config(checkpoint, tokenizer, generation, FILES[smallest]))
 
 
 def _bound_model_max_length(file: Path, context_length: int) -> None:
-    """"No limit" is written as 1e30, which overflows the integers of other JSON readers."""
+    """Replace "no limit", written as 1e30, which overflows the integers of other JSON readers."""
     table = json.loads(file.read_text()) if file.exists() else {"tokenizer_class": "PreTrainedTokenizerFast"}
     table["model_max_length"] = min(int(table.get("model_max_length") or context_length), context_length)
     _write_json(file, table)
@@ -168,7 +168,7 @@ def _write_json(path: Path, table: dict[str, Any]) -> None:
 
 
 def _metadata(checkpoint: DenseCheckpoint, encoding: str) -> dict[str, str]:
-    """metadata_props: licence and lineage travel inside the file."""
+    """metadata_props: licence and lineage, inside the file."""
     metadata = {"lrc_edge.name": checkpoint.name, "lrc_edge.encoding": encoding, "lrc_edge.version": __version__}
     for key in ("license", "license_name", "license_link", "base_model"):
         value = checkpoint.card.get(key)

@@ -1,9 +1,9 @@
-"""Matrices in an ONNX graph: as float32 or float16, or as llama.cpp's blocks in MatMulNBits.
+"""Matrices in an ONNX graph: float32, float16, or llama.cpp's blocks in MatMulNBits.
 
 llama.cpp's Q4_0 and Q8_0 and MatMulNBits with 4 and 8 bits, block 32 and its default zero point are the same grids,
 w = scale * (level - zero point): only the order of the nibbles and the sign of a byte differ. The blocks come from
 llama.cpp's own quantizer, so that a GGUF of the same checkpoint and importance holds the same numbers. Matrices are
-read, converted and written some rows at a time. Shapes: O a linear's outputs, I its inputs, N = ceil(I / 32) blocks a
+read, converted and written some rows at a time. Shapes: O a linear's outputs, I its inputs, N = ceil(I / 32) blocks per
 row, R rows of a part.
 """
 from __future__ import annotations
@@ -23,9 +23,9 @@ from onnx import TensorProto, helper
 from lrc_edge.errors import UserError
 from lrc_edge.export.onnx.file import MICROSOFT, OnnxFile
 from lrc_edge.export.quantize.encodings import quantize_matrix
+from lrc_edge.formats import BLOCK
 
-BLOCK = 32  # weights that share a scale
-PART_WEIGHTS = 1 << 20  # converted at one time
+PART_WEIGHTS = 1 << 20  # converted at once
 Result = TypeVar("Result")
 
 
@@ -40,11 +40,6 @@ class Grid:
     def zero_point(self) -> int:
         """MatMulNBits' default."""
         return 1 << (self.bits - 1)
-
-    @property
-    def bytes_per_weight(self) -> float:
-        """Level and share of the block's float32 scale."""
-        return self.bits / 8 + 4 / BLOCK
 
     def names(self, weight: str) -> tuple[str, str]:
         """A packed matrix is two initializers: its levels and their scales."""
@@ -85,7 +80,7 @@ class Plain:
 class Blocks:
     """Linears on one grid, embedding and head on another. Implements WeightFormat; the graph computes in float32.
 
-    With 4 bits in embedding and head most of the quality goes. KL to float32 on 2,048 tokens of TinyStories with both
+    4 bits in embedding and head would lose most of the quality. KL to float32 on 2,048 tokens of TinyStories with both
     on Q4_0, and on Q8_0: llama of 9M parameters 0.0057, 0.0019; stories260K 0.142, 0.109; a student of it half as wide
     0.203, 0.155.
 
@@ -93,8 +88,8 @@ class Blocks:
     are exact but slow in onnxruntime 1.31: 97 ms for a head of 32,000 x 1024 and one token on one thread, against
     0.9 ms at level 4, 3.4 ms in plain float32 and 1.3 ms with 4 bits.
 
-    `importance`: imatrix.collect's. `threads` quantize; what they make does not depend on their number.
-    `identical_blocks` is kept for weights that were trained on the grid: each block's, whether it holds exactly them.
+    `importance`: imatrix.collect's. `threads`: for quantizing; the result does not depend on their number.
+    `trained_on_grid`: count the blocks that hold exactly the trained weights (`identical_blocks`).
     """
 
     type: np.dtype = np.dtype(np.float32)
@@ -110,7 +105,7 @@ class Blocks:
 
     @property
     def identical_blocks(self) -> float | None:
-        """Their share, once everything is stored; None for weights that were not trained on the grid."""
+        """Share of blocks that hold exactly the trained weights, once all are stored; None without such training."""
         return float(np.concatenate(self._identical).mean()) if self.trained_on_grid else None
 
     def linear(self, file: OnnxFile, name: str, weight_OI: torch.Tensor, x: str, output: str) -> str:
@@ -144,7 +139,7 @@ class Blocks:
                          K=shape_OI[1], bits=grid.bits, block_size=BLOCK, accuracy_level=self.accuracy_level)
 
     def _store(self, file: OnnxFile, grid: Grid, name: str, weight_OI: torch.Tensor) -> tuple[str, str]:
-        """Write levels as they are made, then the scales, an eighth of a byte a weight."""
+        """Write levels as they are made, then the scales (an eighth of a byte per weight)."""
         levels_name, scales_name = grid.names(name)
         n_outputs, n_blocks = weight_OI.shape[0], -(-weight_OI.shape[1] // BLOCK)
         importance_I, scales_ON = self.importance.get(name), []
@@ -175,7 +170,7 @@ def array_of(tensor: torch.Tensor, type: np.dtype, name: str) -> np.ndarray:
     with np.errstate(over="ignore"):
         array: np.ndarray = tensor.float().numpy().astype(type, copy=False)
     if type == np.float16 and not np.isfinite(array).all():
-        raise UserError(f"{name} has values beyond float16's largest, 65504; take onnx:fp32, onnx:q8 or onnx:q4 "
+        raise UserError(f"{name} has values beyond float16's largest, 65504; use onnx:fp32, onnx:q8 or onnx:q4 "
                         "instead of onnx:fp16")
     return array
 
@@ -186,7 +181,7 @@ def _parts(matrix: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def _in_order(function: Callable[[torch.Tensor], Result], parts: Iterable[torch.Tensor], threads: int
               ) -> Iterator[Result]:
-    """Like map, in threads; only a few results wait at a time."""
+    """Like map, in threads; at most 2 * threads results wait at a time."""
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for part in parts:
@@ -202,13 +197,13 @@ def pack(weight_RI: np.ndarray, grid: Grid, importance_I: np.ndarray | None = No
     plus 128; block_q4_0 keeps weights 0-15 in the low nibbles and 16-31 in the high ones, MatMulNBits neighbours in
     one byte, the even one low.
 
-    Returns bytes (R, N, 4 * bits) uint8 and scales (R, N) float32, each of them a float16's value. A row that is no
+    Returns bytes (R, N, 4 * bits) uint8 and scales (R, N) float32, each of them a float16's value. A row that is not a
     multiple of 32 is padded with zeros, which the grids hold exactly.
     """
     padding = -weight_RI.shape[1] % BLOCK
     if padding:
         weight_RI = np.pad(weight_RI, ((0, 0), (0, padding)))
-        if importance_I is not None:  # of zeros any will do
+        if importance_I is not None:  # for zeros any importance works
             importance_I = np.pad(importance_I, (0, padding), constant_values=1)
     rows = quantize_matrix(weight_RI, grid.qtype, importance_I)
     words = rows.view("<u2").reshape(len(rows), weight_RI.shape[1] // BLOCK, 1 + BLOCK * grid.bits // 16)

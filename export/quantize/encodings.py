@@ -1,8 +1,7 @@
-"""The GGUF encodings, llama.cpp's quantizer, and what a finished file really holds."""
+"""The GGUF encodings in llama.cpp, its quantizer, and the contents of a finished file."""
 from __future__ import annotations
 
 import ctypes
-import difflib
 import os
 import re
 from collections import Counter
@@ -18,30 +17,21 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
 from lrc_edge import llama_log
 from lrc_edge.artifact import Fallback
 from lrc_edge.errors import UserError
+from lrc_edge.formats import format_of, formats_of
 
 QType = GGMLQuantizationType
 
-# Encodings whose name is not the name of their main tensor type, cut at the size letter. Source:
-# llama_ftype_get_default_type in llama.cpp's src/llama-quant.cpp.
-_MAIN_TYPES = {"iq2_s": QType.IQ2_XS, "iq2_m": QType.IQ2_S, "iq3_xs": QType.IQ3_S, "iq3_m": QType.IQ3_S}
-# Put the whole model, or part of its mixture, into types that are garbage without an importance matrix; llama.cpp
-# refuses them then. Source: tensor_requires_imatrix, ibidem.
-_NEEDS_IMATRIX = {"iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs", "q2_k_s"}
-# MXFP4_MOE is for experts, of which a dense model has none; NVFP4 has no quantizer.
-_NOT_OFFERED = {"mxfp4_moe", "nvfp4"}
-# What llama.cpp takes for a row that its super-block of 256 does not divide. Source: tensor_type_fallback, ibidem.
+# What llama.cpp uses for a row that is not a multiple of its super-block of 256. Source: tensor_type_fallback in
+# llama.cpp's src/llama-quant.cpp.
 _SUBSTITUTES = {
     QType.Q2_K: QType.Q4_0, QType.Q3_K: QType.Q4_0, QType.TQ1_0: QType.Q4_0, QType.TQ2_0: QType.Q4_0,
     QType.Q4_K: QType.Q5_0, QType.Q5_K: QType.Q5_1, QType.Q6_K: QType.Q8_0,
     QType.IQ1_S: QType.IQ4_NL, QType.IQ1_M: QType.IQ4_NL, QType.IQ2_XXS: QType.IQ4_NL, QType.IQ2_XS: QType.IQ4_NL,
     QType.IQ2_S: QType.IQ4_NL, QType.IQ3_XXS: QType.IQ4_NL, QType.IQ3_S: QType.IQ4_NL, QType.IQ4_XS: QType.IQ4_NL,
 }
-# The k-quant that a mixture must have asked for where a file holds its substitute.
+# Substitute -> the k-quant that the mixture must have asked for.
 _SUBSTITUTED = {QType.Q8_0: QType.Q6_K, QType.Q5_1: QType.Q5_K, QType.Q5_0: QType.Q4_K, QType.Q4_0: QType.Q3_K}
 _DIRECT = (QType.F32, QType.F16, QType.BF16)
-# Encodings whose linears are all of the one type, with embedding and head in another: what ONNX holds, too. llama.cpp's
-# own Q4_0 gives the head Q6_K and, with an importance matrix, some of ffn_down Q4_1.
-_ENDS = {"q4_0": QType.Q8_0}
 _TENSOR_LINE = re.compile(r"\[ *\d+/ *\d+\] +(\S+) +- \[")  # of the quantizer's log, one a tensor
 _END_TENSORS = ("token_embd.weight", "output.weight")
 
@@ -54,6 +44,8 @@ class Encoding:
     ftype: int  # llama_ftype, and general.file_type of the file
     type: GGMLQuantizationType  # of most tensors; mixtures give some tensors another on purpose
     needs_imatrix: bool
+    ends: GGMLQuantizationType | None = None  # of embedding and head, where we choose it; None: llama.cpp chooses
+    trained_on_grid: bool = False
     tensor_types: tuple[tuple[str, GGMLQuantizationType], ...] = ()  # mixed precision: every matrix and its own type
 
     @property
@@ -63,27 +55,19 @@ class Encoding:
 
     @property
     def block(self) -> int:
-        """Elements of a row that share a scale: a row must be a multiple of it."""
+        """Elements per block: a row must be a multiple of it."""
         return GGML_QUANT_SIZES[self.type][0]
-
-    @property
-    def ends(self) -> GGMLQuantizationType | None:
-        """The type of embedding and head where all other matrices have `type`; None where llama.cpp mixes."""
-        return _ENDS.get(self.name)
 
 
 def _encodings() -> dict[str, Encoding]:
-    """From the llama_ftype constants of llama_cpp, without those whose tensor type the gguf package cannot read."""
+    """The GGUF rows of FORMATS with llama.cpp's numbers, without those that this llama.cpp or gguf package lacks."""
     table = {}
-    for constant, ftype in vars(llama_cpp.llama_cpp).items():
-        for prefix in ("LLAMA_FTYPE_ALL_", "LLAMA_FTYPE_MOSTLY_"):
-            if not constant.startswith(prefix):
-                continue
-            name = constant.removeprefix(prefix).lower()
-            stem = name.upper() if name.upper() in QType.__members__ else name.upper().rsplit("_", 1)[0]
-            main = _MAIN_TYPES.get(name) or QType.__members__.get(stem)
-            if main is not None and name not in _NOT_OFFERED:
-                table[name] = Encoding(name, ftype, main, name in _NEEDS_IMATRIX)
+    for name, row in formats_of("gguf").items():
+        prefix = "LLAMA_FTYPE_ALL" if name == "f32" else "LLAMA_FTYPE_MOSTLY"
+        ftype, type = getattr(llama_cpp, f"{prefix}_{name.upper()}", None), QType.__members__.get(row.type)
+        if ftype is not None and type is not None:
+            ends = QType.__members__[row.ends] if row.ends and row.ends != row.type else None
+            table[name] = Encoding(name, ftype, type, row.needs_imatrix, ends, row.trained_on_grid)
     return table
 
 
@@ -91,18 +75,16 @@ ENCODINGS = _encodings()
 
 
 def parse_encoding(text: str) -> Encoding:
-    """The encoding of a name in any case. Raises UserError with the nearest name when it is unknown."""
-    name = text.strip().lower()
+    """The encoding named `text`, in any case. Raises UserError with the nearest name."""
+    name = format_of(f"gguf:{text.strip()}").encoding
     if name not in ENCODINGS:
-        near = difflib.get_close_matches(name, ENCODINGS, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f"GGUF encoding {text!r} is unknown; {hint}known: {', '.join(ENCODINGS)}")
+        raise UserError(f"GGUF encoding {name}: this llama.cpp or gguf package does not have it; install newer ones")
     return ENCODINGS[name]
 
 
-def check_imatrix(encoding: Encoding, given: bool) -> None:
+def check_imatrix(encoding: Encoding, has_importance: bool) -> None:
     """Raise UserError when the encoding needs an importance matrix and none is given."""
-    if encoding.needs_imatrix and not given:
+    if encoding.needs_imatrix and not has_importance:
         raise UserError(f"GGUF encoding {encoding.name} is garbage without an importance matrix, and there is none; "
                         "set export.calibration_tokens above 0 or take q2_k, q3_k_s, iq4_xs or a larger type")
 
@@ -113,8 +95,9 @@ def quantize_file(source: Path, target: Path, encoding: Encoding, threads: int |
     """Let llama.cpp quantize the GGUF `source` (F32, F16 or BF16) to `target`.
 
     threads: at most the machine's processors, which is also the default. importance: GGUF tensor name -> weight of each
-    input channel (row length,) float32, above 0; n_chunks, the rows of text behind it, is only noted in the file.
-    progress: gets the name of each tensor when llama.cpp begins with it. Raises UserError with llama.cpp's reason.
+    input channel (row length,) float32, above 0; n_chunks, its number of rows of text, is only noted in the file.
+    progress: is called with the name of each tensor when llama.cpp begins with it. Raises UserError with llama.cpp's
+    reason.
     """
     check_imatrix(encoding, bool(importance))
     processors = os.cpu_count() or 1
@@ -149,7 +132,7 @@ def quantize_matrix(weight_OI: np.ndarray, type: GGMLQuantizationType, importanc
                     ) -> np.ndarray:
     """The blocks that llama.cpp's quantizer makes of one matrix: (O, bytes of a row) uint8, each row by itself.
 
-    importance_I: as in quantize_file, (I,) float32. Raises ValueError for what ggml would end the process on, and
+    importance_I: as in quantize_file, (I,) float32. Raises ValueError for input on which ggml would abort, and
     UserError when the blocks are not finite.
     """
     weight_OI = np.ascontiguousarray(weight_OI, dtype=np.float32)
@@ -216,7 +199,7 @@ def _imatrix(importance: Mapping[str, np.ndarray]) -> ctypes.Array:
 
 
 def _check_importance(name: str, values: np.ndarray, row: int) -> None:
-    """Raise ValueError for what the quantizer misreads, or silently makes garbage of: it zeroes a block of zeros."""
+    """Raise ValueError for an importance that the quantizer would misread; it turns a block of zeros into zeros."""
     if values.dtype != np.float32 or values.shape != (row,) or not values.flags.c_contiguous:
         raise ValueError(f"imatrix: {name} is {values.dtype} {values.shape}, need contiguous float32 ({row},)")
     if not (np.isfinite(values) & (values > 0)).all():
@@ -224,7 +207,7 @@ def _check_importance(name: str, values: np.ndarray, row: int) -> None:
 
 
 def _imatrix_metadata(n_entries: int, n_chunks: int | None) -> ctypes.Array:
-    """What llama-quantize notes in the file, but for the names of matrix and text, which are local paths.
+    """The keys that llama-quantize notes in the file, except the names of matrix and text, which are local paths.
 
     The list ends with an entry without a key. Source: tools/quantize/quantize.cpp in llama.cpp.
     """
@@ -236,9 +219,9 @@ def _imatrix_metadata(n_entries: int, n_chunks: int | None) -> ctypes.Array:
 
 
 def _overrides(source: Path, encoding: Encoding) -> ctypes.Array | None:
-    """Types of single tensors: those of a mixed precision, and F16 where llama.cpp would give up.
+    """Types of single tensors: those of a mixed precision, and F16 where llama.cpp would fail.
 
-    It knows no substitute for block sizes other than 32 and 256 (Q1_0 has 128).
+    It has no substitute for block sizes other than 32 and 256 (Q1_0 has 128).
     """
     types = dict(encoding.tensor_types)
     if not types and encoding.block not in (32, 256):
@@ -257,7 +240,7 @@ def _embedding_row(source: Path) -> int:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a GGUF file holds."""
+    """The contents of a GGUF file."""
 
     tensor_types: dict[str, int]  # type -> number of tensors
     data_bytes: int  # of all tensors, padding left out
@@ -265,7 +248,7 @@ class Contents:
 
 
 def read_contents(file: Path, encoding: Encoding) -> Contents:
-    """Read a finished file back and judge every tensor's type against the encoding."""
+    """Read a finished file back and compare every tensor's type with the encoding's."""
     tensors = GGUFReader(file).tensors
     counts = Counter(tensor.tensor_type.name for tensor in tensors)
     found = (judge_type(tensor.name, [int(n) for n in tensor.shape], tensor.tensor_type, encoding)
@@ -275,10 +258,10 @@ def read_contents(file: Path, encoding: Encoding) -> Contents:
 
 
 def judge_type(name: str, shape: Sequence[int], got: GGMLQuantizationType, encoding: Encoding) -> Fallback | None:
-    """A Fallback when the tensor has another type than the encoding would give it if only its rows allowed.
+    """Return a Fallback if the tensor has another type than the encoding asks for because its rows do not divide.
 
     shape: GGUF's order, row length first. A mixture's own choices (Q4_K_M holds some tensors in Q6_K, most encodings
-    the output in Q6_K) are no fallbacks: there the row is a multiple of the super-block and llama.cpp chose freely.
+    the output in Q6_K) are not fallbacks: there the row is a multiple of the super-block and llama.cpp chose freely.
     """
     row = shape[0]
     if encoding.tensor_types:

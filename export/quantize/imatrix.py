@@ -1,8 +1,8 @@
 """The importance matrix: how strongly each input of each linear fires, collected in PyTorch for llama.cpp's quantizer.
 
-Same quantity as llama.cpp's llama-imatrix: the mean square of a linear's inputs, one number an input channel. Only
+The same quantity as llama.cpp's llama-imatrix: the mean square of a linear's inputs, one number per input channel. Only
 ratios within a matrix matter. llama.cpp finds an entry by the tensor's own name, so a tied embedding, which has no
-output.weight beside it, takes the head's inputs as token_embd.weight.
+separate output.weight, gets the head's inputs under token_embd.weight.
 """
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from lrc_edge.roles import EMBEDDING, HEAD, Weight
 FLOOR = 1e-6  # of the mean: a channel that never fired on this text may fire on another, and zeros make garbage
 SILENT = 1e-20  # mean square of a linear that never fired; further down the quantizer's products leave float32's range
 
-BATCH_TOKENS = 1024  # that the model runs on at once
+BATCH_TOKENS = 1024  # in one run of the model
 PIECE = 1 << 18  # inputs that are squared at once
 _SAME_INPUT = {"attn_k": "attn_q", "attn_v": "attn_q", "ffn_up": "ffn_gate"}  # role -> role with the same inputs
 
 
 def measured_weights(checkpoint: DenseCheckpoint) -> Iterator[Weight]:
-    """The matrices that have an importance: all but an untied embedding, whose input is no vector."""
+    """The matrices that have an importance: all except an untied embedding, whose input is an id."""
     for weight in checkpoint.weights():
         if len(weight.shape) == 2 and (weight.role is not EMBEDDING or checkpoint.shape.tied):
             yield weight
@@ -38,9 +38,10 @@ def collect(checkpoint: DenseCheckpoint, rows_BL: np.ndarray, progress: Listener
             dtype: torch.dtype | None = None) -> dict[str, np.ndarray]:
     """Weight name -> mean square of its inputs over all tokens of `rows_BL`, (in_features,) float32, above 0.
 
-    For measured_weights(). A matrix whose inputs are all silent gets ones, as in llama.cpp: every channel counts alike.
-    `dtype`: what the model computes in; by default bfloat16 where the processor multiplies in it. Its rounding moves a
-    mean by 1 % at most and does not change the quality of files (docs/LOG.md). The same rows give the same bits again.
+    For measured_weights(). A matrix whose inputs are all silent gets ones, as in llama.cpp: all channels are equal.
+    `dtype`: the type that the model computes in; by default bfloat16 where the processor multiplies in it. Its rounding
+    moves a mean by 1 % at most and does not change the quality of files (docs/LOG.md). The same rows give the same bits
+    again.
     """
     if not rows_BL.size:
         raise ValueError(f"imatrix: rows {rows_BL.shape} hold no token")
@@ -69,7 +70,7 @@ def collect(checkpoint: DenseCheckpoint, rows_BL: np.ndarray, progress: Listener
 
 
 def _input_of(weight: Weight) -> tuple[str, int | None]:
-    """Role and layer of the matrix whose inputs are this one's, too."""
+    """Role and layer of the matrix that stands for all matrices with these inputs."""
     if weight.role is EMBEDDING:  # a tied one is the head
         return HEAD.name, None
     return _SAME_INPUT.get(weight.role.name, weight.role.name), weight.layer

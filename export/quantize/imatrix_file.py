@@ -1,6 +1,6 @@
 """The importance matrix as a file: llama.cpp's imatrix GGUF, which llama-quantize and llama-imatrix read as well.
 
-For each tensor `<name>.in_sum2`, the sums of squares of its inputs, and `<name>.counts`, the tokens behind them.
+For each tensor `<name>.in_sum2`, the sums of squares of its inputs, and `<name>.counts`, the number of tokens.
 Format: tools/imatrix and common/imatrix-loader.cpp in llama.cpp.
 """
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 from gguf import GGUFReader, GGUFType, GGUFWriter, Keys
 
 from lrc_edge.checkpoint import DenseCheckpoint
-from lrc_edge.errors import UserError
+from lrc_edge.errors import UserError, one_line
 from lrc_edge.export.gguf.to_gguf import gguf_name
 from lrc_edge.export.quantize.imatrix import measured_weights
 
@@ -23,7 +23,7 @@ def write_imatrix(file: Path, checkpoint: DenseCheckpoint, importance: Mapping[s
                   row_len: int, dataset: str) -> None:
     """Write imatrix.collect's mean squares of `n_rows` rows of `row_len` tokens, under GGUF's tensor names.
 
-    dataset: what tells the text apart; no path, for the file travels and llama.cpp copies it into what it quantizes.
+    dataset: identifies the text. Not a path: the file is published, and llama.cpp copies this into what it quantizes.
     """
     writer = GGUFWriter(file, "")
     writer.add_type(GGUFType.IMATRIX)
@@ -51,7 +51,7 @@ def read_imatrix(file: Path, checkpoint: DenseCheckpoint) -> dict[str, np.ndarra
     try:
         tensors = {tensor.name: np.array(tensor.data) for tensor in GGUFReader(file).tensors}
     except (OSError, ValueError, IndexError, KeyError) as error:
-        raise UserError(f"{file}: not an imatrix GGUF ({' '.join(str(error).split())}); make it again") from error
+        raise UserError(f"{file}: not an imatrix GGUF ({one_line(error)}); make it again") from error
     importance = {}
     for weight in measured_weights(checkpoint):
         sums, counts = (tensors.pop(gguf_name(weight) + suffix, None) for suffix in (SUMS, COUNTS))

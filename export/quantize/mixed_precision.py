@@ -1,7 +1,7 @@
-"""Mixed precision: the type of every matrix that loses least at a given size.
+"""Mixed precision: choose the type of every matrix so that a file of a given size loses least.
 
-Given what each type costs a matrix (sensitivity.py), choosing one a matrix under a limit on the bytes is the
-multiple-choice knapsack problem; dynamic programming solves it.
+Given what each type costs each matrix (sensitivity.py), choosing one type per matrix under a limit on the bytes is the
+multiple-choice knapsack problem. Dynamic programming solves it.
 """
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lrc_edge.roles import Weight
 
 QType = GGMLQuantizationType
 
-# By the block that the row must be a multiple of, in order of size. The codebook types of 3 bits and fewer (IQ3_S,
+# Block that the row must be a multiple of -> types, in order of size. The codebook types of 3 bits and fewer (IQ3_S,
 # IQ2_XS) are left out: they gain little (docs/LOG.md), and look weights up in tables where the others compute.
 _TYPES = {
     256: (QType.Q2_K, QType.Q3_K, QType.IQ4_XS, QType.Q4_K, QType.Q5_K, QType.Q6_K, QType.Q8_0),
@@ -39,9 +39,9 @@ def tensor_bytes(weight: Weight, type: GGMLQuantizationType) -> int:
 
 
 def check_size(weights: Iterable[Weight], bits_per_weight: float, extra_bytes: int = 0) -> None:
-    """Raise UserError, with what is possible, when no choice of types has at most that size, or every one has.
+    """Raise UserError, with the possible range, when no choice of types is that small, or every choice is smaller.
 
-    extra_bytes: of tensors that are no weights.
+    extra_bytes: of tensors that are not weights.
     """
     weights = list(weights)
     n_params = sum(weight.numel for weight in weights)
@@ -63,17 +63,12 @@ def _down(bits: float) -> str:
 
 @dataclass(frozen=True)
 class Allocation:
-    """One type a matrix, and what that is expected to cost."""
+    """One type per matrix, and the expected cost."""
 
-    bits_per_weight: float  # asked for
+    bits_per_weight: float  # requested
     types: Mapping[str, GGMLQuantizationType]  # weight name -> type
     main_type: GGMLQuantizationType  # of most quantized weights
-    predicted_kl: float  # nats a token, on the calibration text: the sum of the matrices' own
-
-
-def encoding_name(bits_per_weight: float) -> str:
-    """4.25 -> "4.25bpw"."""
-    return f"{bits_per_weight:g}bpw"
+    predicted_kl: float  # nats per token on the calibration text: the sum over the matrices
 
 
 def allocate(weights: Iterable[Weight], costs: Mapping[str, Mapping[str, float]], bits_per_weight: float,
@@ -132,5 +127,5 @@ def choose(sizes: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], bu
 
 
 def _fixed_bytes(weights: Iterable[Weight], extra_bytes: int) -> int:
-    """What has no choice: vectors are F32."""
+    """Bytes of tensors with a fixed type: vectors (always F32), plus `extra_bytes`."""
     return extra_bytes + sum(4 * weight.numel for weight in weights if len(weight.shape) == 1)

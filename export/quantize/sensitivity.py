@@ -1,8 +1,8 @@
-"""How much each matrix suffers from each quantized type: the KL divergence from the unquantized model, measured.
+"""Measure how much each quantized type degrades each matrix: the KL divergence from the unquantized model.
 
-One matrix at a time is quantized to Q4_0 and the model run in PyTorch on a few calibration rows. The divergence grows
-with the square of the error that the matrix makes in its outputs (docs/LOG.md has how exactly), so the other types
-follow from their errors on the same inputs, which cost no run of the model.
+One matrix at a time is quantized to Q4_0, and the model runs in PyTorch on a few calibration rows. The divergence grows
+with the square of the error in the matrix's outputs (how closely: docs/LOG.md), so the other types follow from their
+errors on the same inputs, without further runs of the model.
 """
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from lrc_edge.export.quantize.encodings import quantize_matrix
 from lrc_edge.export.quantize.mixed_precision import candidates
 from lrc_edge.roles import EMBEDDING, HEAD, Weight
 
-PROBE = GGMLQuantizationType.Q4_0  # an error of the size that matters, for every row of whole blocks of 32
+PROBE = GGMLQuantizationType.Q4_0  # its error has the size that matters, and it fits every row of blocks of 32
 SAMPLE = (2, 128)  # calibration rows, and tokens of each, that the model runs on; more change little (docs/LOG.md)
-ERROR_ROWS = 256  # rows of a matrix that the types are compared on
+ERROR_ROWS = 256  # rows of a matrix on which types are compared
 
 
 @torch.inference_mode()
@@ -56,19 +56,19 @@ def _matrices(checkpoint: DenseCheckpoint) -> Iterable[Weight]:
 
 
 def _first_layer(checkpoint: DenseCheckpoint, weight: Weight) -> int:
-    """The layer that a change of the weight is first felt in; the number of layers for the head."""
+    """The first layer that a change of the weight affects; the number of layers for the head."""
     if weight.layer is not None:
         return weight.layer
     return 0 if weight.role is EMBEDDING else checkpoint.shape.num_hidden_layers
 
 
 def _work(checkpoint: DenseCheckpoint, weight: Weight) -> int:
-    """Layers to run for it, the head among them."""
+    """Layers to run when the weight changes, the head included."""
     return 1 + checkpoint.shape.num_hidden_layers - _first_layer(checkpoint, weight)
 
 
 class _Sample:
-    """The model on a few rows. What enters each layer is kept: a change there costs only the layers that follow."""
+    """The model on a few rows. The inputs of each layer are kept, so a change there runs only the layers after it."""
 
     def __init__(self, checkpoint: DenseCheckpoint, rows_BL: np.ndarray):
         self.checkpoint, self.model = checkpoint, checkpoint.model()
@@ -87,7 +87,7 @@ class _Sample:
         self._entering.append(self._run(self._entering[-1], len(self._entering) - 1))
 
     def _run(self, hidden_BLD: torch.Tensor, first_layer: int) -> torch.Tensor:
-        """From what enters `first_layer` to what leaves the last one."""
+        """Map the inputs of `first_layer` to the outputs of the last layer."""
         for layer, arguments in zip(self.model.model.layers[first_layer:], self._arguments[first_layer:], strict=True):
             out = layer(hidden_BLD, **arguments)
             hidden_BLD = out[0] if isinstance(out, tuple) else out  # a tuple in older transformers
@@ -111,7 +111,7 @@ class _Sample:
             parameter.data.copy_(original_OI)
 
     def inputs_of(self, weight: Weight) -> torch.Tensor | None:
-        """What the matrix multiplies, (N, I); None for an embedding that is no head."""
+        """The inputs of the matrix, (N, I); None for an embedding that is not also the head."""
         if weight.role is EMBEDDING and not self.checkpoint.shape.tied:
             return None
         user = HEAD.weight if weight.role is EMBEDDING else weight.name
@@ -144,5 +144,5 @@ def _errors(checkpoint: DenseCheckpoint, weight: Weight, types: Iterable[GGMLQua
 
 
 def _quantized(weight_OI: torch.Tensor, type: GGMLQuantizationType, importance_I: np.ndarray | None) -> torch.Tensor:
-    """What a runtime decodes of the matrix in this type."""
+    """The matrix as a runtime decodes it from this type."""
     return torch.from_numpy(quants.dequantize(quantize_matrix(weight_OI.float().numpy(), type, importance_I), type))

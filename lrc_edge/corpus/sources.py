@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lrc_edge.errors import UserError
+from lrc_edge.errors import UserError, one_line
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 SELF = "self"  # the source that is no text yet: the teacher's own samples (train/self_data.py)
@@ -120,7 +120,7 @@ def _parquet_documents(path: Path, fields: Fields) -> Iterator[Document]:
                 row += 1
                 yield from _row_documents(table, fields, f"{path} row {row}")
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable parquet file ({_one_line(error)}); get it again") from error
+        raise UserError(f"{path}: not a readable parquet file ({one_line(error)}); get it again") from error
 
 
 def _hub_documents(source: str, fields: Fields) -> Iterator[Document]:
@@ -131,7 +131,7 @@ def _hub_documents(source: str, fields: Fields) -> Iterator[Document]:
     try:
         rows: Any = load_dataset(name, config or None, split=split or "train", streaming=True)
     except Exception as error:  # offline, misspelt, gated, no such split: the client raises many types
-        raise UserError(f"{source}: no such file, and the hub did not give it as a dataset ({_one_line(error)}); "
+        raise UserError(f"{source}: no such file, and the hub did not give it as a dataset ({one_line(error)}); "
                         f"{WANTED}") from error
     stream = iter(rows)
     while True:
@@ -140,7 +140,7 @@ def _hub_documents(source: str, fields: Fields) -> Iterator[Document]:
         except StopIteration:
             return
         except Exception as error:  # as above
-            raise UserError(f"{source}: the hub stopped after row {number} ({_one_line(error)}); run the command "
+            raise UserError(f"{source}: the hub stopped after row {number} ({one_line(error)}); run the command "
                             "again: it continues") from error
         number += 1
         yield from _row_documents(row, fields, f"{source} row {number}")
@@ -205,7 +205,3 @@ def _passages(lines: Iterator[str]) -> Iterator[str]:
         size += len(line)
     if size:
         yield "".join(passage)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__

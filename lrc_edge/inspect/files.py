@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lrc_edge.config_file import PROVENANCE_FILE, front_matter, one_line, read_optional, read_provenance, read_table
-from lrc_edge.errors import UserError
+from lrc_edge.config_file import PROVENANCE_FILE, front_matter, read_optional, read_provenance, read_table
+from lrc_edge.errors import UserError, one_line
 from lrc_edge.roles import FAMILIES
 from lrc_edge.shape import ModelShape
 
@@ -60,7 +60,7 @@ def _safetensors(path: Path) -> list[dict[str, Any]]:
                     view = handle.get_slice(name)
                     tensors.append(_tensor(name, view.get_dtype(), list(view.get_shape())))
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: truncated or corrupt ({' '.join(str(error).split())}; "
+            raise UserError(f"{file}: truncated or corrupt ({one_line(error)}; "
                             f"{file.stat().st_size:,} bytes); download it again") from error
     return tensors
 

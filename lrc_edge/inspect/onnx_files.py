@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lrc_edge.errors import UserError
+from lrc_edge.errors import UserError, one_line
 from lrc_edge.figures import visible
 
 _FLOATS = ("FLOAT", "DOUBLE", "FLOAT16", "BFLOAT16")
@@ -56,7 +56,7 @@ def load_model(path: Path) -> Any:
     try:
         model = onnx.load(path, load_external_data=False)
     except (DecodeError, ValueError) as error:
-        raise UserError(f"{path}: truncated or corrupt ({' '.join(str(error).split())}); "
+        raise UserError(f"{path}: truncated or corrupt ({one_line(error)}); "
                         "write or download the file again") from error
     if not model.graph.node:  # an empty file is a valid protobuf
         raise UserError(f"{path}: holds no ONNX graph ({path.stat().st_size:,} bytes); "

@@ -25,7 +25,7 @@ from lrc_edge.report.report_file import REPORT, damage_reported, read_report, wr
 from lrc_edge.report.view import Names, gate_cells
 from lrc_edge.stored_reference import REFERENCE_FILE, TEACHER_FILE, StoredReference
 from lrc_edge.targets import speed
-from lrc_edge.targets.devices.device_check import Checked, check_artifact
+from lrc_edge.targets.devices.device_check import CheckInput, check_artifact
 from lrc_edge.targets.profile import Profile, load_profiles
 from lrc_edge.targets.runtimes.table import runtimes_of
 from lrc_edge.targets.runtimes.worker import WorkerFailed, ended_by_signals
@@ -38,7 +38,7 @@ class BuildFacts:
 
     out: Path
     artifacts: tuple[Artifact, ...]
-    given: Checked
+    check_input: CheckInput
 
     @classmethod
     def read(cls, out: Path) -> BuildFacts:
@@ -54,14 +54,14 @@ class BuildFacts:
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{out / MANIFEST}: damaged ({error!r}); copy it again, or build again") from error
         reference = StoredReference.load(out / REFERENCE_FILE)
-        return cls(out, artifacts, Checked(out, reference, recipe, threads_for(reference.shape)))
+        return cls(out, artifacts, CheckInput(out, reference, recipe, threads_for(reference.shape)))
 
     def artifacts_for(self, profile: Profile) -> list[Artifact]:
         """Those that the profile runs. Raises UserError when there are none, or when one is not where it was."""
         wanted = [a for a in self.artifacts if _kind(a) in profile.format_names]
         if not wanted:
             raise UserError(f"{self.out}: holds none of what {profile.name} runs ({', '.join(profile.format_names)}); "
-                            f"build it with --target {profile.given}")
+                            f"build it with --target {profile.name_or_path}")
         for artifact in wanted:
             if not (self.out / artifact.path).exists():
                 raise UserError(f"{self.out / artifact.path}: missing, though the build wrote it; copy it here or "
@@ -98,8 +98,8 @@ def check_targets(out: Path, targets: Sequence[str], console: Console) -> ExitSt
 
 def _check_target(facts: BuildFacts, artifacts: list[Artifact], profile: Profile, console: Console) -> dict[str, Any]:
     with running(console, profile.name) as task:
-        rows = [check_artifact(artifact, runtime, profile, facts.given, task.update) for artifact in artifacts
-                for runtime in runtimes_of(profile) if runtime.format == artifact.format]
+        rows = [check_artifact(artifact, runtime, profile, facts.check_input, task.update) for artifact in artifacts
+                for runtime in runtimes_of(profile) if runtime.row.reads == artifact.format]
         _add_speed(facts, profile, rows, task)
     there = {_kind(artifact) for artifact in artifacts}
     return {"target": profile.name, "description": profile.description,
@@ -117,10 +117,10 @@ def _add_speed(facts: BuildFacts, profile: Profile, rows: list[dict[str, Any]], 
     teacher = facts.out / TEACHER_FILE
     if timed and "llama.cpp" in runtimes and teacher.exists():
         files = {"teacher": (runtimes["llama.cpp"].start, teacher), **files}
-    n_ctx = min(facts.given.reference.shape.max_position_embeddings, 2 * speed.DEPTH)
-    prompt = facts.given.reference.long_prompt(n_ctx)
+    n_ctx = min(facts.check_input.reference.shape.max_position_embeddings, 2 * speed.DEPTH)
+    prompt = facts.check_input.reference.long_prompt(n_ctx)
     try:
-        found = speed.measure(files, prompt, n_ctx, facts.given.threads, task.update) if timed else {}
+        found = speed.measure(files, prompt, n_ctx, facts.check_input.threads, task.update) if timed else {}
     except WorkerFailed as error:  # no reason to lose the rows
         task.console.print(f"{profile.name}: speed was not measured: {visible(str(error))}", style="yellow",
                            highlight=False, markup=False, soft_wrap=True)

@@ -1,12 +1,12 @@
 """The plan of a run: teacher, recipe, formats, devices and the student's shape, resolved once. Stages only read it."""
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from lrc_edge.checkpoint import DenseCheckpoint, resolve_model
 from lrc_edge.errors import UserError
+from lrc_edge.formats import Format, format_of
 from lrc_edge.machine import threads_for
 from lrc_edge.recipe import Recipe
 from lrc_edge.shape import ModelShape, student_width
@@ -33,8 +33,8 @@ class Source:
 class Plan:
     """What a run makes, and of what.
 
-    source: the teacher of a build, or the finished model of an export. formats: (kind, encoding) of each file to write;
-    none on a machine that only trains.
+    source: the teacher of a build, or the finished model of an export. formats: of the files to write; none on a
+    machine that only trains.
     """
 
     recipe: Recipe
@@ -42,7 +42,7 @@ class Plan:
     trains: bool  # a student of `source`; otherwise `source` is exported as it is
     student: ModelShape
     student_name: str
-    formats: tuple[tuple[str, str], ...]
+    formats: tuple[Format, ...]
     profiles: tuple[Profile, ...]  # of the devices that the recipe names
 
     @classmethod
@@ -54,10 +54,10 @@ class Plan:
         if width >= teacher.shape.hidden_size:
             raise UserError(f"student.hidden_size = {width}: the teacher {teacher.name} is {teacher.shape.hidden_size} "
                             "wide; need a smaller student")
-        formats = wanted_formats(recipe, width) if writes else []
+        profiles = tuple(load_profiles(recipe.export.targets))
         return cls(recipe, source, True, teacher.shape.with_hidden_size(width),
-                   recipe.student.name or f"{teacher.name}-LRC-{width}", tuple(formats),
-                   tuple(load_profiles(recipe.export.targets)))
+                   recipe.student.name or f"{teacher.name}-LRC-{width}",
+                   _wanted_formats(recipe, profiles, width) if writes else (), profiles)
 
     @classmethod
     def of_export(cls, given: str, recipe: Recipe) -> Plan:
@@ -66,8 +66,9 @@ class Plan:
         shape = source.checkpoint.shape
         if recipe.quantize.tokens and not recipe.train.tokens:  # read only as much of --data as is used
             recipe = replace(recipe, train=replace(recipe.train, tokens=recipe.quantize.tokens))
+        profiles = tuple(load_profiles(recipe.export.targets))
         return cls(recipe, source, False, shape, source.checkpoint.name,
-                   tuple(wanted_formats(recipe, shape.hidden_size)), tuple(load_profiles(recipe.export.targets)))
+                   _wanted_formats(recipe, profiles, shape.hidden_size), profiles)
 
     @property
     def teacher(self) -> DenseCheckpoint | None:
@@ -81,7 +82,7 @@ class Plan:
 
     def encodings(self, kind: str) -> list[str]:
         """Encodings to write as files of this kind ("gguf" or "onnx"), without the mixed-precision one."""
-        return [encoding for found, encoding in self.formats if found == kind]
+        return [row.encoding for row in self.formats if row.kind == kind]
 
     @property
     def mixes_types(self) -> bool:
@@ -100,7 +101,7 @@ class Plan:
     @property
     def trains_on_grid(self) -> bool:
         """Whether a quantization-aware phase follows: the recipe asks for one, and a file of its grid is written."""
-        return self.recipe.quantize.tokens > 0 and not GRID_FORMATS.isdisjoint(self.formats)
+        return self.recipe.quantize.tokens > 0 and any(row.trained_on_grid for row in self.formats)
 
     @cached_property
     def times_teacher(self) -> bool:
@@ -108,38 +109,10 @@ class Plan:
         return self.trains and any(is_here(profile) for profile in self.profiles)
 
 
-GRID_FORMATS = {("gguf", "q4_0"), ("onnx", "q4")}  # made of the student that quantization-aware training leaves
-
-# Name -> elements of a block, which a row must be a multiple of.
-ONNX_ENCODINGS = {"fp32": 1, "fp16": 1, "q8": 32, "q4": 32}
-
-
-def gguf_encodings() -> dict[str, int]:
-    """GGUF encoding -> elements of its block (1, 32 or 256)."""
-    from lrc_edge.export.quantize.encodings import ENCODINGS
-
-    return {name: encoding.block for name, encoding in ENCODINGS.items()}
-
-
-def parse_format(text: str) -> tuple[str, str]:
-    """`gguf:q4_k_m` -> ("gguf", "q4_k_m"). Raises UserError with the nearest known name."""
-    format_, _, encoding = text.lower().partition(":")
-    known = [f"onnx:{name}" for name in ONNX_ENCODINGS] + [f"gguf:{name}" for name in gguf_encodings()]
-    if f"{format_}:{encoding}" not in known:
-        near = difflib.get_close_matches(text.lower(), known, n=1, cutoff=0.0)[0]
-        raise UserError(f"format {text!r} is unknown; did you mean {near}? Known: {', '.join(known)}")
-    return format_, encoding
-
-
-def wanted_formats(recipe: Recipe, hidden_size: int) -> list[tuple[str, str]]:
-    """The recipe's formats and its targets', or the default ones of a model of this width."""
-    named = [*recipe.export.formats, *(name for profile in load_profiles(recipe.export.targets)
-                                       for name in profile.format_names)]
+def _wanted_formats(recipe: Recipe, profiles: tuple[Profile, ...], hidden_size: int) -> tuple[Format, ...]:
+    """The formats of the recipe and of its devices, or the default ones for a model of this width."""
+    named = [*recipe.export.formats, *(name for profile in profiles for name in profile.format_names)]
     default = ["gguf:f16", "gguf:q8_0", "onnx:fp32"]
-    default += ["gguf:q4_k_m", "gguf:q4_0", "onnx:q4"] * (hidden_size % 256 == 0)
-    return [parse_format(text) for text in dict.fromkeys(named or default)]
-
-
-def block_sizes(formats: tuple[tuple[str, str], ...]) -> dict[str, dict[str, int]]:
-    """Kind -> encoding -> elements of its block; of GGUF none where no file is written."""
-    return {"gguf": gguf_encodings() if formats else {}, "onnx": ONNX_ENCODINGS}
+    if hidden_size % 256 == 0:
+        default += ["gguf:q4_k_m", "gguf:q4_0", "onnx:q4"]
+    return tuple(dict.fromkeys(format_of(text) for text in named or default))

@@ -6,7 +6,8 @@ from pathlib import Path
 from lrc_edge.corpus.sources import SELF, WANTED, looks_local
 from lrc_edge.errors import UserError
 from lrc_edge.figures import human_bytes
-from lrc_edge.pipeline.plan import Plan, block_sizes
+from lrc_edge.formats import FORMATS
+from lrc_edge.pipeline.plan import Plan
 from lrc_edge.recipe import Recipe
 from lrc_edge.roles import weights_of
 from lrc_edge.targets.fit import check_fit
@@ -56,13 +57,10 @@ def fit_warnings(plan: Plan) -> list[str]:
 def _check_width(plan: Plan) -> None:
     """Check that each format's blocks divide the student's rows."""
     width = plan.student.hidden_size
-    blocks = {f"{kind}:{name}": block for kind, table in block_sizes(plan.formats).items()
-              for name, block in table.items()}
-    for kind, encoding in plan.formats:
-        block = blocks[f"{kind}:{encoding}"]
-        if width % block:
-            remain = [name for name, size in blocks.items() if width % size == 0]
-            raise UserError(f"student.hidden_size = {width}: {kind}:{encoding} needs a multiple of {block}; change it, "
+    for row in plan.formats:
+        if width % row.block:
+            remain = [other.name for other in FORMATS.values() if width % other.block == 0]
+            raise UserError(f"student.hidden_size = {width}: {row.name} needs a multiple of {row.block}; change it, "
                             f"or use one of: {', '.join(remain)}")
 
 
@@ -109,15 +107,13 @@ def _check_mixed_precision(plan: Plan) -> None:
         check_size(weights_of(plan.student), plan.recipe.export.bits_per_weight)
 
 
-# Bytes a weight of the encodings, near enough to reserve disk.
-_BYTES = {"f32": 4.0, "fp32": 4.0, "f16": 2.0, "fp16": 2.0, "bf16": 2.0, "q8_0": 1.1, "q8": 1.2}
-_OTHER_BYTES = 0.9
+_LEAST_BYTES = 0.9  # per weight, to reserve disk: embedding and head have more bytes than `bytes_per_weight`
 
 
 def _export_bytes(plan: Plan) -> float:
     """Artifacts, the lossless file that llama.cpp quantizes from, and quantization-aware training."""
     recipe, n_params = plan.recipe, plan.student.n_params
-    kept = sum(_BYTES.get(encoding, _OTHER_BYTES) for _, encoding in plan.formats) + recipe.export.bits_per_weight / 8
+    kept = sum(max(row.bytes_per_weight, _LEAST_BYTES) for row in plan.formats) + recipe.export.bits_per_weight / 8
     on_grid = _training_bytes(recipe, 4 * n_params) + 4.0 * n_params if recipe.quantize.tokens else 0.0
     return n_params * (kept + 4.0) + on_grid
 

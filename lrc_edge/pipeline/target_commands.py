@@ -13,7 +13,7 @@ from rich.table import Table
 
 from lrc_edge.config_file import PROVENANCE_FILE, read_config, shape_of
 from lrc_edge.console import running
-from lrc_edge.errors import UserError
+from lrc_edge.errors import UserError, one_line
 from lrc_edge.exit_status import ExitStatus
 from lrc_edge.figures import human_bytes, human_count
 from lrc_edge.recipe import Recipe
@@ -147,9 +147,9 @@ def _download_config(hub_id: str) -> Path:
     try:
         return Path(hf_hub_download(hub_id, "config.json")).parent
     except Exception as error:  # offline, gated, misspelt: the hub client raises many types
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{hub_id}: no such directory, and the hub did not give its config.json ({reason}); give a "
-                        "local model directory or a hub id that you can download") from error
+        raise UserError(f"{hub_id}: no such directory, and the hub did not give its config.json "
+                        f"({one_line(error)}); give a local model directory or a hub id that you can download"
+                        ) from error
 
 
 def _print_fit(title: str, plan: Fit, console: Console) -> None:

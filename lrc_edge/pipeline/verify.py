@@ -18,6 +18,7 @@ from lrc_edge.console import running, stage_line
 from lrc_edge.errors import UserError
 from lrc_edge.exit_status import ExitStatus
 from lrc_edge.finding import Finding, faults
+from lrc_edge.formats import judged_as, onnx_format_of
 from lrc_edge.inspect.files import describe_gguf
 from lrc_edge.inspect.onnx_files import describe_onnx
 from lrc_edge.parity import Gate
@@ -29,9 +30,6 @@ from lrc_edge.recipe import Recipe
 from lrc_edge.report.report_file import read_report, show_verdict, write_report
 from lrc_edge.targets.proof.prove import ProofText, prove
 from lrc_edge.workspace import MANIFEST
-
-# ONNX files have no name for their encoding: it follows from the bits of a weight, scales included.
-ONNX_BITS = {"fp32": 24.0, "fp16": 12.0, "q8": 7.0, "q4": 0.0}
 
 
 @dataclass
@@ -118,8 +116,7 @@ def _gguf_artifact(file: Path) -> Artifact:
 
 def _onnx_artifact(file: Path) -> Artifact:
     found = describe_onnx(file)
-    bits = found["bits_per_weight"] or 0.0
-    encoding = next(name for name, least in ONNX_BITS.items() if bits >= least)
+    encoding = onnx_format_of(found["bits_per_weight"] or 0.0).encoding
     types = Counter(tensor["dtype"] for tensor in found["tensors"])
     data = [file.parent / name for name in found["data_files"]]
     return _artifact(file, "onnx", encoding, found, dict(types), [file, *data])
@@ -127,6 +124,7 @@ def _onnx_artifact(file: Path) -> Artifact:
 
 def _artifact(file: Path, format_: str, encoding: str, found: dict[str, Any], types: dict[str, int],
               parts: Sequence[Path]) -> Artifact:
+    judged_as(f"{format_}:{encoding}")  # raises for a type that no gate is for
     return Artifact(path=str(file), format=format_, encoding=encoding, bytes=found["bytes"],
                     bits_per_weight=found["bits_per_weight"] or 0.0, sha256=sha256_of(*parts), fallbacks=(),
                     tensor_types=types)

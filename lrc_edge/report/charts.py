@@ -12,6 +12,8 @@ from lrc_edge.parity import AS_TRAINED
 from lrc_edge.report.svg import Bar, Point, Series, bar_chart, line_chart, point_chart
 from lrc_edge.report.view import Names, Report, student_perplexity, worst_kl
 
+# Color and radius of a format's dots. Files of the same blocks lie on the same spot, so one is larger.
+_DOTS = {"gguf": ("c1", 5.5), "onnx": ("c2", 3.6)}
 BINS = 120  # points of one loss curve; longer ones are averaged
 
 
@@ -82,7 +84,7 @@ def _point(artifact: dict[str, Any], names: Names, y: float, note: str, error: f
     """The colour says the format, so the encoding is label enough."""
     name = names(artifact["path"])
     label = name.rpartition("/")[2].removeprefix(f"{artifact['format']}:")
-    css, radius = ("c1", 5.5) if artifact["format"] == "gguf" else ("c2", 3.6)  # the same grid: the same spot
+    css, radius = _DOTS[artifact["format"]]
     return Point(label, name, artifact["bytes"], y, css, f"{human_bytes(artifact['bytes'])}, {note}", error, radius)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from lrc_edge import __version__
 from lrc_edge.checkpoint import DenseCheckpoint
+from lrc_edge.formats import mixed_encoding
 from lrc_edge.machine import processors
 
 
@@ -42,7 +43,7 @@ def report_table(stages: dict[str, Any], student: DenseCheckpoint, teacher: Dens
 
 def _allocation(table: dict[str, Any], artifacts: list[dict[str, Any]]) -> dict[str, Any] | None:
     """What the mixed precision was meant to be, beside what its file measured; None while that is not yet written."""
-    file = next((a for a in artifacts if a["encoding"] == f"{table['bits_per_weight']:g}bpw"), None)
+    file = next((a for a in artifacts if a["encoding"] == mixed_encoding(table["bits_per_weight"])), None)
     return file and {**table, "measured_bits_per_weight": file["bits_per_weight"],
                      "measured_kl": file["parity"]["prefill"]["kl_mean"]}
 

@@ -1,8 +1,8 @@
 """Runtimes in a browser's page: wllama (llama.cpp) and transformers.js (onnxruntime-web) in headless Chromium.
 
 Worker (worker.py) -> node/browser.mjs, which drives Chromium -> pages/*.mjs, which run the model. Everything comes
-from one server on 127.0.0.1; a request to anyone else is refused and remembered, and when the model is loaded the page
-is taken offline.
+from one server on 127.0.0.1. A request to any other server is refused and recorded, and once the model is loaded the
+page is offline.
 """
 from __future__ import annotations
 
@@ -23,13 +23,12 @@ NODE = Path(__file__).parent / "node"
 
 KITS: dict[str, tuple[Kit, ...]] = {"wllama": (WLLAMA, PLAYWRIGHT, CHROMIUM),
                                     "transformers.js": (TRANSFORMERS_JS, PLAYWRIGHT, CHROMIUM)}
-FORMATS = {"wllama": "gguf", "transformers.js": "onnx"}
 MODULES = {"wllama": "/page/wllama.mjs", "transformers.js": "/page/transformers_js.mjs"}
 
 
 @contextmanager
 def command(runtime: str, folder: Path) -> Iterator[Command]:
-    """What starts the worker of `runtime` ("wllama", "transformers.js"), while a server shows it the files in `folder`.
+    """Yield what starts the worker of `runtime`, a key of KITS, while a server gives it the files in `folder`.
 
     The path that `open` gets is the resolved one of a file below it: a .gguf, or an onnx/*.onnx of a transformers.js
     folder. A worker opens one file: afterwards its page is offline.

@@ -4,6 +4,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,8 @@ class EmulatedWorker(PythonWorker):
         self._label = label
 
     def open(self, path: str, n_ctx: int, threads: int, cache: str = "f16") -> dict[str, Any]:
-        if self._runtime_name != "llama.cpp":
-            return super().open(path, n_ctx, threads, cache) | {"label": self._label}
-        load_backends(llama_libraries())
-        return super().open(path, n_ctx, threads, cache) | {"label": f"{self._label}, {cpu_backend()}"}
+        detail = PREPARE[self._runtime_name]()
+        return super().open(path, n_ctx, threads, cache) | {"label": self._label + detail}
 
     def memory(self) -> dict[str, Any]:
         return super().memory() | {"how": "VmHWM, the emulator included"}
@@ -60,6 +59,15 @@ def cpu_backend() -> str:
     """The CPU backend that is loaded: libggml-cpu-armv8.2_2.so."""
     loaded = re.search(r"libggml-cpu-\S+", Path("/proc/self/maps").read_text())
     return loaded.group() if loaded else "no CPU backend"
+
+
+def load_llama_cpp() -> str:
+    load_backends(llama_libraries())
+    return f", {cpu_backend()}"
+
+
+# Runtime (a key of python_worker.OPEN) -> what prepares it and returns the end of its label.
+PREPARE: dict[str, Callable[[], str]] = {"llama.cpp": load_llama_cpp, "onnxruntime": str, "onnxruntime-genai": str}
 
 
 def main(runtime: str, label: str) -> None:

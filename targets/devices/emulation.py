@@ -67,7 +67,7 @@ class Aarch64:
                 f"all unpacked into {self.folder}  (260 MB; nothing is installed on the system)"]
 
     def install(self, say: Say) -> None:
-        """Raises UserError where apt-get, pip or npm is missing or fails; leaves nothing behind then."""
+        """Raises UserError if apt-get, pip or npm is missing or fails, and then leaves no files."""
         absent = [program for program in PROGRAMS if shutil.which(program) is None]
         absent += [] if importlib.util.find_spec("pip") else ["pip"]
         if absent:
@@ -88,7 +88,7 @@ KIT = Aarch64()
 
 
 def command(runtime: str, cpu: str) -> Command:
-    """A worker with `runtime`, one of BUILDS, on one of CPUS. The kit is installed.
+    """What starts a worker with `runtime`, one of BUILDS, on one of CPUS. The kit must be installed.
 
     Raises UserError for another processor.
     """
@@ -114,7 +114,7 @@ def _python(folder: Path, cpu: str, program: str) -> tuple[str, ...]:
 
 
 def _write_root(folder: Path, cpu: str) -> None:
-    """What `cpu` sees at /: the libraries, and a /proc/cpuinfo of its own."""
+    """Write the root folder that `cpu` sees: the libraries, and its own /proc/cpuinfo."""
     (proc := folder / cpu / "proc").mkdir(parents=True)
     (proc / "cpuinfo").write_text(CPUINFO.format(CPUS[cpu]))
     for name in ("lib", "usr"):

@@ -1,7 +1,7 @@
-"""Kits: what the runtimes of devices need beside Python, and how `lrc-edge targets setup` gets it.
+"""Kits: what the runtimes of devices need besides Python, and how `lrc-edge targets setup` installs it.
 
-A kit lies in a folder of the cache whose name has the digest of its pins: other versions, another folder. It is
-complete or not there at all. What only root can install is not tried without: the exact command is said instead.
+A kit is a folder in the cache whose name contains a digest of its pinned versions: other versions, another folder. It
+is complete or absent. If a package needs root and setup runs without it, setup prints the exact command.
 """
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ Say = Callable[[str], None]
 
 def cache_folder() -> Path:
     """$LRC_EDGE_CACHE, or lrc-edge in the user's cache folder."""
-    given = os.environ.get("LRC_EDGE_CACHE")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lrc-edge"
+    own = os.environ.get("LRC_EDGE_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lrc-edge"
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ class Npm:
         return None if self.folder.exists() else f"{self.name} is not installed"
 
     def plan(self) -> list[str]:
-        """What `install` will do, a line each."""
+        """What `install` will do, in lines."""
         return [f"npm install {' '.join(self.packages)}  ({self.size}, into {self.folder})"]
 
     def install(self, say: Say) -> None:
-        """Raises UserError where npm is missing or fails; leaves nothing behind then."""
+        """Raises UserError if npm is missing or fails, and then leaves no files."""
         if shutil.which("npm") is None:
             raise UserError(f"{self.name}: npm is not installed; install Node.js 20 or newer, which brings it")
         with unfinished(self.folder) as folder:
@@ -64,7 +64,7 @@ class Npm:
 
 @dataclass(frozen=True)
 class Apt:
-    """A program from Debian's or Ubuntu's packages; one that is already on the machine will do."""
+    """A program from Debian's or Ubuntu's packages, unless the machine has one already."""
 
     name: str
     packages: tuple[str, ...]
@@ -96,11 +96,11 @@ class Apt:
 
 @dataclass(frozen=True)
 class Pip:
-    """A runtime with Python bindings, in the Python that runs lrc-edge; any version that is there will do."""
+    """A runtime with Python bindings, in the Python that runs lrc-edge. Any installed version is used."""
 
     package: str
     module: str
-    version: str  # what `install` takes
+    version: str  # that `install` installs
 
     def missing(self) -> str | None:
         return None if find_spec(self.module) else f"{self.package} is not installed"
@@ -114,7 +114,7 @@ class Pip:
 
 @dataclass(frozen=True)
 class Unavailable:
-    """What nothing that could be installed would give this machine."""
+    """A requirement that no installation can meet on this machine."""
 
     why: str
 
@@ -139,7 +139,7 @@ def digest(*pins: str) -> str:
 
 
 class unfinished:
-    """A new folder that becomes `folder` when the block ends well, and goes away when it does not."""
+    """A new folder that becomes `folder` if the block succeeds, and is removed if it does not."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -156,7 +156,7 @@ class unfinished:
 
 
 def run(argv: list[str], say: Say, cwd: Path | None = None) -> str:
-    """Standard output of a command that must succeed. Raises UserError with its last words."""
+    """Standard output of a command that must succeed. Raises UserError with its last lines."""
     say(" ".join(argv))
     try:
         done = subprocess.run(argv, cwd=cwd, capture_output=True, text=True, check=False)

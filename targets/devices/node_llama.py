@@ -1,4 +1,4 @@
-"""llama.cpp in node, by node-llama-cpp: what starts its worker (worker.py)."""
+"""llama.cpp in node: the command that starts the worker (worker.py) of node-llama-cpp."""
 from __future__ import annotations
 
 import shutil

@@ -1,4 +1,4 @@
-"""Does a runtime write a conversation as Hugging Face does? Each engine that renders the template, reported by name.
+"""Compare how runtimes render conversations with Hugging Face; each engine is reported by name.
 
 llama.cpp has three: llama-cpp-python renders with Jinja, llama_chat_apply_template (the C API, which many bindings use)
 imitates the templates of some families, and llama-server has a Jinja of its own. The first is a gate. The C API cannot
@@ -23,11 +23,13 @@ CONVERSATIONS: tuple[list[dict[str, str]], ...] = (
     [{"role": "user", "content": "Count: 1 2 3"}, {"role": "assistant", "content": "4, 5 é 😀"},
      {"role": "user", "content": "{{ 'go' }} <on> & \"on\""}],
 )
+# What may render a chat (Runtime.chat_engines) -> its name in the report.
+ENGINES = {"jinja": "Jinja (llama-cpp-python)", "c_api": "llama.cpp's C API", "server": "llama-server"}
 Render = Callable[[list[dict[str, str]]], tuple[str, list[int]]]
 
 
 class ChatParity:
-    """What Hugging Face renders, once; then each runtime's engines against it."""
+    """Renders with Hugging Face once, then compares each runtime's engines."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._bos, self._bos_text = tokenizer.bos_token_id, str(tokenizer.bos_token or "")
@@ -59,8 +61,10 @@ class ChatParity:
         if wrong:
             (_, text, ids), (got, got_ids) = wrong[0]
             row |= {"expected": text, "got": got + (f" {list(got_ids)} instead of {ids}" if got == text else "")}
-        if runtime.name == "llama.cpp":
-            row["engines"] = {"Jinja (llama-cpp-python)": _yes(not wrong), **self._other_engines(runtime, file)}
+        judged, *others = runtime.row.chat_engines
+        if others:
+            row["engines"] = {ENGINES[judged]: _yes(not wrong), **{
+                ENGINES[engine]: self._other_engine(engine, runtime, file) for engine in others}}
         doubled = [(self._leading_bos(want[2]), self._leading_bos(got[1]))
                    for want, got in zip(self._expected, found, strict=True)]
         bos = [(want, got) for want, got in doubled if want != got or got > 1]
@@ -73,22 +77,21 @@ class ChatParity:
             n += 1
         return n
 
-    def _other_engines(self, runtime: WorkerRuntime, file: Path) -> dict[str, str]:
-        """Name -> "yes", "no", or why it did not run."""
-        engines = {"llama.cpp's C API": self._report(lambda messages: runtime.render_chat(messages, "c_api"))}
+    def _other_engine(self, engine: str, runtime: WorkerRuntime, file: Path) -> str:
+        """ "yes", "no", or why it did not run."""
+        if engine != "server":  # a program of its own
+            return self._report(lambda messages: runtime.render_chat(messages, engine))
         program = server_program()
         if program is None:
-            engines["llama-server"] = "not run: no llama-server on PATH"
-            return engines
+            return "not run: no llama-server on PATH"
         try:
             with LlamaServer(program, file) as server:
-                engines["llama-server"] = self._report(server.render_chat)
+                return self._report(server.render_chat)
         except WorkerFailed as error:
-            engines["llama-server"] = f"not run: {error}"
-        return engines
+            return f"not run: {error}"
 
     def _report(self, render: Render) -> str:
-        """Text first: what the program adds while it tokenizes, a BOS, is told apart from it."""
+        """Compare the texts, then whether the program adds a second BOS while it tokenizes."""
         try:
             for messages, text, ids in self._expected:
                 got, got_ids = render(messages)

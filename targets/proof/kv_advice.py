@@ -1,4 +1,4 @@
-"""Which type llama.cpp's KV cache should have on a device: what each type costs was measured, its size is known."""
+"""Recommend a type of llama.cpp's KV cache for a device, from the measured cost and the known size of each type."""
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -7,16 +7,16 @@ from typing import Any
 from lrc_edge.figures import figure, human_bytes
 from lrc_edge.shape import ModelShape
 from lrc_edge.targets.memory import memory_of
-from lrc_edge.targets.profile import Profile, runtimes_of_format
+from lrc_edge.targets.profile import Profile
 
-CACHES = ("f16", "q8_0", "q4_0")  # largest first; llama.cpp's default is f16
+DEFAULT = "f16"  # llama.cpp's own
 
 
 def kv_cache_advice(artifacts: Iterable[dict[str, Any]], shape: ModelShape, profiles: Iterable[Profile],
                     most_added: float) -> list[dict[str, Any]]:
     """A row for each profile and the GGUF that suits it best: the largest cache that fits, if it is precise enough.
 
-    `most_added`: nats that a cache may add to the KL of llama.cpp's default, f16.
+    `most_added`: nats that a cache may add to the KL of llama.cpp's default cache.
     """
     measured = {f"{a['format']}:{a['encoding']}": a for a in artifacts if a.get("kv_cache")}
     rows = []
@@ -31,22 +31,22 @@ def kv_cache_advice(artifacts: Iterable[dict[str, Any]], shape: ModelShape, prof
 def _advise(artifact: dict[str, Any], name: str, shape: ModelShape, profile: Profile, most_added: float
             ) -> dict[str, Any]:
     context = min(shape.max_position_embeddings, profile.context)
-    runtime = next(r for r in runtimes_of_format(name) if r in profile.runtimes)
-    kl: dict[str, float | None] = artifact["kv_cache"]
+    runtime = profile.runtime_of(name)
+    kl: dict[str, float | None] = artifact["kv_cache"]  # the largest type first
     row = {"target": profile.name, "artifact": artifact["path"], "context": context, "cache": None}
     reasons = []
-    for cache in CACHES:
-        if kl[cache] is None:
+    for cache, measured in kl.items():
+        if measured is None:
             reasons.append(f"{cache} was not measured")
             continue
-        added = kl[cache] - (kl["f16"] or 0.0)  # type: ignore[operator]
+        added = measured - (kl[DEFAULT] or 0.0)
         needed = memory_of(shape, name, runtime, context, profile.features, cache).needed
         if needed > profile.usable_bytes:
             reasons.append(f"{cache} needs {human_bytes(needed)} of {human_bytes(profile.usable_bytes)}")
         elif added > most_added:
             reasons.append(f"{cache} adds {figure(added)} nats, more than {figure(most_added)}")
         else:
-            cost = f", and adds {figure(max(added, 0.0))} nats" if cache != CACHES[0] else ""
+            cost = f", and adds {figure(max(added, 0.0))} nats" if cache != DEFAULT else ""
             reasons.append(f"{cache} fits in {human_bytes(profile.usable_bytes)}{cost}")
             return {**row, "cache": cache, "why": "; ".join(reasons)}
     return {**row, "why": "; ".join(reasons)}

@@ -1,7 +1,7 @@
-"""The proof: each artifact, in its real runtime, against the PyTorch student on the same held-out tokens.
+"""Verification: compare each artifact, in its real runtime, with the PyTorch student on the same held-out tokens.
 
-PyTorch runs here, once; every runtime runs in a process of its own (worker_runtime.py). What goes wrong there fails the
-gates of that file, with the reason, and the proof continues.
+PyTorch runs here, once. Every runtime runs in its own process (worker_runtime.py). An error there fails the gates of
+that file, with the reason, and verification continues.
 """
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import numpy as np
 from lrc_edge.artifact import Artifact
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.console import Task
+from lrc_edge.formats import format_of
 from lrc_edge.parity import (
     AS_TRAINED,
     Comparison,
@@ -31,18 +32,14 @@ from lrc_edge.targets.proof.chat_parity import ChatParity
 from lrc_edge.targets.proof.reference import HeldOutRows, Reference
 from lrc_edge.targets.proof.token_parity import compare_token_ids, corpus_of, normalize
 from lrc_edge.targets.runtimes.llama_probe import extra_buffers
-from lrc_edge.targets.runtimes.llamacpp import CACHES
-from lrc_edge.targets.runtimes.table import PROOF
+from lrc_edge.targets.runtimes.table import Runtime, verifiers_of
 from lrc_edge.targets.runtimes.worker import WorkerFailed
 from lrc_edge.targets.runtimes.worker_runtime import WorkerRuntime
-
-CACHE_BLOCK = 32  # elements of a quantized KV cache that share a scale: they must divide head_dim
-KV_CACHES = tuple(name for name in CACHES if name != "f32")
 
 
 @dataclass
 class Proof:
-    """What the report says of the artifacts, and the gates."""
+    """The report's entries on the artifacts, and the gates."""
 
     artifacts: list[dict[str, Any]] = field(default_factory=list)
     gates: list[Gate] = field(default_factory=list)
@@ -66,10 +63,10 @@ class ProofText:
 
 def prove(artifacts: Sequence[Artifact], folder: Path, student: DenseCheckpoint, on_grid: DenseCheckpoint | None,
           text: ProofText, recipe: Recipe, threads: int, teacher: DenseCheckpoint | None, task: Task) -> Proof:
-    """Run every artifact below `folder`.
+    """Verify every artifact below `folder`.
 
-    `on_grid`: the student trained on the grid of the 4-bit files. What is made of it is compared with both: with the
-    student for what the file has lost, with `on_grid` for whether it says what was trained.
+    `on_grid`: the student trained on the grid of the 4-bit files. Files made from it are compared with both: with the
+    student for what quantization lost, with `on_grid` for whether they compute what was trained.
     """
     prover = _Prover(folder, student, text, recipe, threads, task)
     prover.expect(artifacts, teacher, on_grid)
@@ -81,7 +78,7 @@ def prove(artifacts: Sequence[Artifact], folder: Path, student: DenseCheckpoint,
 
 
 class _Prover:
-    """The references, read once, and what is found, as it is found."""
+    """The references, read once, and the results so far."""
 
     def __init__(self, folder: Path, student: DenseCheckpoint, text: ProofText, recipe: Recipe, threads: int,
                  task: Task):
@@ -101,11 +98,11 @@ class _Prover:
     # Progress
 
     def expect(self, artifacts: Sequence[Artifact], *others: DenseCheckpoint | None) -> None:
-        """The work, in tokens that are read. `others`: models that PyTorch runs besides the student."""
+        """Announce the work, in tokens to read. `others`: models that PyTorch runs besides the student."""
         long = sum(map(len, self._text.long_rows)) if self._long is None else sum(rows.ids.size for rows in self._long)
         sampled = sum(len(prompt) + self._n_generated for prompt in self._prompts)
         per_file = 2 * self._text.rows.size + long + sampled
-        caches = sum(a.format == "gguf" for a in artifacts) * len(self._cache_kinds()) * self._kv_rows().size
+        caches = sum(len(self._caches(verifiers_of(a.format)[0])) for a in artifacts) * self._kv_rows().size
         models = 1 + sum(model is not None for model in others)
         self._task.expect(models * self._text.rows.size + long + len(artifacts) * per_file + caches, "tokens")
 
@@ -169,7 +166,7 @@ class _Prover:
                 yield row[:n_tokens]
 
     def _spread(self, n_tokens: int) -> list[int]:
-        """Positions over a row, its last one among them."""
+        """Positions spread over a row, including its last one."""
         n = min(2 * self._recipe.parity.long_positions, n_tokens)
         return sorted({int(p) for p in np.linspace(0, n_tokens, n + 1)[1:] - 1})
 
@@ -186,7 +183,7 @@ class _Prover:
         return [token for token in ids if 0 <= token < len(self._tokenizer)]
 
     def _store(self) -> None:
-        """For devices, where there is no PyTorch."""
+        """Store the student's outputs for devices, which have no PyTorch."""
         texts = corpus_of(self._tokenizer)
         StoredReference.of(
             self._held_out.ids, self._held_out.logits, [normalize(self._tokenizer, text) for text in texts],
@@ -196,46 +193,49 @@ class _Prover:
     # Artifacts
 
     def prove_artifact(self, artifact: Artifact) -> None:
-        """Every part of the proof of one file; a part whose runtime fails costs its own gates and no others'."""
-        entry: dict[str, Any] = {**artifact.as_dict(), "runtime": PROOF[artifact.format][0], "parity": {}}
+        """Verify one file in every part. A part whose runtime fails fails its own gates; the others go on."""
+        first, others = verifiers_of(artifact.format)
+        entry: dict[str, Any] = {**artifact.as_dict(), "runtime": first.name, "parity": {}}
         self.proof.artifacts.append(entry)
-        with self._runtime(artifact, PROOF[artifact.format][0]) as runtime:
+        with self._runtime(artifact, first) as runtime:
             self._logits_parity(artifact, runtime, entry)
             for rows in self._long or ():
                 self._length_parity(artifact, runtime, entry, rows)
-            if artifact.format == "gguf":
+            if first.caches:
                 entry["kv_cache"] = self._kv_cache(artifact, runtime)
             runtime.context(self._n_ctx)
-            entry["generation"] = self._generation(artifact, runtime, "smoke generation")
-            if artifact.format == "gguf":
-                self._text_parity(artifact, runtime)
+            entry["generation"] = self._generation(artifact, runtime)
+            if first.tokenizes:
+                self._token_parity(artifact, runtime)
+                self._chat_parity(artifact, runtime)
+                self._stop_tokens(artifact, runtime)
             entry["runtime"] = runtime.label
-        for name in PROOF[artifact.format][1:]:
-            with self._runtime(artifact, name) as runtime:
-                self._generation(artifact, runtime, "smoke generation, genai", only_first=True)
-                self._chat_parity(artifact, runtime, "chat template, genai")
-                self._stop_tokens(artifact, runtime, "stop tokens, genai")
+        for other in others:
+            with self._runtime(artifact, other) as runtime:
+                self._generation(artifact, runtime, only_first=True)
+                self._chat_parity(artifact, runtime)
+                self._stop_tokens(artifact, runtime)
 
     @property
     def _n_ctx(self) -> int:
         prompt = max(map(len, self._prompts))
         return max(self._text.rows.shape[1], prompt) + self._n_generated
 
-    def _runtime(self, artifact: Artifact, name: str) -> WorkerRuntime:
-        return WorkerRuntime(name, self._folder / artifact.path, self._n_ctx, self._threads,
+    def _runtime(self, artifact: Artifact, row: Runtime) -> WorkerRuntime:
+        return WorkerRuntime(row.name, self._folder / artifact.path, self._n_ctx, self._threads,
                              self._student.shape.n_params, self._folder, self._student.shape.vocab_size)
 
     @contextmanager
     def _failing(self, fail: Callable[[str], list[Gate]]) -> Iterator[None]:
-        """A runtime that fails in the block fails the gates that `fail` makes of the reason."""
+        """If the runtime fails in the block, add the failed gates that `fail` makes from the reason."""
         try:
             yield
         except WorkerFailed as error:
             self.proof.gates += fail(str(error))
 
     def _logits_parity(self, artifact: Artifact, runtime: WorkerRuntime, entry: dict[str, Any]) -> None:
-        """Prefill and decode on the recipe's rows; prefill against the student on its grid, too."""
-        kind, limits, rounding = f"{artifact.format}:{artifact.encoding}", self._recipe.gates, self.proof.rounding
+        """Compare prefill and decode on the recipe's rows; prefill also with the student trained on the grid."""
+        kind, limits, rounding = artifact.name, self._recipe.gates, self.proof.rounding
         trained = self._trained if artifact.identical_blocks is not None else None
         path, blocks = artifact.path, artifact.identical_blocks or 0.0
         for mode in ("prefill", "decode"):
@@ -254,11 +254,11 @@ class _Prover:
                     self.proof.gates += gates_of_grid(path, blocks, metrics[1], limits)
 
     def _compare(self, runtime: WorkerRuntime, mode: str, against: Sequence[HeldOutRows], path: str) -> list[Any]:
-        """Metrics against each of the references, of the same rows."""
+        """Metrics of the same rows against each of the references."""
         comparisons = [Comparison(self._recipe.parity.near_tie) for _ in against]
         ids, n_done = against[0].ids, 0
         runtime.open()
-        # The first row alone, which is what a user's own text is; then several at once, where the runtime takes them.
+        # The first row alone, like a user's text; then several at once, where the runtime can.
         sizes = [1] * len(ids) if mode == "prefill" else [1, *[runtime.rows_at_once(ids.shape[1])] * len(ids)]
         for size in sizes:
             rows = ids[n_done:n_done + size]
@@ -274,9 +274,9 @@ class _Prover:
 
     def _length_parity(self, artifact: Artifact, runtime: WorkerRuntime, entry: dict[str, Any], rows: HeldOutRows
                        ) -> None:
-        """One long row in one pass, at positions that are spread over it: every other one is read alone."""
+        """Compare one long row in one pass, at positions spread over it; every other one is read alone."""
         [ids], positions = rows.ids, rows.positions or ()
-        kind, limits = f"{artifact.format}:{artifact.encoding}", self._recipe.gates
+        kind, limits = artifact.name, self._recipe.gates
         names = [f"{mode} at {len(ids):,} tokens" for mode in ("prefill", "decode")]
 
         def fail(why: str) -> list[Gate]:
@@ -294,10 +294,9 @@ class _Prover:
                 self.proof.gates += gates_of_length(artifact.path, kind, name, metrics, limits)
         self._advance(f"{artifact.path}: {len(ids):,} tokens", len(ids))
 
-    def _cache_kinds(self) -> list[str]:
-        """The types that the KV cache of this model can have."""
-        whole = self._student.shape.head_dim % CACHE_BLOCK == 0
-        return [name for name in KV_CACHES if name == "f16" or whole]
+    def _caches(self, row: Runtime) -> list[str]:
+        """The types that the KV cache can have for this model: their blocks must divide head_dim."""
+        return [name for name in row.caches if self._student.shape.head_dim % format_of(f"gguf:{name}").block == 0]
 
     def _kv_rows(self) -> np.ndarray:
         length = self._text.rows.shape[1]
@@ -305,8 +304,8 @@ class _Prover:
 
     def _kv_cache(self, artifact: Artifact, runtime: WorkerRuntime) -> dict[str, float | None]:
         """KL mean with the KV cache in each type; None where the model cannot have it, or the runtime failed."""
-        found: dict[str, float | None] = dict.fromkeys(KV_CACHES)
-        for kind in self._cache_kinds():
+        found: dict[str, float | None] = dict.fromkeys(runtime.row.caches)
+        for kind in self._caches(runtime.row):
             gate = Gate(f"KV cache in {kind}", artifact.path, "failures", 1, 0, "==")
             with self._failing(lambda why, gate=gate: [gate.because(why)]):  # type: ignore[misc]
                 runtime.open()
@@ -319,10 +318,9 @@ class _Prover:
                 found[kind] = comparison.metrics().as_dict()["kl_mean"]
         return found
 
-    def _generation(self, artifact: Artifact, runtime: WorkerRuntime, name: str, only_first: bool = False
-                    ) -> dict[str, str]:
+    def _generation(self, artifact: Artifact, runtime: WorkerRuntime, only_first: bool = False) -> dict[str, str]:
         """Sample texts. A runtime that answers nothing, or ids outside the vocabulary, has failed."""
-        gate = Gate(name, artifact.path, "tokens", None, 1, ">=")
+        gate = Gate(f"smoke generation{runtime.row.gate_suffix}", artifact.path, "tokens", None, 1, ">=")
         made: list[int] = []
         with self._failing(lambda why: [gate.because(why)]):
             if only_first:
@@ -334,8 +332,7 @@ class _Prover:
         return {"prompt": self._text.prompts[0],
                 "text": str(self._tokenizer.decode(self._known(made), skip_special_tokens=True))}
 
-    def _text_parity(self, artifact: Artifact, runtime: WorkerRuntime) -> None:
-        """Token ids, the chat template by each engine, and where a generation ends."""
+    def _token_parity(self, artifact: Artifact, runtime: WorkerRuntime) -> None:
         self._advance(f"{artifact.path}: token ids and chat template")
         gate = Gate("token ids", artifact.path, "mismatches", None, 0, "==")
         with self._failing(lambda why: [gate.because(why)]):
@@ -344,18 +341,18 @@ class _Prover:
                                          "n_mismatches": found.n_mismatches, "n_normalized": found.n_normalized,
                                          "examples": [example.as_dict() for example in found.examples]})
             self.proof.gates.append(gate.judged(found.n_mismatches))
-        self._chat_parity(artifact, runtime, "chat template")
-        self._stop_tokens(artifact, runtime, "stop tokens")
 
-    def _chat_parity(self, artifact: Artifact, runtime: WorkerRuntime, name: str) -> None:
+    def _chat_parity(self, artifact: Artifact, runtime: WorkerRuntime) -> None:
+        """The chat template, by each engine of the runtime."""
+        name = f"chat template{runtime.row.gate_suffix}"
         gates, row = self._chat.judge(artifact.path, runtime, name, self._folder / artifact.path)
         self.proof.gates += gates
         if row is not None:
             self.proof.chat_template.append(row)
 
-    def _stop_tokens(self, artifact: Artifact, runtime: WorkerRuntime, name: str) -> None:
-        """Every token that ends a text in Hugging Face ends it in the runtime: else it talks on without end."""
-        gate = Gate(name, artifact.path, "missing", None, 0, "==")
+    def _stop_tokens(self, artifact: Artifact, runtime: WorkerRuntime) -> None:
+        """Every token that ends a text in Hugging Face must end it in the runtime, which else generates without end."""
+        gate = Gate(f"stop tokens{runtime.row.gate_suffix}", artifact.path, "missing", None, 0, "==")
         with self._failing(lambda why: [gate.because(why)]):
             missing = sorted(set(self._stop) - runtime.end_tokens())
             texts = ", ".join(f"{self._tokenizer.decode([i])!r} ({i})" for i in missing)

@@ -1,4 +1,4 @@
-"""The PyTorch student, what every artifact is compared with, and its logits on held-out rows."""
+"""The PyTorch student, with which every artifact is compared, and its logits on held-out rows."""
 from __future__ import annotations
 
 import tempfile
@@ -76,7 +76,7 @@ class _OneDnnLinear(nn.Linear):
 
 
 def _use_onednn(model: nn.Module) -> None:
-    """Where this PyTorch has oneDNN. The weights stay as they are."""
+    """Replace the model's linears where this PyTorch has oneDNN. The weights are unchanged."""
     if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         for module in model.modules():
             if type(module) is nn.Linear:
@@ -85,14 +85,14 @@ def _use_onednn(model: nn.Module) -> None:
 
 @contextmanager
 def _in_float64(model: PreTrainedModel) -> Iterator[None]:
-    """Each part of the model is float64 while it computes and float32 again behind it: one layer's worth of memory."""
+    """Keep each part of the model in float64 only while it computes, which costs memory for one layer."""
     parts = [model.get_input_embeddings(), *model.model.layers, model.model.norm, model.lm_head]
 
     def widen(module: nn.Module, _: Any) -> None:
         module.double()
 
     def narrow(module: nn.Module, _: Any, __: Any) -> None:
-        module.float()  # of what was float32 before: nothing is lost
+        module.float()  # lossless: the values were float32
 
     hooks = [hook for part in parts for hook in (part.register_forward_pre_hook(widen),
                                                  part.register_forward_hook(narrow))]
@@ -117,7 +117,7 @@ class HeldOutRows:
     @classmethod
     def of(cls, reference: Reference, ids: np.ndarray, positions: Sequence[int] | None = None,
            folder: Path | None = None, progress: Progress | None = None) -> HeldOutRows:
-        """`folder`: on whose disk the logits go. Raises OSError where it is full."""
+        """`folder`: its disk holds the logits. Raises OSError if it is full."""
         file = tempfile.TemporaryFile(dir=folder)
         shape: tuple[int, ...] = ()
         for row in ids:

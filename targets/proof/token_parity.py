@@ -1,4 +1,4 @@
-"""Does a runtime read text as the Hugging Face tokenizer does? Token ids and rendered chats, string by string."""
+"""Compare a runtime's token ids with the Hugging Face tokenizer's, string by string."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -31,10 +31,6 @@ class TokenParity:
     n_mismatches: int
     examples: tuple[TokenMismatch, ...]  # the first mismatches
 
-    @property
-    def share_equal(self) -> float:
-        return 1 - self.n_mismatches / self.n_strings if self.n_strings else 1.0
-
 
 def compare_token_ids(tokenizer: PreTrainedTokenizerBase, tokenize: Callable[[Sequence[str]], list[list[int]]],
                       strings: Sequence[str] | None = None) -> TokenParity:
@@ -43,9 +39,9 @@ def compare_token_ids(tokenizer: PreTrainedTokenizerBase, tokenize: Callable[[Se
     `tokenize`: a runtime's, of many texts. Its counterpart is `tokenizer.encode(text)`: BOS and EOS as the model adds
     them, special tokens in the text parsed.
 
-    Runtimes tokenize text as it comes. A tokenizer with a Unicode normalizer (Qwen's NFC) reads a decomposed "é" as
-    the composed one, and no GGUF can say so; for such a string the runtime is given the normalized text, and the
-    result says for how many.
+    Runtimes do not normalize text. A tokenizer with a Unicode normalizer (Qwen's NFC) reads a decomposed "é" as the
+    composed one, which no GGUF can express. For such a string the runtime gets the normalized text, and the result
+    counts them.
     """
     if strings is None:
         strings = corpus_of(tokenizer)
@@ -60,7 +56,7 @@ def compare_token_ids(tokenizer: PreTrainedTokenizerBase, tokenize: Callable[[Se
 
 
 def corpus_of(tokenizer: PreTrainedTokenizerBase) -> Sequence[str]:
-    """The awkward corpus with the tokenizer's own special tokens."""
+    """The tokenizer test strings, with the tokenizer's own special tokens."""
     return awkward_strings([str(token) for token in tokenizer.get_added_vocab()])
 
 

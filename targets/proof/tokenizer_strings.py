@@ -1,7 +1,7 @@
 """Strings on which tokenizers disagree: tables of awkward pieces, each alone, in context, and in seeded mixtures.
 
-Nothing here is random between runs. Characters come from Unicode 13 and earlier: libraries differ in what they know of
-later additions, which says nothing about an export.
+Nothing here is random between runs. Characters come from Unicode 13 and earlier: libraries differ in their support
+of later additions, whatever the export.
 """
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Can llama.cpp's extra buffers (AMX tiles, repacked rows) be used on this processor?
+"""Find out whether llama.cpp's extra buffers (AMX tiles, repacked rows) work on this processor.
 
-Built by gcc before 14.1, its AMX kernels read a tile configuration that the compiler never stored, and end the process
-(llama.cpp #20824). A child process finds out, once for each machine and build of the library: it decodes some tokens of
-a tiny quantized model with the extra buffers and without. The answer is kept in the cache.
+When gcc before 14.1 builds them, its AMX kernels read a tile configuration that the compiler never stored, and crash
+(llama.cpp #20824). Child processes test this once for each machine and build of the library: they decode some tokens of
+a tiny quantized model with the extra buffers and without. The result is kept in the cache.
 """
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ WIDTH, VOCAB, N_TOKENS = 256, 64, 32
 
 @dataclass(frozen=True)
 class ExtraBuffers:
-    """Whether llama.cpp may use its extra buffers here; if not, why, in a sentence for the report."""
+    """Whether llama.cpp may use its extra buffers here; if not, why: a clause for the report."""
 
     usable: bool
     why: str = ""
 
     @property
     def advice(self) -> str:
-        """What is wrong, what was done about it, and how to fix the library."""
+        """The problem, what was done about it, and how to fix the library."""
         return "" if self.usable else f"{self.why}: verified without them; to fix the library: {REBUILD}"
 
 
 @functools.cache
 def extra_buffers() -> ExtraBuffers:
-    """Ask the cache, else the probe. Without llama-cpp-python there is nothing to probe."""
+    """The cached result, else the probe's. Without llama-cpp-python there is nothing to probe."""
     spec = find_spec("llama_cpp")
     if spec is None or spec.origin is None:
         return ExtraBuffers(True)
@@ -61,7 +61,7 @@ def extra_buffers() -> ExtraBuffers:
     except (OSError, ValueError, TypeError):
         pass
     found = probe()
-    if found is None:  # nothing that another process should believe
+    if found is None:  # no result to keep
         return ExtraBuffers(True)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def extra_buffers() -> ExtraBuffers:
         partial.write_text(json.dumps(asdict(found)) + "\n")
         partial.replace(file)
     except OSError:
-        pass  # a cache that cannot be written is asked again
+        pass  # without a cache the next process probes again
     return found
 
 
@@ -89,7 +89,7 @@ def probe() -> ExtraBuffers | None:
 
 
 def _run(use_extra: bool) -> np.ndarray | str:
-    """Logits of the tiny model, or how the child died."""
+    """Logits of the tiny model, or how the child ended."""
     command = [sys.executable, "-P", "-m", "lrc_edge.targets.runtimes.llama_probe", str(int(use_extra))]
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS)
@@ -105,8 +105,10 @@ def _run(use_extra: bool) -> np.ndarray | str:
 
 @contextmanager
 def sound_buffers() -> Iterator[None]:
-    """For llama-cpp-python's own `Llama`, which takes no such parameter: models that are opened in the block have the
-    extra buffers only where they are sound."""
+    """Open models in this block with the extra buffers only where they work.
+
+    For llama-cpp-python's own `Llama`, which has no parameter for it.
+    """
     from llama_cpp import llama_cpp
 
     if extra_buffers().usable:
@@ -127,7 +129,7 @@ def sound_buffers() -> Iterator[None]:
 
 
 def _digest(package: Path) -> str:
-    """Of the processor and of the library's files."""
+    """Digest of the processor and of the library's files."""
     files = sorted((package / "lib").glob("*"))
     parts = [_cpu(), *(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""llama-server, where this machine has one: what its own Jinja makes of a conversation."""
+"""llama-server, if this machine has one: render a conversation with its own Jinja."""
 from __future__ import annotations
 
 import json
@@ -31,7 +31,7 @@ class LlamaServer:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self._origin = f"http://127.0.0.1:{port}"
-        # It reads no requests from its stdin: as a Worker it is killed with us, and its last words are kept.
+        # It reads no requests from stdin. As a Worker it is killed with this process, and its last output is kept.
         self._process = Worker(Command((
             str(program), "--model", str(file), "--host", "127.0.0.1", "--port", str(port), "--ctx-size", "512",
             "--threads", "1", "--no-warmup", "--jinja")))
@@ -53,7 +53,7 @@ class LlamaServer:
         self._process.close()
 
     def render_chat(self, messages: list[dict[str, str]]) -> tuple[str, list[int]]:
-        """The prompt that it would read, and its ids."""
+        """The rendered prompt and its ids."""
         prompt = self._ask("/apply-template", {"messages": messages})["prompt"]
         ids = self._ask("/tokenize", {"content": prompt, "add_special": True, "parse_special": True})["tokens"]
         return prompt, ids
@@ -62,7 +62,7 @@ class LlamaServer:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self._origin + path, data, {"Content-Type": "application/json"})
         try:
-            # Not through a proxy that the environment names.
+            # Not through the proxy of the environment.
             opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
             with opener.open(request, timeout=ANSWER_SECONDS) as answer:
                 return json.loads(answer.read())

@@ -14,16 +14,15 @@ from lrc_edge import llama_log
 from lrc_edge.errors import UserError
 from lrc_edge.machine import processors
 from lrc_edge.targets.runtimes import llama_probe
-from lrc_edge.targets.runtimes.protocol import parts
+from lrc_edge.targets.runtimes.protocol import TextRuntime, parts
 
-CHUNK = 512  # tokens in one llama_decode; llama.cpp keeps logits for all of them, V * 4 bytes each
+CHUNK = 512  # tokens per llama_decode; llama.cpp keeps the logits of all of them, V * 4 bytes each
 # Types of the KV cache, with ggml's number of each. llama.cpp's own default is f16.
 CACHES = {"f32": 0, "f16": 1, "q8_0": 8, "q4_0": 2}
-ENGINES = ("jinja", "c_api")  # what renders a conversation
 
 
-class LlamaCpp:
-    """A GGUF file loaded on the CPU; implements lrc_edge.targets.runtimes.protocol.TextRuntime.
+class LlamaCpp(TextRuntime):
+    """A GGUF file loaded by llama.cpp on the CPU.
 
     n_ctx: tokens of the longest row, 0 for the file's own context length. threads: at most the machine's processors,
     which is also the default. cache: a key of CACHES. The default is f32 without flash attention, so that differences
@@ -58,13 +57,13 @@ class LlamaCpp:
             raise
 
     def new_context(self, n_ctx: int, n_rows: int = 1, cache: str = "f32") -> None:
-        """An empty KV cache for `n_rows` sequences of n_ctx tokens each, in place of the present one.
+        """Replace the KV cache by an empty one for `n_rows` sequences of n_ctx tokens each.
 
-        Raises UserError when llama.cpp cannot make it.
+        Raises UserError if llama.cpp cannot create it.
         """
         self._free_context()
         params = llama_cpp.llama_context_default_params()
-        # Each sequence has a part of its own, which llama.cpp rounds up to 256 tokens.
+        # Each sequence has its own part, which llama.cpp rounds up to 256 tokens.
         params.n_ctx = n_ctx if n_rows == 1 else n_rows * (-(-n_ctx // 256) * 256)
         params.n_seq_max = n_rows
         params.n_batch = params.n_ubatch = CHUNK
@@ -74,20 +73,13 @@ class LlamaCpp:
             params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._context = llama_cpp.llama_init_from_model(self._model, params)
         if self._context is None:
-            raise UserError(f"{self.path}: llama.cpp cannot make a context of {n_ctx} tokens, KV cache in {cache} "
+            raise UserError(f"{self.path}: llama.cpp cannot create a context of {n_ctx} tokens, KV cache in {cache} "
                             f"({llama_log.errors()}); use fewer tokens, or another type")
         self._batch = llama_cpp.llama_batch_init(CHUNK, 0, 1)
         self.n_ctx = int(llama_cpp.llama_n_ctx(self._context)) // n_rows
         self._n_rows = n_rows
 
     # Logits
-
-    def prefill(self, ids: np.ndarray, positions: Sequence[int] | None = None) -> np.ndarray:
-        return self.read(ids, range(len(ids)) if positions is None else positions, ())
-
-    def decode(self, ids: np.ndarray, positions: Sequence[int] | None = None) -> np.ndarray:
-        wanted = range(len(ids)) if positions is None else positions
-        return self.read(ids, wanted, wanted)
 
     def read(self, ids: np.ndarray, positions: Sequence[int], alone: Sequence[int]) -> np.ndarray:
         tokens = [int(i) for i in np.asarray(ids).reshape(-1)]
@@ -102,7 +94,7 @@ class LlamaCpp:
         return logits
 
     def decode_rows(self, rows: np.ndarray) -> Iterator[np.ndarray]:
-        """Rows (B, T) side by side, B at most what the context was made for: T times (B, V)."""
+        """Decode rows (B, T) together, B at most the context's n_rows; yield (B, V) T times."""
         n_rows, length = rows.shape
         self._forget(length)
         for t in range(length):
@@ -124,7 +116,7 @@ class LlamaCpp:
         return made
 
     def _forget(self, n_tokens: int) -> None:
-        """Empty the KV cache for rows of n_tokens."""
+        """Empty the KV cache before a row of n_tokens is read."""
         if self._context is None:
             raise ValueError(f"{self.path}: used after close()")
         if n_tokens > self.n_ctx:
@@ -132,7 +124,7 @@ class LlamaCpp:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
 
     def _feed(self, tokens: list[tuple[int, int, int]], kept: Iterable[int]) -> None:
-        """(token, position, sequence) of each; `kept` are those whose logits are wanted."""
+        """Decode tokens, each (token, position, sequence). `kept`: indices of those whose logits are needed."""
         batch = self._batch
         assert batch is not None
         batch.n_tokens = len(tokens)
@@ -149,7 +141,7 @@ class LlamaCpp:
             raise RuntimeError(f"{self.path}: llama_decode failed with status {status}: {llama_log.errors()}")
 
     def _logits(self, i: int) -> np.ndarray:
-        """(V,) of the last call's token i; a view that the next call overwrites."""
+        """(V,) logits of token i of the last call: a view that the next call overwrites."""
         return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self._context, i), shape=(self.vocab_size,))
 
     # Text
@@ -168,11 +160,11 @@ class LlamaCpp:
             size = -n
 
     def detokenize(self, ids: list[int]) -> str:
-        """Pieces one after the other, as a streaming client prints them: a leading space stays."""
+        """Concatenate the pieces, as a streaming client prints them: a leading space stays."""
         return b"".join(self.piece(i) for i in ids).decode("utf-8", errors="replace")
 
     def piece(self, token: int, special: bool = False) -> bytes:
-        """Bytes of one token; of a control token only when `special`."""
+        """Bytes of one token; a control token has none unless `special`."""
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
@@ -188,7 +180,7 @@ class LlamaCpp:
         return template.decode("utf-8") if template else None
 
     def render_chat(self, messages: list[dict[str, str]], engine: str = "jinja") -> tuple[str, list[int]]:
-        """The file's template by one of ENGINES, then the ids that a program with that engine reads.
+        """Render messages with the file's template; return the text and the ids that a program with that engine reads.
 
         jinja: llama-cpp-python's. The template writes the BOS where it wants one, so none is added: that is what
         Hugging Face's apply_chat_template and llama-cpp-python's chat completion do.
@@ -196,30 +188,31 @@ class LlamaCpp:
         it (llama.cpp's simple-chat) tokenize with the BOS added.
         Raises UserError without a template, and where the C API knows no template like it.
         """
-        if self.chat_template is None:
+        if (template := self.chat_template) is None:
             raise UserError(f"{self.path}: holds no chat template; use plain prompts")
-        if engine == "c_api":
-            prompt = self._apply_template(messages)
-            return prompt, self._tokenize(prompt, add_special=True)
+        return {"jinja": self._render_by_jinja, "c_api": self._render_by_c_api}[engine](template, messages)
+
+    def _render_by_jinja(self, template: str, messages: list[dict[str, str]]) -> tuple[str, list[int]]:
         formatter = Jinja2ChatFormatter(
-            template=self.chat_template, add_generation_prompt=True,
+            template=template, add_generation_prompt=True,
             bos_token=self._special_text(llama_cpp.llama_vocab_bos(self._vocab)),
             eos_token=self._special_text(llama_cpp.llama_vocab_eos(self._vocab)))
         prompt = formatter(messages=messages).prompt  # type: ignore[arg-type]  # plain dicts are what it takes
         return prompt, self._tokenize(prompt, add_special=False)
 
-    def _apply_template(self, messages: list[dict[str, str]]) -> str:
+    def _render_by_c_api(self, template: str, messages: list[dict[str, str]]) -> tuple[str, list[int]]:
         texts = [(message["role"].encode(), message["content"].encode()) for message in messages]
         chat = (llama_cpp.llama_chat_message * len(texts))(*texts)  # type: ignore[misc]
         size = 2 * sum(len(content) for _, content in texts) + 1024
         while True:
             buffer = ctypes.create_string_buffer(size)
-            n = llama_cpp.llama_chat_apply_template(str(self.chat_template).encode(), chat, len(texts), True, buffer,
+            n = llama_cpp.llama_chat_apply_template(template.encode(), chat, len(texts), True, buffer,
                                                     size)
             if n < 0:
                 raise UserError(f"{self.path}: llama.cpp's C API knows no such chat template; use an engine with Jinja")
             if n <= size:
-                return buffer.raw[:n].decode("utf-8", errors="replace")
+                prompt = buffer.raw[:n].decode("utf-8", errors="replace")
+                return prompt, self._tokenize(prompt, add_special=True)
             size = n
 
     def _special_text(self, token: int) -> str:

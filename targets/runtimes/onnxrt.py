@@ -7,19 +7,19 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from lrc_edge.errors import UserError
-from lrc_edge.targets.runtimes.protocol import parts
+from lrc_edge.errors import UserError, one_line
+from lrc_edge.targets.runtimes.protocol import Runtime, parts
 
-CHUNK = 512  # tokens in one run; each has its logits, V * 4 bytes
+CHUNK = 512  # tokens per run; each has its logits, V * 4 bytes
 CACHE_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 Cache = dict[str, onnxruntime.OrtValue]  # past_key_values.{layer}.{key|value} -> (1, kv heads, P, head_dim)
 
 
-class OnnxRuntime:
-    """One .onnx file that to_onnx wrote, or any with the same inputs. Implements runtime.Runtime.
+class OnnxRuntime(Runtime):
+    """One .onnx file that to_onnx wrote, or any other with the same inputs.
 
-    `threads`: of one operator; `spinning`: they wait for each other without sleeping. Raises UserError when the file
-    does not load.
+    `threads`: per operator; `spinning`: they wait for each other without sleeping. Raises UserError if the file does
+    not load.
     """
 
     def __init__(self, path: Path, threads: int = 1, spinning: bool = True):
@@ -31,7 +31,7 @@ class OnnxRuntime:
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises a dozen types, none documented
-            raise UserError(f"{path}: onnxruntime does not load it ({' '.join(str(error).split())[:200]}); "
+            raise UserError(f"{path}: onnxruntime does not load it ({one_line(error)}); "
                             "export it again") from error
         self.label = f"onnxruntime {onnxruntime.__version__}"
         self._outputs = [output.name for output in self._session.get_outputs()]
@@ -43,14 +43,7 @@ class OnnxRuntime:
                 for name, value in self._inputs.items() if name.startswith("past_key_values.")}
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise UserError(f"{path}: its graph is not a decoder's with logits and past_key_values.* of fixed heads "
-                            f"({' '.join(str(error).split())[:100]}); export it again") from error
-
-    def prefill(self, ids: np.ndarray, positions: Sequence[int] | None = None) -> np.ndarray:
-        return self.read(ids, range(len(ids)) if positions is None else positions, ())
-
-    def decode(self, ids: np.ndarray, positions: Sequence[int] | None = None) -> np.ndarray:
-        wanted = range(len(ids)) if positions is None else positions
-        return self.read(ids, wanted, wanted)
+                            f"({one_line(error, 100)}); export it again") from error
 
     def read(self, ids: np.ndarray, positions: Sequence[int], alone: Sequence[int]) -> np.ndarray:
         ids, cache, rows = np.asarray(ids), self._empty_cache(), []
@@ -61,7 +54,7 @@ class OnnxRuntime:
         return np.concatenate(rows)
 
     def decode_rows(self, rows: np.ndarray) -> Iterator[np.ndarray]:
-        """Rows (B, T) side by side, one token of each at a time: T times (B, V)."""
+        """Decode rows (B, T) together, one token of each at a time; yield (B, V) T times."""
         cache = self._empty_cache(len(rows))
         for t in range(rows.shape[1]):
             logits, cache = self._step(rows[:, t:t + 1], cache, t)

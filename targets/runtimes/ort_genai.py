@@ -1,4 +1,4 @@
-"""onnxruntime-genai: the folder of to_onnx with its own generation loop, tokenizer and chat template."""
+"""onnxruntime-genai: an ONNX folder with genai's own generation loop, tokenizer and chat template."""
 from __future__ import annotations
 
 import json
@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import onnxruntime_genai as og
 
-from lrc_edge.errors import UserError
+from lrc_edge.errors import UserError, one_line
+from lrc_edge.targets.runtimes.protocol import TextRuntime
 
 GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "min_length": 0}
 
 
-class OrtGenai:
-    """One model of an ONNX folder. Implements runtime.TextRuntime.
+class OrtGenai(TextRuntime):
+    """One model of an ONNX folder.
 
     `model_file`: relative to the folder, instead of the one that genai_config.json names. `threads`: instead of
     onnxruntime's choice, one a physical core. Raises UserError when the folder does not load.
@@ -34,7 +35,7 @@ class OrtGenai:
             self._tokenizer = og.Tokenizer(self._model)
             self._prompt_tokenizer = og.Tokenizer(self._model)
         except Exception as error:  # a bare RuntimeError for anything, or a KeyError of ours
-            raise UserError(f"{folder}: onnxruntime-genai does not load it ({' '.join(str(error).split())[:200]}); "
+            raise UserError(f"{folder}: onnxruntime-genai does not load it ({one_line(error)}); "
                             "export it again") from error
         # Off by default, unlike Hugging Face: a prompt would go without the BOS that the model was trained with.
         self._prompt_tokenizer.update_options(add_special_tokens="true")
@@ -57,11 +58,11 @@ class OrtGenai:
         return np.stack(rows if positions is None else [rows[p] for p in positions])
 
     def read(self, ids: np.ndarray, positions: Sequence[int], alone: Sequence[int]) -> np.ndarray:
-        """Every token alone, if one is to be: the loop of genai has no other way."""
+        """If any token is read alone, all are: genai's loop has no other way."""
         return self.decode(ids, positions) if alone else self.prefill(ids, positions)
 
     def generate(self, ids: list[int], n_tokens: int, stop: set[int]) -> list[int]:
-        """Ends at the folder's own end-of-text ids too, whatever `stop` says: they are in genai's loop."""
+        """Ends also at the folder's own end-of-text ids, which are part of genai's loop."""
         generator = self._generator(len(ids) + n_tokens)
         generator.append_tokens(np.array(ids, dtype=np.int32))
         made: list[int] = []
@@ -86,7 +87,7 @@ class OrtGenai:
         return set(map(int, self._tokenizer.eos_token_ids))
 
     def render_chat(self, messages: list[dict[str, str]], engine: str = "") -> tuple[str, list[int]]:
-        """By its own Jinja, the only engine that it has."""
+        """Render with genai's own Jinja, its only engine."""
         text = self._tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True)
         return text, [int(token) for token in self._tokenizer.encode(text)]
 

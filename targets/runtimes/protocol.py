@@ -1,4 +1,4 @@
-"""What a runtime must answer to be proved against the PyTorch student.
+"""What a runtime must answer to be compared with the PyTorch student.
 
 A runtime holds one loaded artifact. Logits always have the model's vocab_size columns, padding rows included.
 """
@@ -18,14 +18,15 @@ class Runtime(Protocol):
 
     def prefill(self, ids: np.ndarray, positions: Sequence[int] | None = None) -> np.ndarray:
         """Logits of a row read at once: (T,) integers -> (P, V) float32 at `positions`, ascending; None: at all."""
-        ...
+        return self.read(ids, range(len(ids)) if positions is None else positions, ())
 
     def decode(self, ids: np.ndarray, positions: Sequence[int] | None = None) -> np.ndarray:
         """The same logits, each of a token that is read alone, through the KV cache."""
-        ...
+        wanted = range(len(ids)) if positions is None else positions
+        return self.read(ids, wanted, wanted)
 
     def read(self, ids: np.ndarray, positions: Sequence[int], alone: Sequence[int]) -> np.ndarray:
-        """Both in one pass: (P, V) at `positions`, ascending; those that are in `alone` are read alone."""
+        """Both in one pass: (P, V) at `positions`, ascending; tokens at `alone` are read alone."""
         ...
 
     def generate(self, ids: list[int], n_tokens: int, stop: set[int]) -> list[int]:
@@ -55,8 +56,7 @@ class TextRuntime(Runtime, Protocol):
 
 
 def parts(n_tokens: int, alone: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of the parts in which a row is read: the tokens at `alone`, ascending, each a part of its own, the
-    others `size` at a time."""
+    """Split a row into parts (start, end): each token at `alone` (ascending) by itself, the others `size` at a time."""
     done = 0
     for position in [*alone, n_tokens]:
         for start in range(done, position, size):

@@ -21,7 +21,7 @@ from lrc_edge.errors import UserError
 
 TIMING_SECONDS = 0.2
 PLAIN_BUFFERS = "--plain-buffers"  # llama.cpp without its extra buffers (llama_probe.py)
-NO_SPINNING = "--no-spinning"  # threads that wait sleep: less CPU time beside other work, and not the fastest alone
+NO_SPINNING = "--no-spinning"  # waiting threads sleep: less CPU time next to other work, but slower alone
 OPS = ("open", "score", "generate", "tokenize", "speed", "memory", "context", "prefill", "decode", "read", "end_tokens",
        "chat")
 
@@ -102,18 +102,18 @@ class PythonWorker:
         return {"ids": [self._runtime.tokenize(text) for text in texts]}
 
     def speed(self, ids: list[int], n_prompt: int, n_decode: int) -> dict[str, Any]:
-        """Differences of generations from prompts of two lengths, and of two lengths from one prompt."""
+        """Measure from differences: of generations from two lengths of prompt, and of two lengths from one prompt."""
         depth = len(ids) - n_prompt
         self._quickest(ids[:16], 2)  # pages in, threads started
         before = self._quickest(ids[:depth], 1)[0] if depth else 0.0
         read, one = self._quickest(ids, 1)
         written, made = self._quickest(ids, 1 + n_decode)
-        # onnxruntime-genai ends at an end of text, whoever asks for more.
+        # onnxruntime-genai ends at an end of text, however many tokens are requested.
         decode = (made - one) / (written - read) if made > n_decode // 2 and written > read else None
         return {"prefill": n_prompt / (read - before) if read > before else None, "decode": decode}
 
     def _quickest(self, ids: list[int], n_tokens: int) -> tuple[float, int]:
-        """Seconds of a generation, and what it made: the quickest of as many as there is time for."""
+        """Seconds and tokens of a generation: the fastest of those that fit into TIMING_SECONDS."""
         started, best, made = time.perf_counter(), math.inf, 0
         while best == math.inf or time.perf_counter() - started < TIMING_SECONDS:
             began = time.perf_counter()
@@ -126,7 +126,7 @@ class PythonWorker:
 
 
 def peak_bytes() -> int | None:
-    """The largest resident set that this process has had; None where the kernel does not tell."""
+    """The largest resident set that this process has had; None where the kernel does not report it."""
     status = Path("/proc/self/status")
     if not status.exists():
         return None
@@ -135,7 +135,7 @@ def peak_bytes() -> int | None:
 
 
 def _send_logits(rows: Iterator[np.ndarray], fd: int) -> dict[str, Any]:
-    """Write the logits (P, V) of each row, one after the other, from the beginning of the file."""
+    """Write the logits (P, V) of each row to the file, from its beginning."""
     n_rows, shape = 0, ()
     for logits in rows:
         _write_logits(fd, logits, n_rows * logits.size)
@@ -144,9 +144,9 @@ def _send_logits(rows: Iterator[np.ndarray], fd: int) -> dict[str, Any]:
 
 
 def _send_steps(steps: Iterator[np.ndarray], n_steps: int, fd: int) -> dict[str, Any]:
-    """The same of rows that are read side by side: each step has the logits (B, V) of one position of every row.
+    """The same for rows that are decoded together: each step has the logits (B, V) of one position of every row.
 
-    Not held until the end: eight rows of 256 tokens with a vocabulary of 128k take 1 GB.
+    Written step by step: eight rows of 256 tokens with a vocabulary of 128k take 1 GB.
     """
     shape: tuple[int, ...] = ()
     for step, logits in enumerate(steps):
@@ -172,10 +172,10 @@ def _log_sum_exp(row_V: np.ndarray) -> float:
 
 
 def answer_requests(worker: PythonWorker) -> None:
-    """Runtimes print on stdout as they please: it is kept for answers, and what they print goes to stderr."""
+    """Answer requests on the original stdout. What runtimes print on stdout goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    os.environ["GGML_NO_BACKTRACE"] = "1"  # llama.cpp's last words are why it aborts
+    os.environ["GGML_NO_BACKTRACE"] = "1"  # the last line of llama.cpp's output is then why it aborted
     for line in sys.stdin:
         answers.write(json.dumps(answer(worker, line)) + "\n")
         answers.flush()
@@ -190,7 +190,7 @@ def answer(worker: PythonWorker, line: str) -> dict[str, Any]:
         found: dict[str, Any] = getattr(worker, op)(**request)
     except UserError as error:
         return {"error": str(error)}
-    except Exception as error:  # whatever a runtime raises is its answer; the traceback goes to stderr
+    except Exception as error:  # the answer is whatever the runtime raises; the traceback goes to stderr
         traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error}"}
     return found

@@ -1,4 +1,7 @@
-"""The runtimes that a profile may name: what each reads, what it needs, how its worker is started here."""
+"""The runtimes: one row each, with everything that differs between them, and how a device's run on this machine.
+
+A profile names rows. Code that treats runtimes differently reads a field of the row and never compares names.
+"""
 from __future__ import annotations
 
 import sys
@@ -7,50 +10,58 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
+from lrc_edge.errors import UserError
+from lrc_edge.formats import Kind
 from lrc_edge.machine import architecture
 from lrc_edge.targets.devices import browser, emulation, node_llama
 from lrc_edge.targets.devices.kits import Kit, Pip, Unavailable
-from lrc_edge.targets.profile import Profile, load_profile
 from lrc_edge.targets.runtimes.llama_probe import extra_buffers
 from lrc_edge.targets.runtimes.python_worker import NO_SPINNING, PLAIN_BUFFERS
 from lrc_edge.targets.runtimes.worker import Command
 
-# Given a folder that the artifact, and in a browser all that belongs to it, lies below.
+if TYPE_CHECKING:
+    from lrc_edge.targets.profile import Profile  # which reads this table
+
+# Called with a folder that contains the artifact, and for a browser everything that belongs to it.
 Start = Callable[[Path], AbstractContextManager[Command]]
 
-@dataclass(frozen=True)
-class PythonRuntime:
-    """A runtime with Python bindings, which python_worker.py opens."""
 
-    name: str
-    format: str  # "gguf" | "onnx"
-    reads_text: bool  # it has a tokenizer that says what Hugging Face's says
-    kit: Kit
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """One runtime."""
 
-
-PYTHON = {runtime.name: runtime for runtime in (
-    PythonRuntime("llama.cpp", "gguf", True, Pip("llama-cpp-python", "llama_cpp", "0.3.36")),
-    PythonRuntime("onnxruntime", "onnx", False, Pip("onnxruntime", "onnxruntime", "1.31.1")),
-    PythonRuntime("onnxruntime-genai", "onnx", False, Pip("onnxruntime-genai", "onnxruntime_genai", "0.18.0")))}
-# Format -> the runtimes that prove a build's files on this machine: the first is compared with PyTorch, position by
-# position; the others run the same files their own way.
-PROOF = {"gguf": ("llama.cpp",), "onnx": ("onnxruntime", "onnxruntime-genai")}
+    name: str  # as profiles name it
+    reads: Kind
+    kits: tuple[Kit, ...]  # what it needs to run on this machine
+    on_device: Callable[[Runtime, Profile], DeviceRuntime]  # how its worker starts here
+    # Further arguments of python_worker, which opens a runtime with Python bindings; None: it has none.
+    python_flags: Callable[[], list[str]] | None = None
+    # Its part in verifying a build's files on this machine. "logits": it is compared with PyTorch, position by
+    # position; "text": it generates, renders chats and ends texts.
+    verifies: Literal["logits", "text", "nothing"] = "nothing"
+    gate_suffix: str = ""  # of its gates' names, where another runtime has gates of the same name
+    tokenizes: bool = True  # it has a tokenizer, which must give Hugging Face's ids
+    caches: tuple[str, ...] = ()  # types that its KV cache can have, the largest first; empty: one type only
+    chat_engines: tuple[str, ...] = ()  # what can render a chat (chat_parity.ENGINES); the first is judged
+    ends_texts: bool = False  # it stops at an end of text, whatever stop ids it is asked for
+    in_page: bool = False  # it runs in a browser's page, whose network requests are watched
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceRuntime:
-    """One runtime as a device of a profile has it, on this machine."""
+    """A runtime as this machine can run it for one device."""
 
-    name: str  # as profiles name it
-    format: str  # "gguf" | "onnx"
-    reads_text: bool  # it has a tokenizer that says what Hugging Face's says
+    row: Runtime
     kits: tuple[Kit, ...]
     start: Start
-    here: bool = False  # on the device's kind of processor, in no browser: its memory and time are real
-    timed: bool = False  # its worker measures speed
-    emulated: str = ""  # the processor, where it is: a tenth to a hundredth of the real speed
-    page: bool = False  # a page in a browser: what it asks of the network is watched
+    timed: bool = False  # its speed here is the device's
+    emulated: str = ""  # the processor, if it is emulated: a tenth to a hundredth of the real speed
+
+    @property
+    def name(self) -> str:
+        return self.row.name
 
 
 def is_here(profile: Profile) -> bool:
@@ -58,61 +69,100 @@ def is_here(profile: Profile) -> bool:
     return profile.architecture == architecture()
 
 
-def runtimes_of(profile: Profile) -> list[DeviceRuntime]:
-    """The profile's runtimes: its own where this machine has its processor, emulated where it has not."""
-    return [_runtime(name, profile) for name in profile.runtimes]
-
-
-def kits_named(name: str) -> tuple[Kit, ...]:
-    """What `lrc-edge targets setup NAME` installs: of a target, or of one runtime by its name.
-
-    Raises UserError for what is neither.
-    """
-    single = {**{runtime.name: (runtime.kit,) for runtime in PYTHON.values()}, **browser.KITS,
-              "node-llama-cpp": node_llama.KITS, "aarch64": (emulation.KIT,)}
-    return single[name] if name in single else tuple(kit for runtime in runtimes_of(load_profile(name))
-                                                     for kit in runtime.kits)
-
-
-def _runtime(name: str, profile: Profile) -> DeviceRuntime:
-    if name in PYTHON:
-        return _python_runtime(name, profile)
-    if name == "node-llama-cpp":
-        return DeviceRuntime(name=name, format="gguf", reads_text=True, here=True,
-                             start=lambda _: nullcontext(node_llama.command()),
-                             kits=node_llama.KITS if is_here(profile) else (_elsewhere(profile),))
-    return DeviceRuntime(name=name, format=browser.FORMATS[name], reads_text=True, page=True,
-                         kits=browser.KITS[name], start=partial(browser.command, name))
-
-
-def _python_runtime(name: str, profile: Profile) -> DeviceRuntime:
-    common = partial(DeviceRuntime, name=name, format=PYTHON[name].format, reads_text=PYTHON[name].reads_text)
+def _in_python(row: Runtime, profile: Profile) -> DeviceRuntime:
+    """In this Python where the machine has the device's processor, else in an emulated one."""
     if is_here(profile):
-        return common(kits=(PYTHON[name].kit,), start=_native(name), here=True, timed=True)
+        return DeviceRuntime(row=row, kits=row.kits, start=_native(row.name), timed=True)
     if profile.emulate and profile.architecture == "aarch64":
-        return common(kits=(emulation.KIT,), start=_emulated(name, profile.emulate), emulated=profile.emulate)
-    return common(kits=(_elsewhere(profile),), start=_native(name))
+        return DeviceRuntime(row=row, kits=(emulation.KIT,), emulated=profile.emulate,
+                             start=lambda _: nullcontext(emulation.command(row.name, profile.emulate)))
+    return DeviceRuntime(row=row, kits=(_elsewhere(profile),), start=_native(row.name))
 
 
-def _emulated(name: str, cpu: str) -> Start:
-    return lambda _: nullcontext(emulation.command(name, cpu))
+def _in_node(row: Runtime, profile: Profile) -> DeviceRuntime:
+    return DeviceRuntime(row=row, kits=row.kits if is_here(profile) else (_elsewhere(profile),),
+                         start=lambda _: nullcontext(node_llama.command()))
 
 
-def _elsewhere(profile: Profile) -> Unavailable:
-    return Unavailable(f"this machine is {architecture()}, {profile.name} is {profile.architecture}; check it there")
+def _in_page(row: Runtime, profile: Profile) -> DeviceRuntime:
+    return DeviceRuntime(row=row, kits=row.kits, start=partial(browser.command, row.name))
 
 
 def _native(name: str) -> Start:
     return lambda _: nullcontext(native_command(name))
 
 
-def native_command(name: str, spinning: bool = True) -> Command:
-    """A worker with one of PYTHON's runtimes on this machine. Raises KeyError for another name.
+def _elsewhere(profile: Profile) -> Unavailable:
+    return Unavailable(f"this machine is {architecture()}, {profile.name} is {profile.architecture}; check it there")
 
-    spinning: its threads wait for each other without sleeping, which is the runtimes' default and fastest where nothing
-    else runs; beside other work it costs several times the CPU time (docs/LOG.md).
+
+def _llama_cpp_flags() -> list[str]:
+    return [] if extra_buffers().usable else [PLAIN_BUFFERS]
+
+
+RUNTIMES = {row.name: row for row in (
+    Runtime(name="llama.cpp", reads="gguf", kits=(Pip("llama-cpp-python", "llama_cpp", emulation.LLAMA_CPP_PYTHON),),
+            on_device=_in_python, python_flags=_llama_cpp_flags, verifies="logits", caches=("f16", "q8_0", "q4_0"),
+            chat_engines=("jinja", "c_api", "server")),
+    Runtime(name="node-llama-cpp", reads="gguf", kits=node_llama.KITS, on_device=_in_node),
+    Runtime(name="wllama", reads="gguf", kits=browser.KITS["wllama"], on_device=_in_page, in_page=True),
+    Runtime(name="onnxruntime-genai", reads="onnx",
+            kits=(Pip("onnxruntime-genai", "onnxruntime_genai", emulation.GENAI),), on_device=_in_python,
+            python_flags=list, verifies="text", gate_suffix=", genai", chat_engines=("jinja",), ends_texts=True),
+    Runtime(name="onnxruntime", reads="onnx", kits=(Pip("onnxruntime", "onnxruntime", emulation.ONNXRUNTIME),),
+            on_device=_in_python, python_flags=list, verifies="logits", tokenizes=False),
+    Runtime(name="transformers.js", reads="onnx", kits=browser.KITS["transformers.js"], on_device=_in_page,
+            in_page=True))}
+
+
+def runtime_named(name: str) -> Runtime:
+    """The row. Raises UserError with the known names."""
+    if name not in RUNTIMES:
+        raise UserError(f"runtime {name!r} is unknown; known: {', '.join(RUNTIMES)}")
+    return RUNTIMES[name]
+
+
+def readers_of(kind: Kind) -> tuple[str, ...]:
+    """The names of the runtimes that read files of this kind."""
+    return tuple(row.name for row in RUNTIMES.values() if row.reads == kind)
+
+
+def verifiers_of(kind: str) -> tuple[Runtime, tuple[Runtime, ...]]:
+    """The runtime whose logits are compared with PyTorch, and those that run the same files their own way."""
+    rows = [row for row in RUNTIMES.values() if row.reads == kind]
+    for row in rows:
+        if row.verifies == "logits":
+            return row, tuple(other for other in rows if other.verifies == "text")
+    raise UserError(f"no runtime gives the logits of {kind} files; known: {', '.join(RUNTIMES)}")
+
+
+def runtimes_of(profile: Profile) -> list[DeviceRuntime]:
+    """The profile's runtimes, as this machine can run them."""
+    return [row.on_device(row, profile) for row in map(runtime_named, profile.runtimes)]
+
+
+def kits_named(name: str) -> tuple[Kit, ...]:
+    """What `lrc-edge targets setup NAME` installs: the kits of a runtime, of a target, or "aarch64", the emulator.
+
+    Raises UserError for any other name.
     """
-    flags = [PLAIN_BUFFERS] if name == "llama.cpp" and not extra_buffers().usable else []
-    flags += [] if spinning else [NO_SPINNING]
-    return Command((sys.executable, "-P", "-m", "lrc_edge.targets.runtimes.python_worker", PYTHON[name].name, *flags),
+    from lrc_edge.targets.profile import load_profile
+
+    single = {**{row.name: row.kits for row in RUNTIMES.values()}, "aarch64": (emulation.KIT,)}
+    return single[name] if name in single else tuple(kit for runtime in runtimes_of(load_profile(name))
+                                                     for kit in runtime.kits)
+
+
+def native_command(name: str, spinning: bool = True) -> Command:
+    """What starts a worker with a runtime in this Python. Raises UserError for one without Python bindings.
+
+    spinning: its threads wait for each other without sleeping. That is the runtimes' default, and the fastest where
+    nothing else runs; next to other work it costs several times the CPU time (docs/LOG.md).
+    """
+    python_flags = runtime_named(name).python_flags
+    if python_flags is None:
+        known = ", ".join(row.name for row in RUNTIMES.values() if row.python_flags)
+        raise UserError(f"runtime {name} has no Python bindings; these have: {known}")
+    flags = python_flags() + ([] if spinning else [NO_SPINNING])
+    return Command((sys.executable, "-P", "-m", "lrc_edge.targets.runtimes.python_worker", name, *flags),
                    {} if spinning else {"OMP_WAIT_POLICY": "passive"})

@@ -1,7 +1,7 @@
-"""A runtime in a process of its own: requests and answers are lines of JSON on its stdin and stdout.
+"""Run a runtime in its own process. Requests and answers are lines of JSON on its stdin and stdout.
 
-So a runtime may be in another language, on an emulated processor or in a browser, and its crash is an answer too.
-The requests, in the order they may come (`op` and its fields -> fields of the answer, or {"error": one line}):
+A runtime may therefore be in another language, on an emulated processor or in a browser, and its crash is a result.
+The requests, in the order in which they may come (`op` and its fields -> fields of the answer, or {"error": one line}):
 
     open      path, n_ctx, threads       -> label (runtime and version), n_ctx (what it really has), vocab_size
     score     ids (T), wanted (T, K)     -> logprobs (T, K) of the wanted ids at each position, argmax (T)
@@ -9,9 +9,9 @@ The requests, in the order they may come (`op` and its fields -> fields of the a
     tokenize  texts                      -> ids (one list a text), special tokens added and parsed
     speed     ids, n_prompt, n_decode    -> prefill (of the last n_prompt ids) and decode after them, in tokens/s
     memory                               -> peak_bytes, how (by what it was measured)
-    requests                             -> foreign (URLs that a page asked of anyone but us)
+    requests                             -> foreign (URLs that a page requested from another server)
 
-The native Python workers, which prove a build's files, answer these as well (python_worker.py):
+The native Python workers, which verify a build's files, also answer these (python_worker.py):
 
     context   n_ctx, n_rows, cache       -> nothing; a new KV cache, of the type `cache` (llama.cpp only)
     prefill   rows (B, T), positions (P), fd    -> shape (B, P, V) of the float32 logits that it wrote to the file `fd`
@@ -47,7 +47,7 @@ DEATHS: dict[int, str] = {signal.SIGILL: "illegal instruction", signal.SIGSEGV: 
 
 
 class WorkerFailed(UserError):
-    """The runtime did not answer: it died (and of what), took too long, or said what is wrong."""
+    """The runtime did not answer: it died, took too long, or reported an error."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Command:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the block as an exception, so that no worker outlives it. Main thread only."""
+    """Turn SIGTERM and SIGHUP into an exception, so that no worker outlives the block. Main thread only."""
     def end(number: int, frame: Any) -> None:
         sys.exit(128 + number)
 
@@ -75,9 +75,9 @@ def ended_by_signals() -> Iterator[None]:
 
 
 def _dies_with_parent() -> Callable[[], None]:
-    """What a child runs between fork and exec: the kernel kills it when this process dies, even by SIGKILL (Linux).
+    """Return what a child runs between fork and exec: the kernel kills it if this process dies, even by SIGKILL.
 
-    A crash is an answer, so it leaves no core file.
+    A crash is a result, so it leaves no core file.
     """
     parent = os.getpid()
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
@@ -123,7 +123,7 @@ class Worker:
         return self._process.poll() is None
 
     def close(self) -> None:
-        """Kill it and what it started. Calling it again does nothing."""
+        """Kill it and its children. Calling it again does nothing."""
         if self._log.closed:
             return
         self._kill()

@@ -1,4 +1,4 @@
-"""A file in a runtime of this machine, as the proof asks it: in a process of its own, within a limit of time."""
+"""A file in a runtime of this machine, run for verification in its own process and within a time limit."""
 from __future__ import annotations
 
 import math
@@ -11,28 +11,28 @@ from typing import Any
 
 import numpy as np
 
-from lrc_edge.targets.runtimes.table import native_command
+from lrc_edge.targets.runtimes.table import native_command, runtime_named
 from lrc_edge.targets.runtimes.worker import Worker, WorkerFailed
 
-# A request may take as long as the slowest machine that anyone would use: 0.5 GFLOP/s, 20 MB/s of a file's bytes.
+# A request may take as long as on the slowest plausible machine: 0.5 GFLOP/s, 20 MB/s of a file's bytes.
 BASE_SECONDS = 120.0
 SLOWEST_FLOPS, SLOWEST_BYTES = 5e8, 2e7
 LOGITS_BYTES = 1 << 31  # of one answer: on disk, and read one row at a time
 
 
 class WorkerRuntime:
-    """One file in one runtime of runtimes.PYTHON.
+    """One file in one runtime that has Python bindings.
 
-    A worker that crashed is started again for the next request: what dies in prefill may live in decode. One that
-    hung, or that cannot open the file, is not asked again. n_params: of the model, for the limits of time.
-    vocab_size: what the file must have; 0: any. folder: on whose disk logits pass from the worker to us. Use it as a
-    context manager. All that goes wrong is a WorkerFailed whose text names the runtime and the stage (open, prefill,
+    A worker that crashed is restarted for the next request: prefill may crash where decode works. A worker that hung,
+    or that cannot open the file, is not asked again. n_params: of the model, for the time limits.
+    vocab_size: required of the file; 0: any. folder: its disk holds the logits that the worker passes back. Use it as a
+    context manager. Every failure is a WorkerFailed whose text names the runtime and the stage (open, prefill,
     decode, generate, tokenize, chat).
     """
 
     def __init__(self, name: str, path: Path, n_ctx: int, threads: int, n_params: int, folder: Path | None = None,
                  vocab_size: int = 0):
-        self.name, self.label, self.vocab_size = name, name, vocab_size
+        self.row, self.name, self.label, self.vocab_size = runtime_named(name), name, name, vocab_size
         self._path, self._n_ctx, self._threads, self._n_params = path, n_ctx, threads, n_params
         self._file = tempfile.TemporaryFile(dir=folder)
         self._worker: Worker | None = None
@@ -50,13 +50,16 @@ class WorkerRuntime:
     # Requests
 
     def context(self, n_ctx: int, n_rows: int = 1, cache: str = "f32") -> None:
-        """Of llama.cpp: an empty KV cache of the type `cache` for that many rows; another runtime has no such thing."""
+        """Empty the KV cache and give it room for n_rows rows of n_ctx tokens, in the type `cache`.
+
+        Does nothing in a runtime whose cache has one type: its cache begins empty with every request.
+        """
         self._context = (n_ctx, n_rows, cache)
-        if self.name == "llama.cpp" and self._worker is not None:
+        if self.row.caches and self._worker is not None:
             self._ask("context", n_ctx=n_ctx, n_rows=n_rows, cache=cache)
 
     def prefill(self, rows: np.ndarray, positions: Sequence[int] | None = None) -> np.ndarray:
-        """(B, T) -> (B, P, V), in a file that the next request of this runtime overwrites."""
+        """(B, T) -> (B, P, V), mapped from a file that the next request overwrites."""
         return self._logits("prefill", rows, positions)
 
     def decode(self, rows: np.ndarray, positions: Sequence[int] | None = None) -> np.ndarray:
@@ -83,7 +86,7 @@ class WorkerRuntime:
         return set(self._ask("end_tokens")["ids"])
 
     def rows_at_once(self, n_tokens: int, most: int = 8) -> int:
-        """Rows of n_tokens whose logits are one answer."""
+        """How many rows of n_tokens have logits that fit into one answer."""
         return max(1, min(most, LOGITS_BYTES // (4 * n_tokens * self.vocab_size))) if self.vocab_size else 1
 
     # The worker
@@ -137,7 +140,7 @@ class WorkerRuntime:
         if shape != expected:
             raise WorkerFailed(f"{self.name}, {op}: logits of shape {shape}, need {expected}")
         if os.fstat(self._file.fileno()).st_size < 4 * math.prod(shape):
-            raise WorkerFailed(f"{self.name}, {op}: fewer logits than it says")
+            raise WorkerFailed(f"{self.name}, {op}: fewer logits than it reports")
         logits = np.memmap(self._file, np.float32, "r", shape=tuple(shape))
         if n_flat := sum(int((row.min(-1) == row.max(-1)).sum()) for row in logits):
             raise WorkerFailed(f"{self.name}, {op}: every token has the same logit at {n_flat} positions: the runtime "

@@ -12,7 +12,7 @@ from lrc_edge.errors import UserError
 from lrc_edge.targets.devices.web_kits import WLLAMA
 from lrc_edge.targets.serve.server import ISOLATION, PAGES, Mounts, StaticServer
 
-# blob: is how wllama starts its worker and is given its program.
+# wllama starts its worker and loads its program through blob: URLs.
 POLICY = {"Content-Security-Policy": "default-src 'none'; script-src 'self' 'wasm-unsafe-eval' blob:; "
                                      "worker-src blob:; connect-src 'self' blob:; style-src 'self'; img-src data:; "
                                      "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"}

@@ -68,7 +68,7 @@ class StaticServer:
         self._server.server_close()
 
     def wait(self) -> None:
-        """Until Ctrl-C."""
+        """Wait until Ctrl-C."""
         try:
             self._thread.join()
         except KeyboardInterrupt:
@@ -112,7 +112,7 @@ class _Handler(BaseHTTPRequestHandler):
                     self.close_connection = True
 
     def _refusal(self) -> tuple[HTTPStatus, bytes] | None:
-        """Status and sentence where the request was sent to another name, or by a page of another server."""
+        """Status and sentence for a request to another name, or from a page of another server; None to serve it."""
         hosts = self.headers.get_all("Host", [])
         name = re.fullmatch(r"(\[[\da-f:.]+\]|[\w.-]+)(:\d+)?", hosts[0].strip().lower()) if len(hosts) == 1 else None
         if name is None or not self.is_own_name(name[1]):
@@ -129,7 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing: the terminal is the command's."""
+        """Print nothing: the command owns the terminal."""
 
 
 def own_names(host: str) -> Callable[[str], bool]:
@@ -154,7 +154,7 @@ def _is_address(name: str) -> bool:
 
 
 def find(mounts: Mounts, path: str) -> tuple[BinaryIO, int] | None:
-    """What is at the URL path, and its bytes; None where there is nothing, or where `..` leads out of a folder."""
+    """The content at the URL path and its size; None if there is none, or if `..` leads out of a folder."""
     parts = path.split("/")[1:]
     if not path.startswith("/") or ".." in parts or "\0" in path or "\\" in path:
         return None
