@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from lrc_edge.errors import UserError
+from lrc_edge.pipeline.target_commands import kits_named
 from lrc_edge.targets.devices.kits import Apt, Pip
-from lrc_edge.targets.runtimes.table import kits_named
 
 ABSENT = Apt("browser", ("some-browser", "some-fonts"), ("no-such-program-here",), "1 MB")
 

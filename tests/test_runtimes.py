@@ -8,6 +8,7 @@ import pytest
 
 from lrc_edge.errors import UserError
 from lrc_edge.formats import FORMATS, Kind
+from lrc_edge.pipeline.target_commands import kits_named
 from lrc_edge.shape import ModelShape
 from lrc_edge.targets import memory
 from lrc_edge.targets.devices import browser, emulated_worker, emulation
@@ -19,7 +20,6 @@ from lrc_edge.targets.runtimes.llamacpp import CACHES
 from lrc_edge.targets.runtimes.python_worker import OPEN, PythonWorker
 from lrc_edge.targets.runtimes.table import (
     RUNTIMES,
-    kits_named,
     native_command,
     readers_of,
     runtime_named,

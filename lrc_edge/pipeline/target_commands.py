@@ -18,11 +18,13 @@ from lrc_edge.exit_status import ExitStatus
 from lrc_edge.figures import human_bytes, human_count
 from lrc_edge.recipe import Recipe
 from lrc_edge.shape import ModelShape, student_width
+from lrc_edge.targets.devices import emulation
+from lrc_edge.targets.devices.kits import Kit
 from lrc_edge.targets.fit import Fit, FormatFit, check_fit
 from lrc_edge.targets.memory import GROUPS, bytes_by_group, kv_bytes_per_token
 from lrc_edge.targets.profile import all_profiles, load_profile
 from lrc_edge.targets.runtimes.llama_probe import extra_buffers
-from lrc_edge.targets.runtimes.table import kits_named
+from lrc_edge.targets.runtimes.table import RUNTIMES, runtimes_of
 from lrc_edge.targets.serve.command import page_server
 from lrc_edge.workspace import MANIFEST, Workspace
 
@@ -67,6 +69,16 @@ def show_target(name_or_path: str, console: Console) -> None:
     for table in (figures, formats):
         console.print()
         console.print(table, highlight=False)
+
+
+def kits_named(name: str) -> tuple[Kit, ...]:
+    """What `lrc-edge targets setup NAME` installs: the kits of a runtime, of a target, or "aarch64", the emulator.
+
+    Raises UserError for any other name.
+    """
+    single = {**{row.name: row.kits for row in RUNTIMES.values()}, "aarch64": (emulation.KIT,)}
+    return single[name] if name in single else tuple(kit for runtime in runtimes_of(load_profile(name))
+                                                     for kit in runtime.kits)
 
 
 def setup(names: list[str], yes: bool, console: Console) -> None:

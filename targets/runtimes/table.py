@@ -141,18 +141,6 @@ def runtimes_of(profile: Profile) -> list[DeviceRuntime]:
     return [row.on_device(row, profile) for row in map(runtime_named, profile.runtimes)]
 
 
-def kits_named(name: str) -> tuple[Kit, ...]:
-    """What `lrc-edge targets setup NAME` installs: the kits of a runtime, of a target, or "aarch64", the emulator.
-
-    Raises UserError for any other name.
-    """
-    from lrc_edge.targets.profile import load_profile
-
-    single = {**{row.name: row.kits for row in RUNTIMES.values()}, "aarch64": (emulation.KIT,)}
-    return single[name] if name in single else tuple(kit for runtime in runtimes_of(load_profile(name))
-                                                     for kit in runtime.kits)
-
-
 def native_command(name: str, spinning: bool = True) -> Command:
     """What starts a worker with a runtime in this Python. Raises UserError for one without Python bindings.
 
