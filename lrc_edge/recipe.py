@@ -30,7 +30,7 @@ BOUNDS = {"at_least": (operator.ge, "at least"), "above": (operator.gt, "more th
 
 
 def key(default: Value, help: str, **bounds: float) -> Value:
-    """A key of the recipe: its default, the comment that `to_toml` prints, and BOUNDS of the value or of each list item."""
+    """A recipe key: its default, the comment that `to_toml` prints, and BOUNDS of the value (of each list item)."""
     if unknown := bounds.keys() - BOUNDS.keys():
         raise ValueError(f"recipe key: unknown bounds {sorted(unknown)}; known {sorted(BOUNDS)}")
     return typing.cast(Value, field(default=default, metadata={"help": help, "bounds": bounds}))
