@@ -237,7 +237,8 @@ def _outputs(outputs: list[dict[str, Any]], names: Names) -> list[dict[str, Any]
     rows = []
     for (text, is_teacher), who in sources.items():
         same, differs, rest = (text, "", "") if student is None or is_teacher else split_at_difference(text, student)
-        rows.append({"who": who[0], "echoes": who[1:], "same": same, "differs": differs, "rest": rest})
+        first, *echoes = dict.fromkeys(who)
+        rows.append({"who": first, "echoes": echoes, "same": same, "differs": differs, "rest": rest})
     return rows
 
 
