@@ -76,7 +76,7 @@ def llama_quantize(ftype: str) -> Row:
 def our_export(student: Path, out: Path, format: str, encoding: str, options: str = "") -> list[str]:
     """Return the command that writes out/<format>. options: more Python arguments of export_gguf or export_onnx."""
     code = ("import sys; from pathlib import Path; from lrc_edge.checkpoint import DenseCheckpoint; "
-            f"from lrc_edge.export.to_{format} import export_{format}; "
+            f"from lrc_edge.export.{format}.to_{format} import export_{format}; "
             f"export_{format}(DenseCheckpoint.open(sys.argv[1]), Path(sys.argv[2]), ['{encoding}'], {options})")
     return [PYTHON, "-c", code, str(student), str(out / format)]
 

@@ -71,8 +71,8 @@ gaussian, selection, pca = (partial(from_projections, init=name) for name in ("g
 
 class Aligned(Clone):
     """TinyBERT's feature distillation (arXiv 1909.10351): the student's residual stream after every layer, mapped by
-    one trained matrix per layer, is fitted to the teacher's, plus the KL at the head. Terms are relative to the teacher's
-    mean square.
+    one trained matrix per layer, is fitted to the teacher's, plus the KL at the head. Terms are relative to the
+    teacher's mean square.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
