@@ -1,13 +1,13 @@
-"""Prefill and decoding speed of the 4-bit files in the runtimes that users have: all in one run on one student.
+"""Prefill and decoding speed of the 4-bit files in their runtimes, all measured in one run on one student.
 
     python benchmarks/decode.py --work WORK                    the shape of LRC-1.5B: 10 GB of disk, about 10 GB of RAM
     python benchmarks/decode.py --work WORK --shape tiny --repeats 1 --rows "llama.cpp Q4_0"
 
-The student has random weights (random_student.py); --work keeps it and the files that are made of it. Every measurement
-is a process of its own; rounds over all rows are repeated and the median is shown. A measurement loads the model, warms
-it up, decodes after one token, prefills, and decodes after that. Clients are good ones: llama.cpp with its own defaults
-(F16 cache, flash attention), onnxruntime with a cache that stays in place. The rows named "default" run the session as
-the maker of its folder wrote it, whatever the number of threads.
+The student has random weights (random_student.py); --work keeps it and the files made from it. Each measurement runs in
+its own process. Rounds over all rows are repeated, and the median is shown. A measurement loads the model, warms it up,
+decodes after one token, prefills, and decodes after that. Each runtime is used efficiently: llama.cpp with its defaults
+(F16 cache, flash attention), onnxruntime with a cache that is extended in place. The rows named "default" use the
+session settings stored in the folder, whatever the number of threads.
 """
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from typing import Any, Protocol
 from export import genai_builder, make_student, our_export
 
 VOCAB_SIZE = 512
-Speeds = dict[str, float]  # "decode", "prefill", "decode after it" -> tokens a second
+Speeds = dict[str, float]  # "decode", "prefill", "decode after it" -> tokens per second
 
 
 class Client(Protocol):
@@ -36,12 +36,12 @@ class Client(Protocol):
         ...
 
     def feed(self, ids: list[int]) -> None:
-        """Run these tokens after those that were fed before, and have the last one's logits."""
+        """Feed these tokens after the earlier ones, and compute the logits of the last."""
         ...
 
 
 class LlamaCpp:
-    """llama.cpp with the defaults of its context."""
+    """llama.cpp with the default context settings."""
 
     def __init__(self, folder: Path, threads: int | None, n_ctx: int):
         import llama_cpp
@@ -92,7 +92,7 @@ class Ort:
 
 
 class Genai:
-    """onnxruntime-genai on a folder; threads None: the session options that stand in its genai_config.json."""
+    """onnxruntime-genai on a folder. threads = None: the session options of its genai_config.json."""
 
     def __init__(self, folder: Path, threads: int | None, n_ctx: int):
         import onnxruntime_genai as og
@@ -126,7 +126,7 @@ ROWS: dict[str, tuple[Callable[[Path, int | None, int], Client], str]] = {
 
 
 def make_files(student: Path, work: Path, wanted: set[str]) -> Path:
-    """The wanted folders of ROWS, each made once, by the tool in question."""
+    """Return the folders that the rows need, each written once by its tool."""
     files = work / f"{student.name}-files"
     commands = {
         f"{OURS}/gguf": our_export(student, files / OURS, "gguf", "q4_0"),
@@ -203,8 +203,8 @@ def main() -> None:
     parser.add_argument("--shape", default="lrc-1.5b", help="lrc-1.5b or tiny")
     parser.add_argument("--rows", default=",".join(ROWS), help="comma-separated; default: all")
     parser.add_argument("--threads", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2])
-    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prefill")
-    parser.add_argument("--tokens", type=int, default=32, help="decoded at each place")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens to prefill")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens to decode at each place")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     names = [name.strip() for name in args.rows.split(",")]

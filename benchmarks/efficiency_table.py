@@ -1,4 +1,4 @@
-"""The table and the plot of sample_efficiency.py, from its runs.jsonl."""
+"""Write the table and the plot of sample_efficiency.py from its runs.jsonl."""
 from __future__ import annotations
 
 import json
@@ -30,7 +30,7 @@ def read_runs(out: Path) -> list[Run]:
 
 
 def best_rate(runs: list[Run], method: str) -> float:
-    """The rate of the grid with which seed 0 ended lowest."""
+    """Return the learning rate with which seed 0 ended at the lowest loss."""
     return min((run for run in runs if run.method == method and run.seed == 0), key=lambda run: run.loss).rate
 
 
@@ -40,7 +40,7 @@ def mean_curve(runs: list[Run]) -> list[tuple[int, float]]:
 
 
 def tokens_to_reach(curve: list[tuple[int, float]], loss: float) -> float | None:
-    """Where the curve first is at or below `loss`, between its points in a straight line; None: never."""
+    """Return where the curve first reaches `loss`, interpolated linearly; None if never."""
     for (before, high), (after, low) in zip([curve[0], *curve], curve, strict=False):
         if low <= loss:
             return after if high <= loss or high == low else before + (after - before) * (high - loss) / (high - low)
@@ -75,7 +75,7 @@ def _losses(at_best: dict[str, list[Run]], curves: dict[str, list[tuple[int, flo
 
 
 def _crossings(curves: dict[str, list[tuple[int, float]]]) -> list[str]:
-    """Each row: the share of the run in which it reaches the final loss of each column's method."""
+    """Return a table: the share of the run after which a row's method reaches the final loss of a column's method."""
     rows = ["Share of its tokens that the method of the row needs to reach the final loss of the column's:", "",
             "| | " + " | ".join(curves) + " |", "|---|" + "---|" * len(curves)]
     for name, curve in curves.items():

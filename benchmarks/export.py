@@ -1,14 +1,15 @@
-"""Time and memory of writing GGUF and ONNX, beside the tools that do the same: all in one run on one student.
+"""Time and memory of writing GGUF and ONNX, compared with the tools that do the same, in one run on one student.
 
     python benchmarks/export.py --work WORK                    the shape of LRC-1.5B: 10 GB of disk, about 10 GB of RAM
     python benchmarks/export.py --work WORK --shape tiny --repeats 1 --rows "cp,lrc-edge GGUF F16"
 
-The student has random weights (random_student.py). Every measurement is a process of its own, its imports included;
-rounds over all rows are repeated and the median is shown. Before each the student's files are read once, its output is
-deleted, a scratch file as large as the student is written and deleted, and everything is synced: inputs come from the
-page cache, memory for outputs has been touched, and nobody pays for what the one before left to write. Peak memory is
-the resident set of the largest process, mapped files included. A ratio is to the peers' sum, where one needs two.
-llama.cpp's converter comes from the source distribution of llama-cpp-python, which --work gets through pip.
+The student has random weights (random_student.py). Each measurement runs in its own process and includes its imports.
+Rounds over all rows are repeated, and the median is shown. Before each measurement the student's files are read once,
+the output is deleted, a scratch file as large as the student is written and deleted, and everything is synced. So
+inputs come from the page cache, memory for outputs has been touched, and no measurement pays for data that the one
+before left to write. Peak memory is the resident set of the largest process, mapped files included. A ratio compares
+with the baseline, or with the sum of two tools if both are needed. llama.cpp's converter comes from the source
+distribution of llama-cpp-python, which pip downloads to --work.
 """
 from __future__ import annotations
 
@@ -32,17 +33,17 @@ PYTHON = sys.executable
 
 @dataclass(frozen=True)
 class Job:
-    """What the commands are made of."""
+    """Paths and settings that the commands use."""
 
     student: Path
-    outputs: Path  # every row writes into a folder of its own in it
+    outputs: Path  # each row writes into its own folder in it
     converter: Path  # convert_hf_to_gguf.py
     threads: int
 
 
 @dataclass(frozen=True)
 class Row:
-    """One tool's work. `needs`: the row whose output it reads; `peers`: the rows that it is compared with."""
+    """One tool's work. needs: the row whose output it reads. peers: the rows that it is compared with."""
 
     command: Callable[[Job, Path], list[str]]
     peers: tuple[str, ...] = ()
@@ -52,8 +53,8 @@ class Row:
 @dataclass(frozen=True)
 class Measurement:
     seconds: float
-    cpu_seconds: float  # of all its threads and of the kernel on its behalf
-    synced_seconds: float  # until its output is on the disk
+    cpu_seconds: float  # of all threads, and of the kernel for them
+    synced_seconds: float  # until the output is on the disk
     peak_bytes: int
     output_bytes: int
     load: float  # the system's load average when it began
@@ -73,7 +74,7 @@ def llama_quantize(ftype: str) -> Row:
 
 
 def our_export(student: Path, out: Path, format: str, encoding: str, options: str = "") -> list[str]:
-    """The command that writes out/<format>; options: more arguments of export_gguf or export_onnx, in Python."""
+    """Return the command that writes out/<format>. options: more Python arguments of export_gguf or export_onnx."""
     code = ("import sys; from pathlib import Path; from lrc_edge.checkpoint import DenseCheckpoint; "
             f"from lrc_edge.export.{format}.to_{format} import export_{format}; "
             f"export_{format}(DenseCheckpoint.open(sys.argv[1]), Path(sys.argv[2]), ['{encoding}'], {options})")
@@ -131,7 +132,7 @@ def measure(job: Job, name: str) -> Measurement:
 
 
 def reset(job: Job, out: Path) -> None:
-    """The state that every measurement starts from; see above."""
+    """Restore the state that every measurement starts from (see the module docstring)."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     scratch = job.outputs / "scratch"
@@ -144,7 +145,7 @@ def reset(job: Job, out: Path) -> None:
 
 
 def make_student(work: Path, shape: str) -> Path:
-    """In a process of its own: a child inherits its parent's peak memory."""
+    """Run in a separate process, because a child inherits its parent's peak memory."""
     code = ("import sys; from pathlib import Path; from random_student import make_student; "
             "print(make_student(Path(sys.argv[1]), sys.argv[2]))")
     done = subprocess.run([PYTHON, "-c", code, str(work), shape], cwd=HERE, check=True, stdout=subprocess.PIPE)

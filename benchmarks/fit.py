@@ -1,11 +1,11 @@
-"""What `lrc-edge targets fit` predicts beside what processes really take: the peak resident set of each runtime.
+"""Memory predicted by `lrc-edge targets fit`, compared with the measured peak resident set of each runtime.
 
     python benchmarks/fit.py --work WORK                                   2 GB of disk, 2 GB of RAM, minutes
     python benchmarks/fit.py --work WORK --shapes small-weights --rows "gguf:q4_0 in llama.cpp"
 
-Students with random weights (random_student.py), each of which takes its memory for something else. Every measurement
-is a process of its own, the one that `lrc-edge check --target` starts too: it loads the file, reads a prompt that fills
-the context but for the last tokens, writes those, and tells its VmHWM. --work keeps the students.
+The students have random weights (random_student.py); each needs its memory for something else. Each measurement runs in
+its own worker process, as in `lrc-edge check --target`: it loads the file, reads a prompt that fills the context except
+for the last tokens, generates those, and reports its VmHWM. --work keeps the students.
 """
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ROWS = tuple(f"{format_} in {runtime}" for format_, runtimes in (
 
 
 def machine_features() -> set[str]:
-    """This machine's, as profiles name them."""
+    """Return this machine's processor features, by their names in profiles."""
     text = Path("/proc/cpuinfo").read_text()
     flags = {word for line in text.splitlines() if line.startswith(("flags", "Features")) for word in line.split()}
     if platform.machine() == "aarch64":
@@ -41,7 +41,7 @@ def machine_features() -> set[str]:
 
 
 def files_of(student: Path, work: Path, formats: set[str]) -> dict[str, Path]:
-    """Format -> its file, written anew."""
+    """Write every format; return format -> file."""
     checkpoint, found = DenseCheckpoint.open(student), {}
     for kind, export in (("gguf", export_gguf), ("onnx", export_onnx)):
         encodings = sorted(format_.split(":")[1] for format_ in formats if format_.startswith(kind))

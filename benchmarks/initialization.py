@@ -1,10 +1,10 @@
-"""How a clone should start: held-out loss, and what 4 bits cost, for each initialization over the first steps.
+"""Held-out loss, and loss of quality at 4 bits, for each initialization over the first steps.
 
     python benchmarks/initialization.py examples/demo/storyteller examples/demo/stories.jsonl --hidden-size 256
 
-Each initialization trains on the same rows in the same order. Columns: held-out cross entropy of the student, and the
-KL divergence (nats a token) that Q4_0 weights with a Q8_0 embedding add to it, both at the start and after each third.
-`components` is the principal basis itself, `pca` the same span turned at random: lrc_edge.train.initialize.pca_values.
+Each initialization trains on the same sequences in the same order. Columns: held-out cross entropy of the student, and
+the KL divergence (nats per token) that Q4_0 weights with a Q8_0 embedding add, both at the start and after each third.
+`components` is the PCA basis itself; `pca` is the same basis, randomly rotated (lrc_edge.train.initialize.pca_values).
 """
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def start(clone: Clone, name: str, rows: torch.Tensor) -> dict[str, torch.Tensor
 
 @torch.no_grad()
 def cost_of_4_bits(clone: Clone, rows: torch.Tensor) -> float:
-    """KL(student || student with Q4_0 matrices), mean over tokens; rows that Q4_0 does not fit stay as they are."""
+    """Return KL(student || student with Q4_0 matrices), mean over tokens. Matrices that Q4_0 does not fit are kept."""
     student = clone.student
     expected = torch.log_softmax(student(rows).logits.float(), -1)
     for name, p in student.named_parameters():
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("text")
     parser.add_argument("--hidden-size", type=int, required=True)
     parser.add_argument("--steps", type=int, default=90, help="a multiple of 3")
-    parser.add_argument("--batch", type=int, default=16, help="rows of a step")
+    parser.add_argument("--batch", type=int, default=16, help="sequences per step")
     parser.add_argument("--row-len", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
     args = parser.parse_args()

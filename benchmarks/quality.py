@@ -1,12 +1,12 @@
-"""What each encoding costs in quality, with and without the importance matrix and training on the grid, and the peer.
+"""Quality of each encoding, with and without importance matrix and quantization-aware training, and of a baseline.
 
     make demo && python benchmarks/quality.py demo-out/student examples/demo/storyteller \
         --data examples/demo/stories.jsonl --judge unseen.jsonl --work quality
 
-Every file is written by `lrc-edge export`, but the peer's (onnxruntime-genai's model builder, int4 in blocks of 32 at
-accuracy_level 4), and judged in its own runtime against the PyTorch model in float32, on --judge, which nothing was
-trained or calibrated on. Perplexities have standard errors of the difference, on the same tokens.
-Models that are in --work already are not made again.
+`lrc-edge export` writes every file except the baseline's (onnxruntime-genai's model builder, int4 in blocks of 32 at
+accuracy_level 4). Each file is evaluated in its own runtime against the PyTorch model in float32, on --judge, which
+must not have been used for training or calibration. Perplexities have standard errors of the difference, on the same
+tokens. Models that are already in --work are not made again.
 """
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ NEAR_TIE = 0.01
 
 @dataclass(frozen=True)
 class Row:
-    """One file. Perplexity differences are to the unquantized model."""
+    """One file. Perplexity differences are from the unquantized model."""
 
     model: str
     file: str  # "GGUF Q4_0"
     imatrix: bool
-    on_grid: bool  # made of the model that was trained on its grid
+    on_grid: bool  # made from the model after quantization-aware training
     bytes: int
     bits_per_weight: float
     metrics: Metrics
@@ -62,7 +62,7 @@ class Export:
     formats: tuple[str, ...]
     settings: tuple[str, ...] = ()
     label: str = ""  # after the encoding
-    begins_as: str = ""  # another export, whose finished stages it takes over
+    begins_as: str = ""  # another export, whose finished stages are reused
 
     @property
     def imatrix(self) -> bool:
@@ -82,7 +82,7 @@ def exports(grid_tokens: int) -> list[Export]:
 
 
 def run_export(model: Path, export: Export, data: str, out: Path, seq_len: int) -> list[Artifact]:
-    """Artifacts of the export, made unless they are there. A gate that fails is no matter here."""
+    """Return the artifacts of the export, which runs unless they exist. A failed gate does not matter here."""
     if not (out / "report.json").exists():
         if export.begins_as:
             shutil.copytree(out.with_name(export.begins_as), out, ignore=shutil.ignore_patterns("report.*"))
@@ -133,7 +133,7 @@ def rows_of(model: Path, data: str, judge_on: str, work: Path, grid_tokens: int,
 
 
 class BuilderModel(OnnxRuntime):
-    """The builder's graph: its cache has a symbolic head size, and its positions come from the mask."""
+    """The builder's graph: its cache has a symbolic head size, and it computes positions from the mask."""
 
     def __init__(self, path: Path, checkpoint: DenseCheckpoint):
         options = onnxruntime.SessionOptions()
@@ -148,7 +148,7 @@ class BuilderModel(OnnxRuntime):
 
 @dataclass
 class Without:
-    """A session that is not given some inputs."""
+    """A session that drops some inputs."""
 
     session: onnxruntime.InferenceSession
     left_out: set[str]
@@ -159,7 +159,7 @@ class Without:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown, one table a model, files in the order of writing."""
+    """Return Markdown: one table per model, files in the order of writing."""
     lines = []
     for model in dict.fromkeys(row.model for row in rows):
         mine = [row for row in rows if row.model == model]
@@ -178,7 +178,7 @@ def table(rows: list[Row]) -> str:
 
 
 def verdict(rows: list[Row]) -> list[str]:
-    """What training on the grid recovers, and the share of blocks that llama.cpp's quantizer made as trained."""
+    """Return what quantization-aware training recovers, and the share of file blocks equal to the trained ones."""
     trained = next(row for row in rows if row.on_grid and row.file.startswith("GGUF"))
     told = []
     for imatrix in (False, True):
@@ -194,11 +194,11 @@ def verdict(rows: list[Row]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", type=Path, help="dense checkpoints")
-    parser.add_argument("--data", required=True, help="text to calibrate and train on")
-    parser.add_argument("--judge", required=True, help="text that neither the models nor --data have seen")
-    parser.add_argument("--work", type=Path, required=True, help="folder for what is made, and the results")
-    parser.add_argument("--grid-tokens", type=int, default=600_000, help="of training on the grid")
-    parser.add_argument("--positions", type=int, default=32_768, help="judged tokens, at most what --judge holds")
+    parser.add_argument("--data", required=True, help="text for calibration and training")
+    parser.add_argument("--judge", required=True, help="text that is not in the models' training data or --data")
+    parser.add_argument("--work", type=Path, required=True, help="folder for files and results")
+    parser.add_argument("--grid-tokens", type=int, default=600_000, help="tokens of quantization-aware training")
+    parser.add_argument("--positions", type=int, default=32_768, help="tokens to evaluate, at most those in --judge")
     args = parser.parse_args()
     rows: list[Row] = []
     for model in args.models:

@@ -1,7 +1,7 @@
-"""A dense student with random weights, for the benchmarks of speed: numbers do not matter to them, shapes do.
+"""A dense student with random weights for speed benchmarks, where only the shapes matter.
 
-Its vocabulary is as small as a tokenizer of bytes allows, so that the layers are what is measured; only the shapes for
-the vocabulary's memory (fit.py) have a large one.
+The vocabulary is as small as a byte tokenizer allows, so that the layers dominate. Only the shapes that measure the
+vocabulary's memory (fit.py) have a large one.
 """
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHAPES = {
                      head_dim=128, intermediate_size=8192),
     "tiny": dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2, head_dim=32,
                  intermediate_size=256),
-    # For fit.py: what takes the memory, in a size to measure, and below it in one for the tests.
+    # For fit.py, named after what needs the memory: large ones to measure, small ones for the tests.
     "weights": dict(hidden_size=1024, num_hidden_layers=16, num_attention_heads=16, num_key_value_heads=4,
                     head_dim=64, intermediate_size=4096),
     "cache": dict(hidden_size=512, num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=16, head_dim=64,
@@ -43,7 +43,7 @@ SHARD_BYTES = 1 << 30
 
 
 def make_student(folder: Path, shape_name: str) -> Path:
-    """Write the student of that shape, a llama in bfloat16, to folder/<shape_name>, unless it is there already."""
+    """Write a student of that shape, a llama in bfloat16, to folder/<shape_name>, unless it exists already."""
     path = folder / shape_name
     if (path / "config.json").exists():
         return path
@@ -62,12 +62,12 @@ def make_student(folder: Path, shape_name: str) -> Path:
         save_file({weight.name: _values(weight, generator) for weight in shard}, path / name, {"format": "pt"})
         places |= {weight.name: name for weight in shard}
     (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    config.save_pretrained(path)  # last: it says that the folder is whole
+    config.save_pretrained(path)  # last: its presence marks the folder as complete
     return path
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """SentencePiece's kind, every byte a token: llama.cpp's converter knows pre-tokenizers of other kinds by name."""
+    """Return a SentencePiece tokenizer of single bytes: llama.cpp's converter needs to know other pre-tokenizers."""
     special, space = ["<unk>", "<s>", "</s>"], "▁"
     words = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     words.normalizer = normalizers.Sequence([normalizers.Prepend(space), normalizers.Replace(" ", space)])
@@ -78,14 +78,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
     words.train_from_iterator(text, trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE, special_tokens=special + [f"<0x{byte:02X}>" for byte in range(256)]))
     table = json.loads(words.to_str())
-    table["pre_tokenizer"] = None  # it only kept merges inside words while they were learned
+    table["pre_tokenizer"] = None  # needed only while learning, to keep merges inside words
     table["added_tokens"] = [token for token in table["added_tokens"] if token["content"] in special]
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(table)), bos_token="<s>",
                                    eos_token="</s>", unk_token="<unk>", clean_up_tokenization_spaces=False)
 
 
 def large_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """GPT-2's kind, with as many tokens and about as many merges: random words, each grown letter by letter."""
+    """Return a GPT-2 tokenizer with that many tokens and about as many merges: random words, grown letter by letter."""
     rng = random.Random(0)
     tokens = dict.fromkeys(["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])
     merges: list[tuple[str, str]] = []

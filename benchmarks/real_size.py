@@ -1,4 +1,4 @@
-"""`lrc-edge export` of a model of real size: time by stage, CPU time and memory of all its processes.
+"""`lrc-edge export` of a model of realistic size: time per stage, CPU time and memory of all its processes.
 
     python benchmarks/real_size.py --work WORK                        15 GB of disk, 10 GB of RAM, up to half an hour
     python benchmarks/real_size.py --work WORK --lrc-edge OLD/.venv/bin/lrc-edge --label before
@@ -6,9 +6,9 @@
         --set parity.kv_cache_positions=1           about as many positions as version 0.1.0 compared
 
 The student has random weights (random_student.py) and is made once, in --work. The measured command is a child process,
-so any version's executable can be measured; a run replaces earlier ones of its label in --results. CPU seconds are
-those of the command and of every process that it waited for. Memory is the largest sum of PSS (a page that n processes
-share counts 1/n in each) of all its processes, sampled twice a second; it includes the mapped parts of files.
+so the executable of any version can be measured. A run replaces an earlier run with the same label in --results. CPU
+seconds cover the command and every process that it waited for. Memory is the largest sum of PSS over all its processes
+(a page shared by n processes counts 1/n in each), sampled twice per second. It includes mapped parts of files.
 """
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from random_student import SHAPES, make_student
 RESULTS = Path(__file__).parent / "results" / "real_size"
 FORMATS = "gguf:q4_0,onnx:q4"
 SAMPLE_SECONDS = 0.5
-STAGE = re.compile(r"^ *(\w+)  .*\((\d+\.\d+) s\)$")  # the line that a finished stage leaves
+STAGE = re.compile(r"^ *(\w+)  .*\((\d+\.\d+) s\)$")  # the line that a finished stage prints
 PROC = Path("/proc")
 
 
@@ -50,7 +50,7 @@ class Run:
     user: float
     system: float
     peak_bytes: int  # PSS of all processes
-    peak_anonymous_bytes: int  # of it, what is not the content of a file
+    peak_anonymous_bytes: int  # the part that is not the content of a file
     largest_process_bytes: int  # VmHWM
     load: float  # average of the last minute, at the start
     machine: str
@@ -77,7 +77,7 @@ class Memory(threading.Thread):
             self.peak_anonymous = max(self.peak_anonymous, anonymous)
 
     def stage_peak(self) -> int:
-        """The peak since the last call."""
+        """Return the peak since the last call."""
         peak, self._since_stage = self._since_stage, 0
         return peak
 
@@ -87,7 +87,7 @@ class Memory(threading.Thread):
 
 
 def fields(file: Path) -> dict[str, int]:
-    """The lines "Name: N kB" of a file in /proc, in bytes; {} once the process is gone."""
+    """Return the lines "Name: N kB" of a file in /proc, in bytes; {} if the process has ended."""
     try:
         text = file.read_text()
     except OSError:
@@ -96,7 +96,7 @@ def fields(file: Path) -> dict[str, int]:
 
 
 def descendants(root: int) -> list[int]:
-    """The process and those that it and they have started, without what has ended."""
+    """Return the process and all its running descendants."""
     children: dict[int, list[int]] = {}
     for stat in PROC.glob("[0-9]*/stat"):
         try:
@@ -112,7 +112,7 @@ def descendants(root: int) -> list[int]:
 
 
 def measure(command: list[str], heard: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """Run the command; `heard` gets each line that it prints. Returns fields of Run."""
+    """Run the command and pass each line that it prints to `heard`. Returns fields of Run."""
     load, started = os.getloadavg()[0], time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     memory = Memory(process.pid)
@@ -151,14 +151,14 @@ def export_run(lrc_edge: Path, student: Path, out: Path, label: str, formats: st
 
 
 def machine() -> str:
-    """Processor, how many of them, system."""
+    """Return the processor, its number, and the system."""
     text = Path("/proc/cpuinfo").read_text()
     model = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
     return f"{model[1] if model else platform.machine()}, {len(os.sched_getaffinity(0))} processors"
 
 
 def table(runs: list[Run]) -> str:
-    """Markdown, one column a run."""
+    """Return Markdown with one column per run."""
     stages = list(dict.fromkeys(stage["name"] for run in runs for stage in run.stages))
 
     def stage_cell(run: Run, name: str) -> str:
@@ -185,7 +185,7 @@ def table(runs: list[Run]) -> str:
 
 
 def save(run: Run, folder: Path) -> str:
-    """Add the run to folder/runs.jsonl, in place of an earlier one of its label and shape, and return the table."""
+    """Add the run to folder/runs.jsonl, replacing one of the same label and shape, and return the table."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "runs.jsonl"
     kept = [Run(**json.loads(line)) for line in file.read_text().splitlines()] if file.exists() else []
@@ -202,7 +202,7 @@ def main() -> int:
                         help="executable to measure; default: this environment's")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="lrc-1.5b")
     parser.add_argument("--formats", default=FORMATS)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe's key")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the recipe")
     parser.add_argument("--label", default="now", help="the run's name in the results")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for runs.jsonl and table.md")
     args = parser.parse_args()

@@ -1,12 +1,12 @@
-"""How many tokens each way of making a student needs: same teacher, text, order, student shape, steps.
+"""Sample efficiency of ways to train a student: same teacher, text, order, student shape and steps.
 
     python benchmarks/sample_efficiency.py --quick                     # under 15 minutes on 2 cores
     python benchmarks/sample_efficiency.py --text stories.jsonl --held-out other.jsonl --out OUT
 
-Every method trains with lrc_edge's own trainer, at each learning rate of its small grid with seed 0; the best rate then
-runs with the other seeds. Finished runs stand in OUT/runs.jsonl and are not repeated, so a killed benchmark continues,
-and several may share OUT with different --methods. Ends with the table, OUT/table.md, and OUT/curves.png where
-matplotlib is installed; --render does only that.
+Every method uses lrc_edge's own trainer, with seed 0 at each learning rate of a small grid, then with the other seeds
+at the best rate. Finished runs are stored in OUT/runs.jsonl and not repeated, so a killed benchmark resumes, and
+several processes may share OUT with different --methods. At the end it writes the table OUT/table.md and, if matplotlib
+is installed, OUT/curves.png; --render does only that.
 """
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ WEIGHT_GRID, PROJECTION_GRID = (1e-3, 3e-3, 1e-2), (3e-4, 1e-3, 3e-3)
 
 @dataclass(frozen=True)
 class Method:
-    """`start` puts the first values into a fresh clone; `settings` go over the recipe's [train]."""
+    """`start` sets the initial values of a new clone; `settings` override the recipe's [train]."""
 
     name: str
     start: Callable[[Clone, torch.Tensor, int], None]
@@ -53,7 +53,7 @@ class Method:
 
 
 def from_random(clone: Clone, rows: torch.Tensor, seed: int) -> None:
-    """A student of its own, as transformers initializes one; the teacher gives it no weight."""
+    """Initialize a student as transformers does, without weights of the teacher."""
     torch.manual_seed(seed)
     clone.start_dense_phase()
     clone.student.apply(clone.student._init_weights)
@@ -70,8 +70,9 @@ gaussian, selection, pca = (partial(from_projections, init=name) for name in ("g
 
 
 class Aligned(Clone):
-    """TinyBERT's feature distillation (arXiv 1909.10351): the student's residual stream behind every layer, through a
-    trained matrix a layer, is to be the teacher's; and the KL at the head. Terms are relative to the teacher's energy.
+    """TinyBERT's feature distillation (arXiv 1909.10351): the student's residual stream after every layer, mapped by
+    one trained matrix per layer, is fitted to the teacher's, plus the KL at the head. Terms are relative to the
+    teacher's mean square.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -154,7 +155,7 @@ def train_once(method: Method, rate: float, seed: int, args: argparse.Namespace,
 
 
 def prepare_data(args: argparse.Namespace) -> Path:
-    """Tokens of the text, packed; held-out documents of it, or of a text of their own."""
+    """Return the packed tokens of the text, and held-out documents of it or of another text."""
     data: Path = args.out / "data"
     if (data / "held_out.npz").exists():
         return data
@@ -181,18 +182,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", type=Path, default=DEMO / "storyteller", help="Hugging Face directory")
     parser.add_argument("--text", type=Path, default=DEMO / "stories.jsonl")
-    parser.add_argument("--held-out", type=Path, help="text to judge by; default: a twentieth of --text")
+    parser.add_argument("--held-out", type=Path, help="text to evaluate on; default: a twentieth of --text")
     parser.add_argument("--hidden-size", type=int, default=128)
-    parser.add_argument("--tokens", type=int, default=409_600, help="of one run")
-    parser.add_argument("--batch-tokens", type=int, default=4_096, help="of one optimizer step")
+    parser.add_argument("--tokens", type=int, default=409_600, help="tokens per run")
+    parser.add_argument("--batch-tokens", type=int, default=4_096, help="tokens per optimizer step")
     parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--clone-rate", type=float, default=3e-3, help="of the clone phase before a dense one")
+    parser.add_argument("--clone-rate", type=float, default=3e-3, help="rate of a clone phase before a dense phase")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rates", default="", help="comma-separated; instead of each method's own grid")
+    parser.add_argument("--rates", default="", help="comma-separated learning rates, instead of each method's grid")
     parser.add_argument("--methods", default="", help=f"comma-separated numbers, 0 to {len(METHODS) - 1}; default: all")
     parser.add_argument("--out", type=Path, default=Path("sample-efficiency-out"))
-    parser.add_argument("--quick", action="store_true", help="81,920 tokens, one seed, the middle of each grid")
-    parser.add_argument("--render", action="store_true", help="only the table and the plot, from what has run")
+    parser.add_argument("--quick", action="store_true", help="81,920 tokens, one seed, the middle rate of each grid")
+    parser.add_argument("--render", action="store_true", help="only write the table and the plot of finished runs")
     args = parser.parse_args()
     if args.quick:
         args.tokens, args.seeds, args.out = 81_920, 1, args.out.with_name("sample-efficiency-quick")

@@ -1,16 +1,16 @@
-"""How fast a clone trains, beside what else one would run: tokens/s, FLOPs utilisation, peak memory, in one run.
+"""Training speed of a clone compared with alternatives: tokens/s, FLOPs utilisation, peak memory, in one run.
 
     python benchmarks/train_throughput.py --shape tiny               # on a CPU, under 5 minutes
     python benchmarks/train_throughput.py --shape llama-3.2-3b       # LRC-1.5B's shape; needs a GPU of 80 GB
 
-Random weights and tokens. Each row is a process of its own:
+Weights and tokens are random. Each row runs in its own process:
 
-    clone phase lrc_edge's trainer: layers side by side, weights composed once a step, head losses in one pass
-    dense phase the same trainer when it trains the student's matrices, without clone terms
+    clone phase lrc_edge's trainer: layer by layer, weights composed once per step, head losses in one pass
+    dense phase the same trainer training the student's matrices, without the clone loss
     plain       the student alone on cross entropy, as a dense model, with the same layers, head loss and optimizer
-    KD          the same with the whole teacher's forward pass and KL
-    reference   the published code's cost structure, transcribed: every weight applied as projection and teacher's
-                weight to every token, whole-vocabulary log-softmaxes of all tokens, each clone term read by the host
+    KD          the same with the teacher's complete forward pass and KL
+    reference   the published code's cost structure, reimplemented: projection and teacher's weight applied to
+                every token, full-vocabulary log-softmaxes of all tokens, each clone term read by the host
 
 Utilisation counts the same model FLOPs for all rows but `plain`: forward and backward of the student, forward of the
 teacher, attention included, over the speed of a large matrix product measured first.
@@ -43,7 +43,7 @@ from lrc_edge.train.loop.trainer import Trainer, choose_device, choose_precision
 
 @dataclass(frozen=True)
 class Setup:
-    """A teacher's shape, the student's width, and how a step is cut up."""
+    """A teacher's shape, the student's width, and how a step is split."""
 
     hidden_size: int
     student_size: int
@@ -54,7 +54,7 @@ class Setup:
     intermediate_size: int
     vocab_size: int
     seq_len: int
-    rows: int  # of an optimizer step
+    rows: int  # sequences per optimizer step
     micro_batch: int
 
     def config(self, width: int) -> LlamaConfig:
@@ -66,7 +66,7 @@ class Setup:
                              "high_freq_factor": 4.0, "original_max_position_embeddings": 8192})
 
     def flops(self, width: int, passes: int) -> float:
-        """Model FLOPs a token: 2 a weight and pass (backward is two), and causal attention, half of the full square."""
+        """Model FLOPs per token: 2 per weight and pass (backward is two), and causal attention (half the square)."""
         shape = self.shape(width)
         return passes * (2 * shape.n_params + 2 * self.layers * self.seq_len * shape.q_size)
 
@@ -109,7 +109,7 @@ def shifted(ids: torch.Tensor) -> torch.Tensor:
 
 
 def dense(setup: Setup, device: torch.device, dtype: torch.dtype, args: argparse.Namespace, with_teacher: bool) -> Step:
-    """Ordinary training of the student, on cross entropy or on that and the KL to a teacher."""
+    """Ordinary training of the student on cross entropy, or on cross entropy and the KL to a teacher."""
     student = model(setup, setup.student_size, device, torch.float32)
     teacher = model(setup, setup.hidden_size, device, dtype).requires_grad_(False) if with_teacher else None
     per_token = losses.token_losses
@@ -141,7 +141,7 @@ def dense(setup: Setup, device: torch.device, dtype: torch.dtype, args: argparse
 
 
 class Projected(nn.Module):
-    """A student's linear as the published code runs it: projection and teacher's weight, both on every token."""
+    """A student's linear as in the published code: projection and teacher's weight, both applied to every token."""
 
     def __init__(self, theirs: nn.Linear, student_width: int, writes_stream: bool):
         super().__init__()
@@ -156,7 +156,7 @@ class Projected(nn.Module):
 
 
 def reference(setup: Setup, device: torch.device, dtype: torch.dtype, args: argparse.Namespace) -> Step:
-    """Everything that the published code pays for, in our words: lrc_edge computes the same losses."""
+    """The published code's operations, reimplemented; lrc_edge computes the same losses."""
     teacher = model(setup, setup.hidden_size, device, dtype).requires_grad_(False)
     student = model(setup, setup.student_size, device, torch.float32).requires_grad_(False)
     taps = [(Tap(a), Tap(b)) for a, b in zip(teacher.model.layers, student.model.layers, strict=True)]
@@ -219,7 +219,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest of several large matrix products."""
+    """Return the FLOP/s of the fastest of several large matrix products."""
     n = 8192 if device.type == "cuda" else 1536
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
@@ -233,7 +233,7 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def measure(name: str, args: argparse.Namespace, pipe: Any) -> None:
-    """In a process of its own: (seconds a step, peak bytes), the seconds as the median of the timed steps."""
+    """Measure in a separate process; return (median seconds per step, peak bytes)."""
     setup, device = SHAPES[args.shape], choose_device("auto")
     dtype = choose_precision("auto", device)
     try:
@@ -258,11 +258,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--rows", default=",".join(ROWS), help="comma-separated; default: all")
-    parser.add_argument("--micro-batch", type=int, default=0, help="rows of a forward pass; default: the shape's")
-    parser.add_argument("--warmup", type=int, default=3, help="steps that do not count")
+    parser.add_argument("--micro-batch", type=int, default=0, help="sequences per forward pass; default: the shape's")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before timing starts")
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="of lrc-edge's rows")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="for lrc-edge's rows")
     args = parser.parse_args()
     setup, device = SHAPES[args.shape], choose_device("auto")
     dtype = choose_precision("auto", device)

@@ -1,6 +1,6 @@
-"""DenseCheckpoint: a Hugging Face directory, checked when it is opened, its tensors read one at a time.
+"""DenseCheckpoint: a Hugging Face directory, checked when it is opened; tensors are read one at a time.
 
-Teacher, student and any foreign model come through this door, so every later stage may trust names, shapes and files.
+Every model is opened here: teacher, student, third-party models. So later stages rely on names, shapes and files.
 """
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from lrc_edge.errors import UserError, one_line, quiet_panics, shortage
 from lrc_edge.roles import HEAD, Weight, weights_of
 from lrc_edge.shape import ModelShape
 
-if TYPE_CHECKING:  # a second's import, which writing a file does not need
+if TYPE_CHECKING:  # importing takes a second, and writing a file does not need it
     from transformers import PretrainedConfig, PreTrainedModel
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-# What a tokenizer may consist of; a fold and an export carry those that exist.
+# All files that a tokenizer may have; fold and export copy those that exist.
 TOKENIZER_PARTS = (*TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "vocab.json", "merges.txt", "chat_template.jinja")
 FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -47,7 +47,7 @@ FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding: base, and the scaling table (its `rope_type` inside) when it is not the plain kind."""
+    """Rotary embedding: base, and the scaling table (with its `rope_type`); None for plain RoPE."""
 
     theta: float
     scaling: dict[str, Any] | None
@@ -68,7 +68,7 @@ class DenseCheckpoint:
 
     @classmethod
     def open(cls, path: Path | str, name: str | None = None) -> DenseCheckpoint:
-        """Check the directory's JSON tables, tensor names, shapes and types, and its tokenizer's presence.
+        """Check the JSON tables, the tensors' names, shapes and types, and that there is a tokenizer.
 
         Reads headers only, no weights. Raises UserError.
         """
@@ -91,15 +91,15 @@ class DenseCheckpoint:
 
     @property
     def sliding_window(self) -> int | None:
-        """Attention window in tokens when some layer uses one, else None."""
+        """Attention window in tokens if some layer uses one, else None."""
         if self.shape.family == "mistral":
-            return self.config.get("sliding_window", 4096)  # transformers' default, should the field be missing
+            return self.config.get("sliding_window", 4096)  # transformers' default if the field is missing
         return self.config.get("sliding_window") if self.config.get("use_sliding_window") else None
 
     @property
     def context_length(self) -> int:
-        """Tokens for which every runtime computes what PyTorch does: llama.cpp has no sliding window for these
-        architectures, and up to the window's length there is no difference."""
+        """Tokens up to which every runtime computes what PyTorch computes. llama.cpp has no sliding window for these
+        architectures, which makes no difference up to the window's length."""
         longest = self.shape.max_position_embeddings
         return min(longest, self.sliding_window or longest)
 
@@ -110,11 +110,11 @@ class DenseCheckpoint:
         return sorted(set(self._files.values()))
 
     def n_bytes(self, weight: Weight) -> int:
-        """Of the weight as it is stored."""
+        """Return the bytes of the weight as stored."""
         return weight.numel * self.types[weight.name].itemsize
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Read one tensor in its stored type. Raises UserError on NaN or infinity, which no stage could mend."""
+        """Read one tensor in its stored type. Raises UserError on NaN or infinity, which no stage could fix."""
         tensor = self._read(name)
         if not all_finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
@@ -123,16 +123,16 @@ class DenseCheckpoint:
         return tensor
 
     def rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
-        """Some rows of a matrix, (len(rows), columns) float32; reads no others. For values that need no check."""
+        """Read only these rows of a matrix: (len(rows), columns) float32, not checked for NaN."""
         with safe_open(self._files[name], framework="pt") as handle:
             view = handle.get_slice(name)
             return torch.cat([view[row:row + 1].float() for row in rows])
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer as tokenizer.json says it; without that file, as transformers converts tokenizer.model.
+        """Load the tokenizer from tokenizer.json; without that file, as transformers converts tokenizer.model.
 
-        Not through AutoTokenizer: transformers 5's family classes (LlamaTokenizer) replace parts of the file by their
-        own, so that ids depend on the version and no runtime that reads the file can agree. Raises UserError.
+        AutoTokenizer is avoided: the family classes of transformers 5 (LlamaTokenizer) replace parts of the file, so
+        the ids would depend on the version and differ from those of runtimes that read the file. Raises UserError.
         """
         try:
             with quiet_panics():
@@ -140,9 +140,9 @@ class DenseCheckpoint:
                 tokenizer("a", verbose=False)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # the libraries raise many types for a broken file; Rust's panic is no Exception
-            if told := shortage(error):
-                raise UserError(told) from error
+        except BaseException as error:  # libraries raise many types here; a Rust panic is not an Exception
+            if line := shortage(error):
+                raise UserError(line) from error
             raise UserError(f"{self.path}: the tokenizer does not load ({one_line(error)}); "
                             "copy the model's tokenizer files again") from error
         _check_template(tokenizer, self.path)
@@ -157,10 +157,10 @@ class DenseCheckpoint:
         return AutoTokenizer.from_pretrained(self.path)
 
     def stop_ids(self, tokenizer: PreTrainedTokenizerBase | None = None) -> tuple[int, ...]:
-        """Every token that ends a text or a turn: generation_config.json's, then config.json's, then the tokenizer's.
+        """Return every token that ends a text or a turn, from generation_config.json, config.json and the tokenizer.
 
-        All of them count, as chat models often name only one in config.json. Empty when none is named. `tokenizer`:
-        this checkpoint's own, if it is loaded already. Raises UserError for an id outside the vocabulary.
+        All of them count, because config.json of chat models often names only one. Empty if none is named.
+        tokenizer: this checkpoint's, if it is already loaded. Raises UserError for an id outside the vocabulary.
         """
         tokenizer = tokenizer or self.tokenizer()
         own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -170,9 +170,9 @@ class DenseCheckpoint:
                                     *own]))
 
     def model(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-        """The transformers model on the CPU, in evaluation mode; in float32, every artifact is judged against it.
+        """Load the transformers model on the CPU in evaluation mode. In float32 it is the reference for every artifact.
 
-        Loaded in `dtype` and not cast to it, RoPE's frequencies stay float32.
+        It is loaded in `dtype`, not cast to it, so that RoPE's frequencies stay float32.
         """
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -181,29 +181,29 @@ class DenseCheckpoint:
         source, weights = None, None
         if set(self.types.values()) == {dtype}:
             source = self.path  # transformers maps the files
-        else:  # Tensor by tensor: transformers would hold all that is stored next to all that it has converted.
+        else:  # Tensor by tensor: transformers would keep the stored tensors and the converted ones in memory.
             weights = {weight.name: self._read(weight.name).to(dtype) for weight in self.weights()}
         model = model_class.from_pretrained(source, config=config, state_dict=weights, dtype=dtype,
                                             attn_implementation="sdpa")
         return model.eval()
 
     def _read(self, name: str) -> torch.Tensor:
-        with safe_open(self._files[name], framework="pt") as handle:  # closed again: pages that were read count as used
+        with safe_open(self._files[name], framework="pt") as handle:  # closed at once: mapped pages count as memory
             return handle.get_tensor(name)
 
     def check_config(self) -> PretrainedConfig:
-        """transformers' config. Raises UserError if it refuses a value. Imports much more of it than `open` does."""
+        """Return transformers' config. Raises UserError if it refuses a value. Imports more of it than `open` does."""
         from transformers import AutoConfig
 
         try:
             return AutoConfig.from_pretrained(self.path)
-        except Exception as error:  # each field has its own check, which may raise any type
+        except Exception as error:  # each field has its own check, which may raise any type of error
             raise UserError(f"{self.path / 'config.json'}: transformers {transformers.__version__} refuses it "
                             f"({one_line(error)}); get an intact copy") from error
 
 
 def rope_of(config: dict[str, Any]) -> Rope:
-    """From either form of a config: rope_parameters (transformers 5) or rope_theta and rope_scaling (4.x)."""
+    """Read RoPE from either form of config: rope_parameters (transformers 5), or rope_theta and rope_scaling (4)."""
     table = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     theta = table.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
     kind = table.pop("type", None)
@@ -212,10 +212,10 @@ def rope_of(config: dict[str, Any]) -> Rope:
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
-    """Whether a floating-point tensor holds neither NaN nor infinity; 80 times as fast as torch.isfinite (bfloat16).
+    """Return whether a float tensor has neither NaN nor infinity. 80 times as fast as torch.isfinite (bfloat16).
 
-    Read as integers, floats of one sign grow with their magnitude, and nothing finite comes after infinity: the
-    largest signed integer judges the positive values, the largest unsigned one the negative values.
+    Read as integers, floats of one sign grow with their magnitude, and no finite value is above infinity. So the
+    largest signed integer decides about the positive values, the largest unsigned integer about the negative ones.
     """
     if not tensor.numel():
         return True
@@ -227,11 +227,11 @@ def all_finite(tensor: torch.Tensor) -> bool:
 
 
 def resolve_model(source: str) -> tuple[Path, str, str]:
-    """A local directory or hub id -> (directory, name, revision). Downloads from the hub when there is no directory."""
+    """Resolve a local directory or hub id to (directory, name, revision); downloads from the hub if necessary."""
     if Path(source).exists() or source.startswith(("/", ".", "~")):
         path = Path(source).expanduser()
         if not path.is_dir():
-            raise UserError(f"{source}: not a directory; give a Hugging Face model directory or a hub id")
+            raise UserError(f"{source}: not a directory; pass a Hugging Face model directory or a hub id")
         return path, path.resolve().name, "local"
     from huggingface_hub import snapshot_download
 
@@ -239,14 +239,14 @@ def resolve_model(source: str) -> tuple[Path, str, str]:
         path = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja",
                                                               "README.md", "LICENSE*"]))
     except Exception as error:  # offline, gated, misspelt: the hub client raises many types
-        raise UserError(f"{source}: no such directory, and the hub did not give it ({one_line(error)}); "
-                        "give a local model directory or a hub id that you can download") from error
+        raise UserError(f"{source}: no such directory, and the hub has no such model ({one_line(error)}); "
+                        "pass a local model directory or a hub id that you can download") from error
     return path, source.rsplit("/", 1)[-1], path.name
 
 
 def _check_subword_prefix(file: Path) -> None:
-    """Raise UserError where the tokenizers library would abort the process: it cuts the prefix off the second half of
-    each merge without looking."""
+    """Raise UserError if the tokenizers library would abort the process: it removes the prefix from the second half of
+    each merge without checking that it is there."""
     if not re.search(rb'"continuing_subword_prefix"\s*:\s*"[^"]', file.read_bytes()):
         return
     model = read_table(file).get("model")
@@ -254,7 +254,7 @@ def _check_subword_prefix(file: Path) -> None:
         return
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges") or []]
     if not all(isinstance(pair, list) and len(pair) == 2 and str(pair[1]).startswith(prefix) for pair in pairs):
-        raise UserError(f"{file}: continuing_subword_prefix = {prefix!r:.40}: not every merge has it")
+        raise UserError(f"{file}: continuing_subword_prefix = {prefix!r:.40}, which not every merge has; fix the file")
 
 
 def _check_template(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
@@ -268,20 +268,20 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
             tokenizer.apply_chat_template([{"role": "user", "content": "a"}], chat_template=text, tokenize=False)
         except TemplateSyntaxError as error:
             raise UserError(f"{path}: the chat template is not Jinja (line {error.lineno}: {one_line(error)}); fix "
-                            "chat_template.jinja, or tokenizer_config.json where that is missing") from error
-        except Exception:  # it may refuse this conversation
+                            "chat_template.jinja, or tokenizer_config.json if there is no such file") from error
+        except Exception:  # the template may refuse this conversation
             continue
 
 
 def _check_rope_form(config: dict[str, Any], where: Path) -> None:
-    # 4.57 does not read rope_parameters and silently takes its defaults, so teacher and student would both be wrong.
+    # transformers 4.57 ignores rope_parameters and uses defaults, so teacher and student would both be wrong.
     if Version(transformers.__version__).major < 5 and "rope_parameters" in config and "rope_theta" not in config:
-        raise UserError(f"{where}: rope_parameters is read by transformers >= 5 only, and this is "
-                        f"{transformers.__version__}, which would use a wrong RoPE; install transformers >= 5")
+        raise UserError(f"{where}: only transformers >= 5 reads rope_parameters; {transformers.__version__} "
+                        "would use a wrong RoPE. Install transformers >= 5")
 
 
 def _tensor_files(path: Path) -> dict[str, Path]:
-    """Tensor name -> file, from the index or the single file. Opens every file, which checks that it is whole."""
+    """Return tensor name -> file, from the index or the single file. Opening each file checks that it is complete."""
     index, single = path / "model.safetensors.index.json", path / "model.safetensors"
     if index.exists():
         table = read_table(index)
@@ -293,7 +293,7 @@ def _tensor_files(path: Path) -> dict[str, Path]:
         if outside := [name for name in names if Path(name).name != name]:
             raise UserError(f"{index}: names a file outside its directory: {outside[0]!r:.80}; get an intact copy")
         if absent := [name for name in names if name not in {file.name for file in path.iterdir()}]:
-            raise UserError(f"{index}: names {absent[0]!r:.80}, which is missing; get the whole model")
+            raise UserError(f"{index}: names {absent[0]!r:.80}, which is missing; download the complete model")
         if not isinstance(table.get("metadata"), dict):
             raise UserError(f"{index}: metadata = {table.get('metadata')!r:.40}: transformers needs a table there; "
                             'write "metadata": {}')
@@ -304,7 +304,7 @@ def _tensor_files(path: Path) -> dict[str, Path]:
         if pickles:
             raise UserError(f"{path}: only pickled weights ({pickles[0].name}), which can run code when loaded; "
                             "need model.safetensors: convert the model with transformers' save_pretrained")
-        raise UserError(f"{path}: no weights (looked for {single.name} and {index.name}); get the whole model")
+        raise UserError(f"{path}: no weights (looked for {single.name} and {index.name}); download the complete model")
     files: dict[str, Path] = {}
     for name in names:
         file = path / name
@@ -318,16 +318,16 @@ def _tensor_files(path: Path) -> dict[str, Path]:
 
 
 def _check_tensors(shape: ModelShape, files: dict[str, Path], path: Path) -> dict[str, torch.dtype]:
-    """Raise UserError unless the files hold the shape's weights. Returns weight name -> stored type."""
+    """Check that the files contain the shape's weights; return weight name -> stored type. Raises UserError."""
     expected = {weight.name: weight.shape for weight in weights_of(shape)}
     missing = [name for name in expected if name not in files]
     if missing:
         raise UserError(f"{path}: tensor {missing[0]} is missing ({len(missing)} of {len(expected)} are); "
                         "config.json and the weights disagree: get an intact copy")
-    # Some tied checkpoints store the head as well; old ones store RoPE's frequencies. Neither is a weight of its own.
+    # Some tied checkpoints also store the head, and old ones store RoPE's frequencies. Both are redundant.
     extra = [name for name in files if name not in expected and name != HEAD.weight and "rotary_emb" not in name]
     if extra:
-        raise UserError(f"{path}: tensor {extra[0]} is not one of a {shape.family} ({len(extra)} such); "
+        raise UserError(f"{path}: tensor {extra[0]} does not belong to a {shape.family} ({len(extra)} such); "
                         "an adapter or a changed architecture is not supported")
     types: dict[str, torch.dtype] = {}
     for file in sorted(set(files.values())):
@@ -337,10 +337,10 @@ def _check_tensors(shape: ModelShape, files: dict[str, Path], path: Path) -> dic
                     continue
                 view = handle.get_slice(name)
                 if tuple(view.get_shape()) != expected[name]:
-                    raise UserError(f"{file}: {name} has shape {list(view.get_shape())}, config.json says "
-                                    f"{list(expected[name])}; get a config and weights that belong together")
+                    raise UserError(f"{file}: {name} has shape {list(view.get_shape())}, config.json implies "
+                                    f"{list(expected[name])}; get a config and weights of the same model")
                 if view.get_dtype() not in FLOAT_TYPES:
                     raise UserError(f"{file}: {name} has type {view.get_dtype()}, need one of "
-                                    f"{', '.join(FLOAT_TYPES)}; give the unquantized model")
+                                    f"{', '.join(FLOAT_TYPES)}; pass the unquantized model")
                 types[name] = FLOAT_TYPES[view.get_dtype()]
     return types

@@ -1,4 +1,4 @@
-"""The command line: verbs only. It parses, calls and prints; heavy imports wait until a command runs."""
+"""The command line. It parses arguments and calls the commands; heavy imports wait until a command runs."""
 from __future__ import annotations
 
 import os
@@ -11,39 +11,47 @@ import typer
 from lrc_edge import __version__
 from lrc_edge.errors import UserError, shortage
 
-INTERRUPTED = 130  # exit status, as shells give it to what Ctrl-C ended
+INTERRUPTED = 130  # exit status that shells use for a command ended by Ctrl-C
 
 app = typer.Typer(
     name="lrc-edge", no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="""From a Hugging Face teacher to a small on-device student: train a Low-Rank Clone, fold it, write GGUF and
-ONNX, and prove on their real runtimes that each says what the PyTorch student says.
+    help="""Shrink a Hugging Face language model, export it to GGUF and ONNX, and verify every file against PyTorch.
 
-[bold]lrc-edge build[/] does everything; the other commands are its stages alone. Exit status: 0 every gate passed, 1 a
-gate failed (the report says which), 2 a mistake in the input (one line says what), 3 a device was asked for that could
-not be checked here.""")
+[bold]lrc-edge build[/] runs all stages; the other commands run or use single stages.
+Run an interrupted command again to resume it.
+
+[dim]lrc-edge build HuggingFaceTB/SmolLM2-360M --data stories.jsonl --out out[/]
+
+Exit status: 0 = every gate passed; 1 = a gate failed, and the report names it;
+2 = a mistake in the input, explained in one line; 3 = a requested device cannot
+be checked here.""")
 
 Teacher = Annotated[str, typer.Argument(help="Hugging Face model directory, or hub id (HuggingFaceTB/SmolLM2-360M).")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Directory to build in. Run again to continue what is there.")]
-RecipeFile = Annotated[Path | None, typer.Option("--recipe", "-r",
-                                                 help="TOML file, or one that comes along: lrc-1.5b, lrc-1.7b, "
-                                                      "lrc-4b. `lrc-edge recipe` prints every key.")]
-Settings = Annotated[list[str] | None, typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE",
-                                                    help="Override one recipe key; may be repeated.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Directory to build in; an interrupted build is resumed.")]
+RecipeFile = Annotated[Path | None, typer.Option(
+    "--recipe", "-r", help="TOML file with settings, or a built-in recipe: lrc-1.5b, lrc-1.7b, lrc-4b. "
+                           "`lrc-edge recipe` prints every setting.")]
+Settings = Annotated[list[str] | None, typer.Option(
+    "--set", "-s", metavar="SECTION.KEY=VALUE", help="Override one setting of the recipe. May be repeated.")]
 Sources = Annotated[list[str] | None, typer.Option(
     "--data", "-d", metavar="SRC",
     help="Text or conversations: a .txt, .jsonl or .parquet file, a folder of them, a hub dataset (name, name:config, "
-         "name:config:split), or `self`, what the teacher itself says; may be repeated.")]
+         "name:config:split), or `self` for the teacher's own samples. May be repeated.")]
+VerificationText = Annotated[list[str] | None, typer.Option(
+    "--data", "-d", metavar="SRC", help="Text to verify on, in the same forms as for `build`. Default: Python's own "
+                                        "documentation.")]
 Formats = Annotated[str | None, typer.Option(
-    help="What to write, comma-separated: gguf:f32, gguf:f16, gguf:bf16, gguf:q8_0, gguf:q4_0, gguf:q4_k_m and every "
-         "other llama.cpp type; onnx:fp32, fp16, q8, q4.")]
+    help="Formats to write, comma-separated: gguf:f32, gguf:f16, gguf:bf16, gguf:q8_0, gguf:q4_0, gguf:q4_k_m and the "
+         "other llama.cpp types; onnx:fp32, onnx:fp16, onnx:q8, onnx:q4.")]
 BitsPerWeight = Annotated[float | None, typer.Option(
-    help="One more GGUF, of this size and mixed precision: each matrix gets the type that, as measured, loses least "
-         "(4.25).")]
+    help="Also write a mixed-precision GGUF of at most this many bits per weight (e.g. 4.25).")]
 Targets = Annotated[list[str] | None, typer.Option(
-    "--target", "-t", metavar="NAME", help="A device (`lrc-edge targets` lists them) or ./my-device.toml: write what "
-                                           "it runs, and check that in its runtimes; may be repeated.")]
-BuildDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="The --out directory of a build or an export.")]
+    "--target", "-t", metavar="NAME", help="A device (`lrc-edge targets` lists them) or profile file: write "
+                                           "the formats it runs and check them in its runtimes. May be repeated.")]
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="The --out directory of a build or an export.")]
+Chattable = Annotated[Path, typer.Argument(metavar="DIR", help="The --out directory of a build, or a .gguf file.")]
+Encoding = Annotated[str, typer.Option(help="Which GGUF of the build, as in q8_0. Default: the smallest.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -56,7 +64,7 @@ def _options(show_version: Annotated[bool, typer.Option("--version", help="Print
 @app.command()
 def build(teacher: Teacher, out: Out, recipe: RecipeFile = None, settings: Settings = None, data: Sources = None,
           formats: Formats = None, bits_per_weight: BitsPerWeight = None, target: Targets = None) -> None:
-    """Everything: teacher in, proved GGUF and ONNX out, with a report.
+    """Train a student of TEACHER, export it to GGUF and ONNX, verify each file, and write a report.
 
     [dim]lrc-edge build HuggingFaceTB/SmolLM2-360M --data stories.jsonl --target raspberry-pi-5 --out out[/]
     """
@@ -69,27 +77,32 @@ def build(teacher: Teacher, out: Out, recipe: RecipeFile = None, settings: Setti
 @app.command()
 def train(teacher: Teacher, out: Out, recipe: RecipeFile = None, settings: Settings = None,
           data: Sources = None) -> None:
-    """Train only (the GPU's part of a build). `build` or `fold` on the same directory goes on."""
+    """Only train: the part of a build that wants a GPU. `build` on the same directory continues from there.
+
+    [dim]lrc-edge train HuggingFaceTB/SmolLM2-360M --data stories.jsonl --set train.tokens=1e8 --out out[/]
+    """
     from lrc_edge.pipeline import commands
 
     _exit(commands.build(teacher, out, _recipe(recipe, settings, data), _console(), last="train"))
 
 
 @app.command()
-def fold(directory: BuildDirectory) -> None:
-    """Fold a trained DIR into DIR/student: an ordinary dense Hugging Face checkpoint."""
+def fold(directory: Directory) -> None:
+    """Merge the projections trained in DIR into dense weights: DIR/student, an ordinary Hugging Face checkpoint.
+
+    [dim]lrc-edge fold out[/]
+    """
     from lrc_edge.pipeline import commands
 
     _exit(commands.fold(directory, _console()))
 
 
 @app.command()
-def export(model: Annotated[str, typer.Argument(metavar="HF_DIR", help="Any dense checkpoint of a supported family.")],
-           out: Out, recipe: RecipeFile = None, settings: Settings = None,
-           data: Annotated[list[str] | None, typer.Option(
-               "--data", "-d", metavar="SRC", help="Text to prove on; default: Python's own documentation.")] = None,
+def export(model: Annotated[str, typer.Argument(
+               metavar="HF_DIR", help="Hugging Face model directory or hub id of a supported family.")],
+           out: Out, recipe: RecipeFile = None, settings: Settings = None, data: VerificationText = None,
            formats: Formats = None, bits_per_weight: BitsPerWeight = None, target: Targets = None) -> None:
-    """Write and prove GGUF and ONNX of any dense checkpoint, trained here or not.
+    """Export a dense checkpoint from any source to GGUF and ONNX, and verify each file.
 
     [dim]lrc-edge export Qwen/Qwen3-0.6B --out out --formats gguf:q4_k_m,onnx:q4[/]
     """
@@ -100,12 +113,15 @@ def export(model: Annotated[str, typer.Argument(metavar="HF_DIR", help="Any dens
 
 
 @app.command()
-def check(directory: BuildDirectory, target: Annotated[list[str] | None, typer.Option(
-        "--target", "-t", metavar="NAME", help="Only in the runtimes of this device, without PyTorch; may be "
-                                               "repeated.")] = None) -> None:
-    """Prove the artifacts of DIR again, from the files, and write the report anew.
+def check(directory: Directory, target: Annotated[list[str] | None, typer.Option(
+        "--target", "-t", metavar="NAME", help="Check only in the runtimes of this device, without PyTorch. May "
+                                               "be repeated.")] = None) -> None:
+    """Verify the files of a build again and rewrite the report.
 
-    With --target it needs neither PyTorch nor transformers: DIR/check holds what the PyTorch student says.
+    With --target it needs neither PyTorch nor transformers. It uses the PyTorch
+    outputs stored in DIR/check.
+
+    [dim]lrc-edge check out --target raspberry-pi-5[/]
     """
     if target:
         from lrc_edge.pipeline.device_checks import check_targets
@@ -117,19 +133,17 @@ def check(directory: BuildDirectory, target: Annotated[list[str] | None, typer.O
 
 
 @app.command()
-def verify(model: Annotated[str, typer.Argument(metavar="MODEL", help="The Hugging Face directory, or hub id, that the "
-                                                                      "files were made of.")],
+def verify(model: Annotated[str, typer.Argument(
+               metavar="MODEL", help="Hugging Face directory or hub id of the model that the files were made from.")],
            files: Annotated[list[Path], typer.Argument(metavar="FILE...", help=".gguf files, .onnx files, or folders "
                                                                                "with one.")],
            out: Annotated[Path, typer.Option("--out", "-o", help="Directory for report.json and report.html.")],
            recipe: RecipeFile = None, settings: Settings = None,
-           data: Annotated[list[str] | None, typer.Option(
-               "--data", "-d", metavar="SRC", help="Text to verify on; default: Python's own documentation.")] = None
-           ) -> None:
-    """Verify GGUF and ONNX files that other tools made, against the model that they claim to hold.
+           data: VerificationText = None) -> None:
+    """Verify GGUF and ONNX files that other tools made against the model they were made from.
 
-    Compares shapes, RoPE, tokenizer, chat template and weights with MODEL and names each difference; then runs each
-    file in its runtime and compares the logits.
+    Compares shapes, RoPE, tokenizer, chat template and weights with MODEL and
+    names each difference. Then runs each file and compares the logits.
 
     [dim]lrc-edge verify Qwen/Qwen3-0.6B Qwen3-0.6B-Q4_K_M.gguf --out verified[/]
     """
@@ -139,39 +153,52 @@ def verify(model: Annotated[str, typer.Argument(metavar="MODEL", help="The Huggi
 
 
 @app.command()
-def report(directory: BuildDirectory) -> None:
-    """Print the gates of DIR and write report.html again from its report.json."""
+def report(directory: Directory) -> None:
+    """Print the gates of a build and write report.html again from its report.json.
+
+    [dim]lrc-edge report out[/]
+    """
     from lrc_edge.pipeline import commands
 
     _exit(commands.show_report(directory, _console()))
 
 
 @app.command()
-def chat(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A build, or a .gguf file.")],
-         encoding: Annotated[str, typer.Option(help="Which GGUF of a build; default: the smallest.")] = "",
-         temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.7,
-         max_tokens: Annotated[int, typer.Option(min=1, help="Of one answer.")] = 256) -> None:
-    """Talk to the GGUF in the terminal, through llama.cpp. Ctrl-D ends."""
+def chat(directory: Chattable, encoding: Encoding = "",
+         temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")] = 0.7,
+         max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer.")] = 256) -> None:
+    """Chat with a GGUF in the terminal, through llama.cpp. Ctrl-D ends.
+
+    [dim]lrc-edge chat out --encoding q8_0[/]
+    """
     from lrc_edge.pipeline import commands
 
     commands.chat(directory, encoding, temperature, max_tokens, _console())
 
 
 @app.command()
-def serve(directory: Annotated[Path, typer.Argument(metavar="DIR", help="A build, or a .gguf file.")],
-          port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8080,
-          host: Annotated[str, typer.Option(help="0.0.0.0 lets other devices in; they get one thread.")] = "127.0.0.1",
-          encoding: Annotated[str, typer.Option(help="Which GGUF of a build; default: the smallest.")] = "") -> None:
-    """A page in which the GGUF answers in the browser. It works with the network off. Ctrl-C ends."""
+def serve(directory: Chattable,
+          port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the page; 0 = any free port.")] = 8080,
+          host: Annotated[str, typer.Option(help="Address to listen on. 0.0.0.0 admits other devices, which run "
+                                                 "the model with one thread.")] = "127.0.0.1",
+          encoding: Encoding = "") -> None:
+    """Chat with a GGUF in a browser page, which also works with the network off. Ctrl-C ends.
+
+    [dim]lrc-edge serve out --port 0[/]
+    """
     from lrc_edge.pipeline import target_commands
 
     target_commands.serve(directory, encoding, host, port)
 
 
 @app.command()
-def inspect(path: Annotated[Path, typer.Argument(help="Hugging Face directory, .gguf, .onnx, or a build directory.")],
+def inspect(path: Annotated[Path, typer.Argument(help="Hugging Face directory, .gguf or .onnx file, or the --out "
+                                                             "directory of a build.")],
             tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False) -> None:
-    """What is in a model: shapes, types, real bits per weight, metadata."""
+    """Print the contents of a model: shapes, types, bits per weight, metadata.
+
+    [dim]lrc-edge inspect out/gguf/model-Q4_0.gguf --tensors[/]
+    """
     from lrc_edge.inspect.command import print_description
 
     print_description(path, _console(), tensors=tensors)
@@ -179,20 +206,25 @@ def inspect(path: Annotated[Path, typer.Argument(help="Hugging Face directory, .
 
 @app.command("recipe")
 def show_recipe(recipe: RecipeFile = None, settings: Settings = None) -> None:
-    """Print the recipe with every key and its default, as TOML to start from."""
+    """Print every setting with an explanation and its value, as TOML for --recipe.
+
+    [dim]lrc-edge recipe --set student.hidden_size=512 > my.toml[/]
+    """
     from lrc_edge.recipe import to_toml
 
     print(to_toml(_recipe(recipe, settings)), end="")
 
 
-targets_app = typer.Typer(invoke_without_command=True, rich_markup_mode="rich",
-                          help="Devices: what they are, and whether a model fits them.")
+targets_app = typer.Typer(invoke_without_command=True, rich_markup_mode="rich")
 app.add_typer(targets_app, name="targets")
 
 
 @targets_app.callback()
 def targets(context: typer.Context) -> None:
-    """List the devices that are known, with what they have and which artifact to take."""
+    """List the known devices. The commands explain one, check whether a model fits, and install what checks need.
+
+    [dim]lrc-edge targets show raspberry-pi-5[/]
+    """
     if context.invoked_subcommand is None:
         from lrc_edge.pipeline.target_commands import list_targets
 
@@ -200,20 +232,26 @@ def targets(context: typer.Context) -> None:
 
 
 @targets_app.command("show")
-def show_target(target: Annotated[str, typer.Argument(metavar="NAME", help="A target, or a file like ./device.toml.")]
-                ) -> None:
-    """Explain one: every figure with its source, and why its formats run well there."""
+def show_target(target: Annotated[str, typer.Argument(
+                    metavar="NAME", help="A target, or a profile file, as in ./my.toml.")]) -> None:
+    """Explain one device: every figure with its source, and why its formats run well there.
+
+    [dim]lrc-edge targets show raspberry-pi-5[/]
+    """
     from lrc_edge.pipeline import target_commands
 
     target_commands.show_target(target, _plain_console())
 
 
 @targets_app.command("fit")
-def fit_target(model: Annotated[str, typer.Argument(help="A teacher (directory or hub id), or a build's directory.")],
-               target: Annotated[str, typer.Option("--target", "-t", metavar="NAME", help="A target, or a file.")],
-               context: Annotated[int | None, typer.Option(help="Tokens; default: what the target plans for.")] = None,
+def fit_target(model: Annotated[str, typer.Argument(help="A teacher (directory or hub id), or a build directory.")],
+               target: Annotated[str, typer.Option("--target", "-t", metavar="NAME",
+                                                     help="A target, or a profile file, as in ./my.toml.")],
+               context: Annotated[int | None, typer.Option(help="Context in tokens. Default: the target's.")] = None,
                recipe: RecipeFile = None, settings: Settings = None) -> None:
-    """Does it fit? Memory by layer group for each format, the longest context, and a bound of the speed.
+    """Estimate whether a model fits a device: memory by layer group for each format, longest context, speed limit.
+
+    For a teacher, the student that the recipe plans is estimated too.
 
     [dim]lrc-edge targets fit HuggingFaceTB/SmolLM2-360M --target android-low --set student.hidden_size=512[/]
     """
@@ -225,8 +263,12 @@ def fit_target(model: Annotated[str, typer.Argument(help="A teacher (directory o
 @targets_app.command("setup")
 def setup_targets(names: Annotated[list[str], typer.Argument(
         metavar="NAME...", help="Targets, or single runtimes (wllama, llama.cpp).")],
-                  yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False) -> None:
-    """Install what the check of a target runs: emulator, browser, runtimes. It says what before it does it."""
+                  yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False
+                  ) -> None:
+    """Install what checking a target needs: emulator, browser, runtimes. Prints the plan first.
+
+    [dim]lrc-edge targets setup raspberry-pi-5 wllama[/]
+    """
     from lrc_edge.pipeline import target_commands
 
     target_commands.setup(names, yes, _plain_console())
@@ -245,7 +287,7 @@ def _recipe(file: Path | None, settings: list[str] | None, data: list[str] | Non
 
 
 def _console() -> Any:
-    """Ours is the only voice on the terminal: libraries' bars and notices are turned off."""
+    """Return a console with the progress bars and notices of libraries turned off."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import logging
@@ -261,34 +303,34 @@ def _console() -> Any:
 
 
 def _plain_console() -> Any:
-    """For commands that work without transformers."""
+    """Return a console for commands that work without transformers."""
     from rich.console import Console
 
     return Console()
 
 
 def _exit(status: bool | int) -> None:
-    """Whether everything passed, or the status itself."""
+    """Exit with 0 or 1 for whether every gate passed, or with a status as it is."""
     raise typer.Exit(int(not status) if isinstance(status, bool) else status)
 
 
 def main() -> None:
-    """Entry point. A user's mistake, a full disk and too little memory are one line and status 2; a bug keeps its
-    traceback."""
+    """Run the command line. A user's mistake, a full disk or too little memory is one line and status 2. A bug keeps
+    its traceback."""
     try:
         app()
     except UserError as error:
         sys.exit(_complain(str(error)))
     except (KeyboardInterrupt, SystemExit) as ended:
-        # Within a command typer has made the first of them the second.
+        # Inside a command, typer turns KeyboardInterrupt into SystemExit(130).
         if isinstance(ended, SystemExit) and ended.code != INTERRUPTED:
             raise
-        print("\nlrc-edge: interrupted; the same command continues", file=sys.stderr)
+        print("\nlrc-edge: interrupted; run the same command to resume", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Exception as error:
-        if (told := shortage(error)) is None:
+        if (message := shortage(error)) is None:
             raise
-        sys.exit(_complain(told))
+        sys.exit(_complain(message))
 
 
 def _complain(text: str) -> int:

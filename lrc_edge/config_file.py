@@ -1,6 +1,6 @@
-"""The small files beside the weights of a Hugging Face directory: JSON tables and the model card, checked when read.
+"""The small files of a Hugging Face directory: JSON tables and the model card, checked when they are read.
 
-They are the input that people edit by hand and that downloads cut off, so each mistake in them is one line.
+People edit these files by hand and downloads truncate them, so each mistake in them is reported in one line.
 """
 from __future__ import annotations
 
@@ -14,62 +14,62 @@ from lrc_edge.errors import UserError, one_line
 from lrc_edge.roles import FAMILIES, UNSUPPORTED_SWITCHES
 from lrc_edge.shape import ModelShape
 
-PROVENANCE_FILE = "lrc_edge.json"  # in the folder of a student that was made here: of whom, and how
-# Read by transformers, which reports damage in many ways or ignores it.
+PROVENANCE_FILE = "lrc_edge.json"  # in a student's folder: its teacher, and how it was made
+# transformers reads these; it reports damage in many ways, or ignores it.
 TOKENIZER_TABLES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-# Of a RoPE table; the other fields are text, switches and numbers that are compared only.
+# Numbers of a RoPE table that are computed with; the other fields are only compared.
 _ROPE_NUMBERS = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "attention_factor")
 _SAMPLING_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
-_LARGEST = 1e37  # float32 holds it, and "no limit" is 1e30
-_LONGEST_NAME = 120  # characters; files are named after it
+_LARGEST = 1e37  # fits in float32; configs write "no limit" as 1e30
+_LONGEST_NAME = 120  # characters, because file names contain the name
 
 
 def read_table(file: Path) -> dict[str, Any]:
-    """The table in a JSON file. Raises UserError when there is none."""
+    """Return the table in a JSON file. Raises UserError if it is missing or contains anything else."""
     try:
         text = file.read_text(encoding="utf-8")
         table = json.loads(text)
-        if "\\ud" in text.lower():  # half a surrogate pair can be neither printed nor written
+        if "\\ud" in text.lower():  # half a surrogate pair can neither be printed nor written
             json.dumps(table, ensure_ascii=False).encode()
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: not readable as JSON ({one_line(error)}); get an intact copy") from error
     if not isinstance(table, dict):
-        raise UserError(f"{file}: holds a {type(table).__name__}, need a table; get an intact copy")
+        raise UserError(f"{file}: contains a {type(table).__name__}, need a table; get an intact copy")
     return table
 
 
 def read_optional(file: Path) -> dict[str, Any]:
-    """The table in a JSON file, {} when there is no such file. Raises UserError when it holds anything else."""
+    """Return the table in a JSON file; {} if there is no such file. Raises UserError if it contains anything else."""
     return read_table(file) if file.exists() else {}
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The table of path/config.json. Raises UserError."""
+    """Return the table of path/config.json. Raises UserError."""
     if not path.is_dir():
-        raise UserError(f"{path}: not a directory; give a Hugging Face model directory")
+        raise UserError(f"{path}: not a directory; pass a Hugging Face model directory")
     file = path / "config.json"
     if not file.exists():
-        raise UserError(f"{path}: no config.json; give a Hugging Face model directory")
+        raise UserError(f"{path}: no config.json; pass a Hugging Face model directory")
     return read_table(file)
 
 
 def shape_of(config: dict[str, Any], where: Path) -> ModelShape:
-    """The shape, of a family that is supported. Raises UserError naming `where`."""
+    """Return the shape of a supported model. Raises UserError naming `where`."""
     family = config.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         raise UserError(f"{where}: model_type {family!r:.80} is not supported; supported: {', '.join(FAMILIES)}")
     for switch in UNSUPPORTED_SWITCHES[family]:
         if config.get(switch):
-            raise UserError(f"{where}: {switch} = true is not supported for {family}; only plain {family} models are")
+            raise UserError(f"{where}: {switch} = true is not supported for {family}; use a plain {family} model")
     if config.get("hidden_act", "silu") != "silu":
         raise UserError(f"{where}: hidden_act {config['hidden_act']!r:.80} is not supported; need 'silu'")
     if config.get("quantization_config"):
-        raise UserError(f"{where}: the checkpoint is quantized already; give the unquantized model")
+        raise UserError(f"{where}: the checkpoint is already quantized; pass the unquantized model")
     return ModelShape.from_config(config, str(where))
 
 
 def check_values(config: dict[str, Any], shape: ModelShape, where: Path) -> None:
-    """Raise UserError unless the fields that are not counts are what they should be: RoPE, epsilon, window, ids."""
+    """Check the fields that are not counts: RoPE, epsilon, window, token ids. Raises UserError."""
     for field in ("rope_parameters", "rope_scaling"):
         table = _field(config, field, where, "a table", lambda value: isinstance(value, dict)) or {}
         for kind in ("rope_type", "type"):
@@ -86,7 +86,7 @@ def check_values(config: dict[str, Any], shape: ModelShape, where: Path) -> None
 
 
 def read_generation(where: Path, shape: ModelShape) -> dict[str, Any]:
-    """The table of a generation_config.json, {} when there is none. Raises UserError."""
+    """Return the table of a generation_config.json; {} if there is none. Raises UserError."""
     table = read_optional(where)
     for field in _SAMPLING_NUMBERS:
         _field(table, field, where, "a number", lambda value: _is_number(value) and abs(value) < _LARGEST)
@@ -97,7 +97,7 @@ def read_generation(where: Path, shape: ModelShape) -> dict[str, Any]:
 
 
 def read_provenance(where: Path) -> dict[str, str]:
-    """What lrc-edge noted about a student that it made, {} when there is no such file. Raises UserError."""
+    """Return what lrc-edge recorded about a student it made; {} if there is no such file. Raises UserError."""
     table = read_optional(where)
     for key in table:
         _field(table, key, where, "text", lambda value: isinstance(value, str))
@@ -106,13 +106,13 @@ def read_provenance(where: Path) -> dict[str, str]:
 
 
 def check_tokenizer_tables(path: Path) -> None:
-    """Raise UserError unless the tables beside tokenizer.json are tables, and the longest text a count of tokens."""
+    """Check the tables next to tokenizer.json, and that model_max_length is a positive number. Raises UserError."""
     for name in TOKENIZER_TABLES:
         _field(read_optional(path / name), "model_max_length", path / name, "a positive number", _is_positive)
 
 
 def front_matter(readme: Path) -> dict[str, Any]:
-    """Scalars, and lists of them, of the YAML block at the top of a model card; {} without one that is YAML."""
+    """Return the scalars and lists of scalars in the YAML block of a model card; {} without valid YAML."""
     if not readme.is_file():
         return {}
     parts = readme.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
@@ -120,7 +120,7 @@ def front_matter(readme: Path) -> dict[str, Any]:
         return {}
     try:
         table = yaml.safe_load(parts[1])
-    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: the 31st of February
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date such as 31 February
         return {}
     if not isinstance(table, dict):
         return {}
@@ -129,13 +129,13 @@ def front_matter(readme: Path) -> dict[str, Any]:
 
 
 def ids_of(table: dict[str, Any], field: str) -> list[int]:
-    """The token ids of a field that may hold one, several or none."""
+    """Return the token ids of a field that may contain one, several or none."""
     value = table.get(field)
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _check_ids(table: dict[str, Any], vocab_size: int, where: Path) -> None:
-    for field in ("bos_token_id", "pad_token_id"):  # not always in the vocabulary: -1 stands for none in some
+    for field in ("bos_token_id", "pad_token_id"):  # may be outside the vocabulary: some configs write -1 for none
         for token in ids_of(table, field):
             if not _is_integer(token) or abs(token) >= 2**31:
                 raise UserError(f"{where}: {field} = {token!r:.80}, need a token id; fix the file")
@@ -144,13 +144,13 @@ def _check_ids(table: dict[str, Any], vocab_size: int, where: Path) -> None:
 
 
 def check_stop_id(token: Any, vocab_size: int, where: str) -> None:
-    """Raise UserError unless `token` is an id of the vocabulary: no runtime would ever stop at another one."""
+    """Raise UserError unless `token` is an id of the vocabulary: no runtime would ever stop at another id."""
     if not _is_integer(token) or not 0 <= token < vocab_size:
         raise UserError(f"{where} = {token!r:.80}, need token ids from 0 to {vocab_size - 1:,}; fix the file")
 
 
 def _field(table: dict[str, Any], name: str, where: Path | str, wanted: str, is_valid: Any) -> Any:
-    """The value, None where it is missing or null. Raises UserError unless `is_valid` of it."""
+    """Return a field's value; None if it is missing or null. Raises UserError unless `is_valid(value)`."""
     value = table.get(name)
     if value is not None and not is_valid(value):
         raise UserError(f"{where}: {name} = {value!r:.80}, need {wanted}; fix the file")

@@ -1,4 +1,4 @@
-"""What the terminal shows: one line a stage, a live bar where there is a terminal, plain lines where there is none."""
+"""Terminal output: one line per stage, with a live progress bar on a terminal and plain lines otherwise."""
 from __future__ import annotations
 
 import time
@@ -11,25 +11,25 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Te
 from rich.progress import Task as Bar
 from rich.text import Text
 
-PLAIN_EVERY = 5.0  # seconds between lines when the output is no terminal
+PLAIN_EVERY = 5.0  # seconds between lines if the output is not a terminal
 
 
 class Listener(Protocol):
-    """Anything that long work reports its progress to; a Task, or QUIET."""
+    """Receives the progress of long work: a Task, or QUIET."""
 
     def expect(self, total: float | None, unit: str | None = None) -> None:
         """Set the amount of work, and in which unit it is counted."""
 
     def update(self, detail: str, completed: float | None = None) -> None:
-        """Report what is done now, and how much of the work is complete."""
+        """Report the current step, and how much of the work is complete."""
 
 
 class Task:
     """One running stage. `update` shows share, remaining time and rate: "  42%  eta 1:10  1,234 tokens/s  detail".
 
-    `total` is the amount of work, in `unit`s where the rate means something ("tokens", "MB"), or an estimate in numbers
-    of no unit, for which no rate is shown. `expect` corrects it at any time. The rate is the average since the first
-    update with a `completed`, whose work was done earlier (by a run that this one continues).
+    total: amount of work, in units of `unit` ("tokens", "MB"); without a unit it is an estimate, and no rate is shown.
+    `expect` corrects it at any time. The rate is the average since the first update with `completed`: that amount was
+    done earlier, by the run that this one resumes.
     """
 
     def __init__(self, console: Console, name: str, total: float | None = None, unit: str = ""):
@@ -46,13 +46,13 @@ class Task:
             self._live.start()
 
     def expect(self, total: float | None, unit: str | None = None) -> None:
-        """Set the amount of work, also anew when an estimate was wrong. `unit`: as before by default."""
+        """Set or correct the amount of work. unit: unchanged by default."""
         self.total, self.unit = total, self.unit if unit is None else unit
         if self._live is not None:
             self._live.update(self._id, total=total)
 
     def update(self, detail: str, completed: float | None = None) -> None:
-        """Show `detail`; in a log every PLAIN_EVERY seconds at most. `completed`: of `total`; as before by default."""
+        """Show `detail`; in a log every PLAIN_EVERY seconds at most. completed: part of `total`; default: unchanged."""
         now = time.monotonic()
         if completed is not None:
             self._now = now, completed
@@ -65,7 +65,7 @@ class Task:
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def where(self) -> str:
-        """"42%  eta 1:10  1,234 tokens/s": of these what is known. Between two updates the remaining time runs on."""
+        """Return "42%  eta 1:10  1,234 tokens/s", as far as known. The remaining time counts down between updates."""
         if not self._began or not self._now:
             return ""
         (began, had), (then, completed) = self._began, self._now
@@ -97,7 +97,7 @@ class _Where(ProgressColumn):
 
 
 class _Quiet:
-    """Shows nothing. Implements Listener."""
+    """Ignores all progress. Implements Listener."""
 
     def expect(self, total: float | None, unit: str | None = None) -> None:
         pass
@@ -119,6 +119,6 @@ def running(console: Console, name: str, total: float | None = None, unit: str =
 
 
 def stage_line(console: Console, name: str, text: str, seconds: float | None = None) -> None:
-    """The line that a stage leaves behind."""
+    """Print the final line of a stage."""
     took = f"  ({seconds:.1f} s)" if seconds is not None else ""
     console.print(f"{name:>9}  {text}{took}", highlight=False, markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Figures and foreign text as people read them: sizes, counts, small numbers, invisible characters."""
+"""Format numbers and third-party text for people: sizes, counts, small numbers, invisible characters."""
 from __future__ import annotations
 
 import math
@@ -9,7 +9,7 @@ _JOINER = "\u200d"  # holds emoji sequences together
 
 
 def human_bytes(n: float | None) -> str:
-    """12_900_000 -> "12.9 MB"; powers of 1000, as disks and downloads count."""
+    """12_900_000 -> "12.9 MB"; powers of 1000, as for disks and downloads."""
     return _scaled(n, ("B", "kB", "MB", "GB", "TB"), 1000)
 
 
@@ -30,13 +30,13 @@ def _scaled(n: float | None, units: tuple[str, ...], base: int) -> str:
 
 
 def tick(text: str) -> str:
-    """A human_bytes or human_count for an axis: "2.00 MB" is "2 MB" there."""
+    """Shorten a human_bytes or human_count for an axis: "2.00 MB" -> "2 MB"."""
     number, _, unit = text.partition(" ")
     return f"{number.rstrip('0').rstrip('.') if '.' in number else number} {unit}".strip()
 
 
 def figure(x: Any, digits: int = 3) -> str:
-    """A number to `digits` significant ones: "0.0313", "1.7e-9", "8,190", "0"; a dash for none."""
+    """Format a number with `digits` significant digits: "0.0313", "1.7e-9", "8,190", "0"; a dash for None."""
     if not is_number(x):
         return NONE
     if x == 0:
@@ -46,12 +46,12 @@ def figure(x: Any, digits: int = 3) -> str:
         return f"{mantissa.rstrip('0').rstrip('.') if '.' in mantissa else mantissa}e{int(exponent)}"
     if abs(x) >= 10 ** (digits - 1):
         return f"{x:,.0f}"
-    # Trailing zeros go from whole numbers only: 0.150 would be a limit, 0.15 is what its author wrote.
+    # Trailing zeros of fractions are dropped: a limit of 0.15 is printed as its author wrote it, not as 0.150.
     return f"{x:.{digits - 1 - math.floor(math.log10(abs(x)))}f}".rstrip("0").rstrip(".")
 
 
 def percent(share: Any) -> str:
-    """A share as "99.95 %", rounded down: what is not all is never shown as 100 %."""
+    """Format a share as "99.95 %", rounded down, so that less than all is never shown as 100 %."""
     if not is_number(share):
         return NONE
     hundredths = math.floor(share * 10_000 + 1e-9)
@@ -73,11 +73,11 @@ def is_number(x: Any) -> bool:
 
 
 def visible(text: Any, *, keep: str = "") -> str:
-    """Foreign text with nothing hidden in it: control characters, terminal escapes, direction marks, odd spaces and
-    lone surrogates appear as \\x1b, \\u202e, \\xa0. `keep` names characters that may stay."""
+    """Escape what is invisible in third-party text: control characters, terminal escapes, direction marks, odd spaces
+    and lone surrogates appear as \\x1b, \\u202e, \\xa0. keep: characters that are not escaped."""
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def prose(text: Any) -> str:
-    """`visible`, for texts to be read: lines and joined emoji stay whole."""
+    """`visible` for running text: line breaks, tabs and joined emoji are kept."""
     return visible(text, keep="\n\t" + _JOINER)

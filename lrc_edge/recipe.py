@@ -1,12 +1,15 @@
-"""The recipe: everything that a build can be told, as frozen dataclasses read from TOML. Defaults live only here.
+"""The recipe: every setting of a build, as frozen dataclasses that are read from TOML. Defaults live only here.
 
-A key that is not a field is refused with the nearest name. `--set section.key=value` goes through the same door.
+Each key carries its explanation, which `to_toml` prints, and its bounds, which `load_recipe` checks. An unknown key is
+refused with the nearest known name. `--set section.key=value` is validated in the same way.
 """
 from __future__ import annotations
 
 import difflib
 import json
 import math
+import operator
+import textwrap
 import tomllib
 import typing
 from collections.abc import Iterable, Mapping
@@ -14,164 +17,205 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from lrc_edge.corpus.sources import SELF
 from lrc_edge.errors import UserError
 
+Value = TypeVar("Value")
 
-@dataclass(frozen=True, kw_only=True)
-class Student:
-    """Shape of the student; what is not named here is the teacher's."""
-
-    hidden_size: int = 0  # residual width; 0: half the teacher's, rounded down to a multiple of 256, 64 or 32
-    name: str = ""  # of the files and the model card; empty: <teacher>-LRC-<hidden_size>
+# What a bound of `key` demands of the value, and how the error words it.
+BOUNDS = {"at_least": (operator.ge, "at least"), "above": (operator.gt, "more than"),
+          "at_most": (operator.le, "at most"), "below": (operator.lt, "less than")}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    """The text: distilled on, and held out for evaluation and proof."""
-
-    # .txt, .jsonl, .parquet, a folder of them, a hub dataset (name:config:split), or `self`: the teacher's own samples
-    sources: tuple[str, ...] = ()
-    weights: tuple[float, ...] = ()  # each source's share of the tokens, in any unit; empty: one source after another
-    text_field: str = "text"  # of jsonl, parquet and hub rows
-    messages_field: str = "messages"  # of rows that are conversations: only the answers are learnt; empty: none are
-    isolate_documents: bool = False  # no attention from one document to the one before it in the row
-    cache: str = ""  # a folder that keeps tokenized corpora for other builds; empty: tokens live in the build alone
-    held_out_share: float = 0.02  # of the documents, chosen by hash; at most 200,000 tokens are kept
+def key(default: Value, help: str, **bounds: float) -> Value:
+    """A recipe key: its default, the comment that `to_toml` prints, and BOUNDS of the value (of each list item)."""
+    if unknown := bounds.keys() - BOUNDS.keys():
+        raise ValueError(f"recipe key: unknown bounds {sorted(unknown)}; known {sorted(BOUNDS)}")
+    return typing.cast(Value, field(default=default, metadata={"help": help, "bounds": bounds}))
 
 
-# Peak learning rate x the student's hidden_size: best of a grid in both phases at widths 128 and 256 of a 512-wide one
-# (docs/LOG.md). That it falls with the width is what muP says of Adam (arXiv 2203.03466): 2.6e-4 for a student of 1536.
+# Peak learning rate x the student's hidden_size: best of a grid in both phases for students 128 and 256 wide of a
+# teacher 512 wide (docs/LOG.md). That it falls with the width agrees with muP for Adam (arXiv 2203.03466): it is 2.6e-4
+# for a width of 1536.
 PEAK_RATE, MAX_RATE = 0.4, 3e-3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Train:
-    """A clone phase, then a dense one. Loss = lm_weight * LM + kl_weight * KL + alpha * clone (arXiv 2505.12781)."""
-
-    tokens: int = 0  # the budget; 0: one pass over the data; more than the data holds: several passes
-    seq_len: int = 2048  # at most the teacher's max_position_embeddings
-    batch_tokens: int = 0  # of an optimizer step; 0: a 400th of the budget, at least 4,096 and at most 32,768
-    micro_batch: int = 8  # sequences in one forward pass of one process; the rest is gradient accumulation
-    # Peaks of the phases. 0: PEAK_RATE / the student's hidden_size, at most MAX_RATE.
-    learning_rate: float = 0.0
-    dense_learning_rate: float = 0.0
-    warmup_share: float = 0.02  # of the steps, linear, in each phase; then linear to zero over the run
-    max_grad_norm: float = 1.0
-    # pca: principal components of the residual stream; selection: its strongest channels (RED); gaussian: as published
-    init: Literal["pca", "selection", "gaussian"] = "pca"
-    # The last share of the steps trains the student's matrices themselves (Train What You Deploy, arXiv 2609.02006);
-    # the steps before it train the projections that make them (Low-Rank Clone). From where `pca` starts, dense steps
-    # alone do best (benchmarks/sample_efficiency.py).
-    dense_share: float = 1.0
-    alpha: float = 0.2  # weight of the clone terms in the clone phase
-    dense_alpha: float = 0.2  # in the dense phase
-    # relative: squared error over the teacher's mean square, so that alpha means the same for every teacher; absolute:
-    # the published mean squared error
-    clone_terms: Literal["relative", "absolute"] = "relative"
-    kl_weight: float = 1.0
-    lm_weight: float = 1.0
-    kl_temperature: float = 1.0  # the KL is per token and scaled by its square
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the processor computes in it
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on a GPU
-    gradient_checkpointing: bool = False  # the student's layers are computed again in the backward pass: less memory
-    workers: int = 2  # processes that read rows ahead, for a GPU; on a CPU there are none
-    seed: int = 0
-    eval_every: int = 100  # steps between evaluations on held-out text
-    checkpoint_every: int = 200  # steps between checkpoints
-    keep_checkpoints: int = 2
-    log_every: int = 10
-    # A batch is bad when a loss is not finite or above spike_factor times its running average (0: no such limit). It
-    # never reaches the weights; `stop` ends the run with its name, `skip` goes on without it.
-    on_bad_batch: Literal["stop", "skip"] = "stop"
-    spike_factor: float = 5.0
-
-
-# Peak learning rate x the student's hidden_size of the quantization-aware phase: best of a grid (docs/LOG.md).
+# The same for quantization-aware training: best of a grid (docs/LOG.md).
 QUANTIZED_RATE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quantize:
-    """A last phase on the grid of gguf:q4_0 and onnx:q4, which are then made of its weights; the other files are not.
+class Student:
+    """Shape of the student. What is not set here is the teacher's."""
 
-    The student's matrices pass through that grid in every forward pass, and learn to say what they said before it.
+    hidden_size: int = key(0, "residual width; 0 = half the teacher's, rounded down to a multiple of 256, 64 or 32",
+                           at_least=0)
+    name: str = key("", "name in file names and the model card; empty = <teacher>-LRC-<hidden_size>")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The text: what the student is trained on, and what is held out for evaluation and verification (docs/data.md)."""
+
+    sources: tuple[str, ...] = key(
+        (), ".txt, .jsonl or .parquet files, folders of them, hub datasets (name:config:split), or `self`: the "
+            "teacher's own samples")
+    weights: tuple[float, ...] = key(
+        (), "each source's share of the tokens, in any unit; empty = one source after another")
+    text_field: str = key("text", "field that holds the text in jsonl, parquet and hub records")
+    messages_field: str = key(
+        "messages", "field that holds a conversation, of which only the answers are learned; empty = no conversations")
+    isolate_documents: bool = key(
+        False, "true = no attention from one document to earlier documents in the same sequence")
+    cache: str = key("", "folder that keeps tokenized corpora for other builds; empty = tokens stay in the build")
+    held_out_share: float = key(
+        0.02, "share of the documents to hold out, chosen by hash; at most 200,000 tokens of them are kept",
+        above=0, below=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """A clone phase, then a dense phase. Loss = lm_weight * LM + kl_weight * KL + alpha * clone (arXiv 2505.12781)."""
+
+    tokens: int = key(
+        0, "training tokens; 0 = one pass over the data; more than the data holds = several passes", at_least=0)
+    seq_len: int = key(2048, "tokens per sequence; at most the teacher's max_position_embeddings", at_least=1)
+    batch_tokens: int = key(
+        0, "tokens per optimizer step; 0 = budget / 400, clamped to 4,096..32,768", at_least=0)
+    micro_batch: int = key(
+        8, "sequences per forward pass of one process; the rest of a step is gradient accumulation", at_least=1)
+    learning_rate: float = key(
+        0.0, f"peak learning rate of the clone phase; 0 = {PEAK_RATE} / the student's hidden_size, at most {MAX_RATE}",
+        at_least=0)
+    dense_learning_rate: float = key(0.0, "peak learning rate of the dense phase; 0 = as for learning_rate", at_least=0)
+    warmup_share: float = key(
+        0.02, "share of each phase's steps with linear warmup; afterwards the rate falls linearly to 0 over the run",
+        at_least=0, below=1)
+    max_grad_norm: float = key(1.0, "the gradient norm is clipped to this", above=0)
+    init: Literal["pca", "selection", "gaussian"] = key(
+        "pca", "pca = principal components of the residual stream; selection = its strongest channels (RED); gaussian "
+               "= random, as published")
+    dense_share: float = key(
+        1.0, "last share of the steps, which trains the student's matrices directly (Train What You Deploy, arXiv "
+             "2609.02006); the steps before it train the projections that make them (Low-Rank Clone). Starting from "
+             "`pca`, dense steps alone do best (benchmarks/sample_efficiency.py)", at_least=0, at_most=1)
+    alpha: float = key(0.2, "weight of the clone loss in the clone phase", at_least=0)
+    dense_alpha: float = key(0.2, "weight of the clone loss in the dense phase", at_least=0)
+    clone_terms: Literal["relative", "absolute"] = key(
+        "relative", "relative = squared error / the teacher's mean square, so that alpha means the same for every "
+                    "teacher; absolute = mean squared error, as published")
+    kl_weight: float = key(1.0, "weight of the KL divergence from the teacher", at_least=0)
+    lm_weight: float = key(1.0, "weight of the cross entropy", at_least=0)
+    kl_temperature: float = key(1.0, "temperature of the KL, which is per token and scaled by temperature^2", above=0)
+    precision: Literal["auto", "bf16", "fp32"] = key("auto", "auto = bf16 if the processor computes in it, else fp32")
+    device: Literal["auto", "cpu", "cuda"] = key("auto", "auto = a GPU if there is one")
+    compile: Literal["auto", "on", "off"] = key("auto", "torch.compile; auto = on a GPU only")
+    gradient_checkpointing: bool = key(
+        False, "true = recompute the student's layers in the backward pass: less memory, more time")
+    workers: int = key(2, "processes that read sequences ahead for a GPU; a CPU uses none", at_least=0)
+    seed: int = key(0, "seed of the data order, of samples and of the random parts of the initialization")
+    eval_every: int = key(100, "steps between evaluations on held-out text", at_least=1)
+    checkpoint_every: int = key(200, "steps between checkpoints", at_least=1)
+    keep_checkpoints: int = key(2, "number of checkpoints to keep", at_least=1)
+    log_every: int = key(10, "steps between lines in the log", at_least=1)
+    on_bad_batch: Literal["stop", "skip"] = key(
+        "stop", "a bad batch has a loss that is not finite or above spike_factor times its running average, and never "
+                "changes the weights; stop = end the run and name it, skip = continue without it")
+    spike_factor: float = key(5.0, "limit of a loss in units of its running average; 0 = no limit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize:
+    """Quantization-aware training, a last phase for gguf:q4_0 and onnx:q4 (docs/quantization.md).
+
+    Every forward pass rounds the student's matrices to the values that these files can store. The student learns to
+    reproduce its own unquantized outputs. Other files are not affected.
     """
 
-    tokens: int = 0  # of the phase; 0: none
-    teacher: Literal["student", "teacher"] = "student"  # whom to copy: the student itself, unquantized, or its teacher
-    alpha: float = 1.0  # weight of the clone terms between the student's layers and its own, unquantized
-    batch_tokens: int = 0  # of an optimizer step; 0: a 500th of the budget, at least 1,024 and at most 32,768
-    learning_rate: float = 0.0  # its peak; 0: QUANTIZED_RATE / the student's hidden_size
+    tokens: int = key(0, "training tokens of this phase; 0 = no such phase", at_least=0)
+    teacher: Literal["student", "teacher"] = key(
+        "student", "whom to copy: the student itself, unquantized, or its teacher")
+    alpha: float = key(1.0, "weight of the clone loss between the layers of the student and of the unquantized student",
+                       at_least=0)
+    batch_tokens: int = key(
+        0, "tokens per optimizer step; 0 = budget / 500, clamped to 1,024..32,768", at_least=0)
+    learning_rate: float = key(
+        0.0, f"peak learning rate; 0 = {QUANTIZED_RATE} / the student's hidden_size", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """What to write. GGUF encodings are llama.cpp's names. ONNX has fp32, fp16, q8 (the numbers of GGUF's Q8_0) and q4
-    (those of its Q4_0)."""
+    """Which files to write. GGUF encodings have llama.cpp's names. ONNX has fp32, fp16, q8 and q4; q8 and q4 store the
+    same weights as GGUF Q8_0 and Q4_0."""
 
-    # Empty: gguf:f16, gguf:q8_0 and onnx:fp32; from a width that 256 divides also gguf:q4_k_m, gguf:q4_0 and onnx:q4.
-    # Narrower models are so small that 4 bits save little, and lose much (docs/LOG.md).
-    formats: tuple[str, ...] = ()
-    # Devices by the name or file of their profile (`lrc-edge targets`): what they run best is written instead of the
-    # default, beside what `formats` names, and checked in their runtimes.
-    targets: tuple[str, ...] = ()
-    calibration_tokens: int = 16_384  # of text apart from the proof's, for the quantizer's importance matrix; 0: none
-    # Above 0: one more GGUF, each of its matrices in the type that, as measured, loses least at this size (mixed
-    # precision); all tensors counted. docs/quantization.md.
-    bits_per_weight: float = 0.0
-    # 0: activations stay float32; 4: onnxruntime rounds them to int8, as llama.cpp does: twice as fast at the same KL
-    onnx_accuracy_level: int = 4
+    formats: tuple[str, ...] = key(
+        (), "formats to write, as in gguf:q4_0; empty = gguf:f16, gguf:q8_0 and onnx:fp32, and also gguf:q4_k_m, "
+            "gguf:q4_0 and onnx:q4 if 256 divides the width (narrower models lose much at 4 bits and save little)")
+    targets: tuple[str, ...] = key(
+        (), "devices, by name (`lrc-edge targets`) or profile file; the formats that run best there are written in "
+            "place of the default, in addition to `formats`, and checked in the device's runtimes")
+    calibration_tokens: int = key(
+        16_384, "tokens for the quantizer's importance matrix, none of them from the verification text; 0 = no matrix",
+        at_least=0)
+    bits_per_weight: float = key(
+        0.0, "size of one more GGUF with mixed precision, counting all tensors: each matrix gets the type that, as "
+             "measured, loses least (docs/quantization.md); 0 = no such file", at_least=0)
+    onnx_accuracy_level: int = key(
+        4, "activations in ONNX q8 and q4: 0 = float32; 4 = rounded to int8 as in llama.cpp, twice as fast at the "
+           "same KL")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """How much the proof looks at."""
+    """How much text verification reads (docs/verification.md)."""
 
-    positions: int = 2048  # teacher-forced, prefill and decode each; fewer only where the held-out text is shorter
-    row_len: int = 256  # tokens of one teacher-forced row
-    # One row of each of these lengths, too, as far as the model's context goes; 0: the whole context.
-    long_rows: tuple[int, ...] = (4096, 0)
-    long_positions: int = 32  # of each long row, spread over it, prefill and decode each
-    long_seconds: float = 60.0  # a row that PyTorch would read for longer is cut
-    kv_cache_positions: int = 512  # for each type of llama.cpp's KV cache (f16, q8_0, q4_0)
-    near_tie: float = 0.01  # top-1 is not judged where the reference's two best logits are closer than this
-    generate_tokens: int = 64  # of each sample text
-    prompts: tuple[str, ...] = ()  # empty: the beginnings of held-out documents
+    positions: int = key(
+        2048, "teacher-forced positions for prefill and for decode; fewer if the held-out text is shorter", at_least=1)
+    row_len: int = key(256, "tokens per teacher-forced sequence", at_least=1)
+    long_rows: tuple[int, ...] = key(
+        (4096, 0), "lengths of one more sequence each, at most the model's context; 0 = the full context", at_least=0)
+    long_positions: int = key(
+        32, "positions spread over each long sequence, for prefill and for decode", at_least=1)
+    long_seconds: float = key(60.0, "a sequence that PyTorch would read for longer than this is shortened", at_least=0)
+    kv_cache_positions: int = key(512, "positions for each type of llama.cpp's KV cache (f16, q8_0, q4_0)", at_least=1)
+    near_tie: float = key(
+        0.01, "top-1 ignores positions where PyTorch's two best logits differ by less than this", at_least=0)
+    generate_tokens: int = key(64, "tokens per sample text", at_least=1)
+    prompts: tuple[str, ...] = key((), "prompts of the sample texts; empty = beginnings of held-out documents")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gates:
-    """Limits of the proof, for a trained student. KL in nats a token."""
+    """Limits of verification, for a trained student. KL is in nats per token."""
 
-    # The largest difference of a logit where the weights are the same (fold, P = I, ONNX fp32), in units of PyTorch's
-    # own rounding: the largest difference between its float32 and its float64 logits. A larger model has larger logits.
-    max_abs_rounding: float = 8.0
-    copy_top1: float = 1.0  # of the fold, and of P = I
-    gguf_f32_kl: float = 1e-6
-    gguf_f32_top1: float = 0.999
-    gguf_f16_kl: float = 1e-4
-    gguf_bf16_kl: float = 1e-3
-    gguf_q8_0_kl: float = 5e-3
-    quantized_kl: float = 0.15  # every other type, GGUF and ONNX
-    # Files of a student trained on their grid, against that student: blocks with exactly its weights, and what is left
-    # when the runtimes round activations to 8 bits.
-    identical_blocks: float = 0.99
-    on_grid_kl: float = 0.01
-    onnx_fp32_kl: float = 1e-8
-    onnx_fp16_kl: float = 1e-4
-    onnx_q8_kl: float = 5e-3
-    # On devices the same limits of KL, and of the share of equal argmax: of 16 and 32 bits, of 8 bits, of every other.
-    unquantized_top1: float = 0.99
-    q8_top1: float = 0.95
-    quantized_top1: float = 0.75
+    max_abs_rounding: float = key(
+        8.0, "largest difference of a logit if the weights are the same (fold, P = I, ONNX fp32), in units of "
+             "PyTorch's own rounding: the largest difference between its float32 and its float64 logits. Larger models "
+             "have larger logits")
+    copy_top1: float = key(1.0, "least top-1 of the fold, and of the full-width clone (P = I)")
+    gguf_f32_kl: float = key(1e-6, "largest KL of GGUF F32")
+    gguf_f32_top1: float = key(0.999, "least top-1 of GGUF F32")
+    gguf_f16_kl: float = key(1e-4, "largest KL of GGUF F16")
+    gguf_bf16_kl: float = key(1e-3, "largest KL of GGUF BF16")
+    gguf_q8_0_kl: float = key(5e-3, "largest KL of GGUF Q8_0")
+    quantized_kl: float = key(0.15, "largest KL of every other type, GGUF and ONNX")
+    identical_blocks: float = key(
+        0.99, "after quantization-aware training: least share of a file's blocks with exactly the trained weights")
+    on_grid_kl: float = key(
+        0.01, "after quantization-aware training: largest KL from the trained student. What remains is the rounding of "
+              "activations to 8 bits in the runtimes")
+    onnx_fp32_kl: float = key(1e-8, "largest KL of ONNX fp32")
+    onnx_fp16_kl: float = key(1e-4, "largest KL of ONNX fp16")
+    onnx_q8_kl: float = key(5e-3, "largest KL of ONNX q8")
+    unquantized_top1: float = key(0.99, "on devices: least top-1 of 16 and 32 bits; the KL limits are those above")
+    q8_top1: float = key(0.95, "on devices: least top-1 of 8 bits")
+    quantized_top1: float = key(0.75, "on devices: least top-1 of every other type")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
+    """All settings of a build, by section."""
+
     student: Student = field(default_factory=Student)
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
@@ -186,10 +230,11 @@ class Recipe:
 
 def load_recipe(file: Path | str | None = None, settings: Iterable[str] = (), **overrides: Mapping[str, Any]
                 ) -> Recipe:
-    """The recipe of a TOML file, or of one that comes along, by its name (train/recipes); then `section.key=value`
-    settings, then `overrides` (section=dict), on the defaults.
+    """Read a TOML file or a built-in recipe, by name (train/recipes), then apply `settings` and `overrides`.
 
-    Raises UserError on an unreadable file, an unknown key (with the nearest), a wrong type or an impossible value.
+    settings: "section.key=value" each. overrides: section=dict. What nothing sets has its default.
+    Raises UserError on an unreadable file, an unknown key (with the nearest known one), a wrong type or an impossible
+    value.
     """
     table: dict[str, Any] = {}
     if file is not None:
@@ -198,7 +243,7 @@ def load_recipe(file: Path | str | None = None, settings: Iterable[str] = (), **
         try:
             table = tomllib.loads(source.read_text())
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file}: cannot read the recipe ({error}); give a TOML file, or one of "
+            raise UserError(f"{file}: cannot read the recipe ({error}); pass a TOML file, or one of "
                             f"{', '.join(sorted(shipped))}") from error
         except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise UserError(f"{file}: not TOML: {error}; fix the line") from error
@@ -220,7 +265,7 @@ def load_recipe(file: Path | str | None = None, settings: Iterable[str] = (), **
 
 
 def recorded_recipe(table: Mapping[str, Any], where: Path | str) -> Recipe:
-    """The recipe that a finished build recorded. Raises UserError naming `where` when this version has other keys."""
+    """Return the recipe that a build recorded. Raises UserError naming `where` if this version has other keys."""
     try:
         return load_recipe(None, (), **table)
     except UserError as error:
@@ -228,13 +273,13 @@ def recorded_recipe(table: Mapping[str, Any], where: Path | str) -> Recipe:
 
 
 def _absolute(target: str) -> str:
-    """A profile's file may be read again from another directory; a name stays."""
+    """Make the path of a profile file absolute, so that it can be read from another directory; keep a name."""
     is_file = "/" in target or target.endswith(".toml")
     return str(Path(target).expanduser().resolve()) if is_file else target
 
 
 def _parse_value(text: str) -> Any:
-    """A TOML value; what is not one is a plain string."""
+    """Parse a TOML value; anything else is a plain string."""
     try:
         return tomllib.loads(f"x = {text}")["x"]
     except (tomllib.TOMLDecodeError, RecursionError):
@@ -263,7 +308,7 @@ def _constant(value: str, _: str) -> str:
 
 
 def _hint(key: str, known_here: list[str]) -> str:
-    """The nearest key of any section, for a slip of the pen or of the section."""
+    """Suggest the nearest key of any section: the name or the section may be mistyped."""
     sections = typing.get_type_hints(Recipe)
     full_names = {f.name: f"{section}.{f.name}" for section, cls in sections.items() for f in fields(cls)}
     near = difflib.get_close_matches(key, [*known_here, *full_names], n=1, cutoff=0.7)
@@ -292,7 +337,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
 
 
 def _convert_list(value: Any, kind: type, where: str) -> tuple[Any, ...]:
-    """A list, or its items between commas, or one number."""
+    """Convert a list, a comma-separated string or one number to a tuple of `kind`."""
     items = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
     if kind is not str and isinstance(items, int | float):
         items = [items]
@@ -305,78 +350,65 @@ def _convert_list(value: Any, kind: type, where: str) -> tuple[Any, ...]:
     raise UserError(f"{where} = {value!r}: need a list of {'strings' if kind is str else 'numbers'}")
 
 
+def _check_bounds(recipe: Recipe) -> None:
+    for section in fields(recipe):
+        table = getattr(recipe, section.name)
+        for f in fields(table):
+            given, bounds = getattr(table, f.name), f.metadata["bounds"]
+            for item in given if isinstance(given, tuple) else [given]:
+                if not all(BOUNDS[name][0](item, limit) for name, limit in bounds.items()):
+                    need = " and ".join(f"{BOUNDS[name][1]} {limit:g}" for name, limit in bounds.items())
+                    raise UserError(f"recipe: {section.name}.{f.name} = {item}: need {need}")
+
+
 def _check_data(recipe: Recipe) -> None:
     d = recipe.data
-    if not 0 < d.held_out_share < 1:
-        raise UserError(f"recipe: data.held_out_share = {d.held_out_share}: need a share between 0 and 1")
     if d.weights and len(d.weights) != len(d.sources):
         raise UserError(f"recipe: data.weights: {len(d.weights)} weights for {len(d.sources)} sources; need one each")
     if bad := [w for w in d.weights if not 0 < w < math.inf]:
-        raise UserError(f"recipe: data.weights: {bad[0]} is no share; need numbers above 0, leave a source out instead")
+        raise UserError(f"recipe: data.weights contains {bad[0]}; need finite numbers above 0. To leave a source out, "
+                        "remove it")
     if d.sources.count(SELF) > 1:
-        raise UserError("recipe: data.sources has `self` more than once; need it once, with a weight")
+        raise UserError("recipe: data.sources contains `self` more than once; list it once and give it a weight")
     if SELF in d.sources and not recipe.train.tokens:
-        raise UserError("recipe: data.sources has `self`: a teacher never stops talking; "
-                        "say how much with --set train.tokens=...")
+        raise UserError("recipe: data.sources contains `self`, which never ends; set a token budget with "
+                        "--set train.tokens=N")
 
 
 def _check(recipe: Recipe) -> None:
-    t, p = recipe.train, recipe.parity
-    at_least_1 = {"train.seq_len": t.seq_len, "train.micro_batch": t.micro_batch, "train.eval_every": t.eval_every,
-                  "train.checkpoint_every": t.checkpoint_every, "train.log_every": t.log_every,
-                  "train.keep_checkpoints": t.keep_checkpoints,
-                  "parity.positions": p.positions, "parity.row_len": p.row_len,
-                  "parity.generate_tokens": p.generate_tokens, "parity.long_positions": p.long_positions,
-                  "parity.kv_cache_positions": p.kv_cache_positions}
-    above_0: dict[str, float] = {"train.kl_temperature": t.kl_temperature,
-                                 "train.max_grad_norm": t.max_grad_norm}
-    not_negative: dict[str, float] = {"train.tokens": t.tokens, "train.batch_tokens": t.batch_tokens,
-                                      "train.learning_rate": t.learning_rate, "train.alpha": t.alpha,
-                                      "train.dense_alpha": t.dense_alpha,
-                                      "train.dense_learning_rate": t.dense_learning_rate, "train.workers": t.workers,
-                                      "quantize.tokens": recipe.quantize.tokens,
-                                      "quantize.alpha": recipe.quantize.alpha,
-                                      "quantize.batch_tokens": recipe.quantize.batch_tokens,
-                                      "quantize.learning_rate": recipe.quantize.learning_rate,
-                                      "export.calibration_tokens": recipe.export.calibration_tokens,
-                                      "export.bits_per_weight": recipe.export.bits_per_weight,
-                                      "student.hidden_size": recipe.student.hidden_size,
-                                      "train.kl_weight": t.kl_weight, "train.lm_weight": t.lm_weight,
-                                      "train.warmup_share": t.warmup_share, "parity.near_tie": p.near_tie,
-                                      "parity.long_seconds": p.long_seconds,
-                                      "parity.long_rows": min(p.long_rows, default=0)}
-    for name, count in at_least_1.items():
-        if count < 1:
-            raise UserError(f"recipe: {name} = {count}: need at least 1")
-    for name, value in above_0.items():
-        if not value > 0:
-            raise UserError(f"recipe: {name} = {value}: need more than 0")
-    for name, value in not_negative.items():
-        if not value >= 0:
-            raise UserError(f"recipe: {name} = {value}: need 0 or more")
+    """Check the bounds of each key, then what depends on several. Raises UserError."""
+    _check_bounds(recipe)
     _check_data(recipe)
+    t = recipe.train
     if recipe.export.bits_per_weight and not recipe.export.calibration_tokens:
-        raise UserError(f"recipe: export.bits_per_weight = {recipe.export.bits_per_weight:g}: what a matrix suffers is "
-                        "measured on calibration text; set export.calibration_tokens above 0")
+        raise UserError(f"recipe: export.bits_per_weight = {recipe.export.bits_per_weight:g} needs calibration text to "
+                        "measure the loss from each type; set export.calibration_tokens above 0")
     if 0 < t.spike_factor <= 1:
         raise UserError(f"recipe: train.spike_factor = {t.spike_factor}: need more than 1, or 0 for no limit")
-    if not 0 <= t.dense_share <= 1:
-        raise UserError(f"recipe: train.dense_share = {t.dense_share}: need a share between 0 and 1")
-    if t.warmup_share >= 1:
-        raise UserError(f"recipe: train.warmup_share = {t.warmup_share}: need less than 1")
-    alphas = [t.alpha] * (t.dense_share < 1) + [t.dense_alpha] * (t.dense_share > 0)
-    if t.lm_weight == t.kl_weight == 0 and not all(alphas):
-        raise UserError("recipe: train.lm_weight, train.kl_weight and the alpha of a phase are all 0: nothing to train")
+    if t.lm_weight == t.kl_weight == 0:
+        for name, phase_runs in (("alpha", t.dense_share < 1), ("dense_alpha", t.dense_share > 0)):
+            if phase_runs and getattr(t, name) == 0:
+                raise UserError(f"recipe: train.lm_weight, train.kl_weight and train.{name} are all 0: "
+                                "nothing to train; set one above 0")
 
 
 def to_toml(recipe: Recipe) -> str:
-    """The recipe as TOML that `load_recipe` reads back to the same recipe."""
-    def value(item: Any) -> str:
-        if isinstance(item, tuple):
-            return "[" + ", ".join(json.dumps(part) for part in item) + "]"
-        return json.dumps(item) if isinstance(item, str) else str(item).lower() if isinstance(item, bool) else str(item)
-
+    """Return the recipe as commented TOML that `load_recipe` reads back to the same recipe."""
     lines: list[str] = []
-    for section, table in recipe.as_dict().items():
-        lines += [f"[{section}]", *(f"{key} = {value(item)}" for key, item in table.items()), ""]
+    for section in fields(recipe):
+        table = getattr(recipe, section.name)
+        lines += [*_comment(type(table).__doc__ or ""), f"[{section.name}]"]
+        for f in fields(table):
+            lines += [*_comment(f.metadata["help"]), f"{f.name} = {_toml_value(getattr(table, f.name))}"]
+        lines.append("")
     return "\n".join(lines)
+
+
+def _comment(text: str) -> list[str]:
+    return textwrap.wrap(" ".join(text.split()), 100, initial_indent="# ", subsequent_indent="# ")
+
+
+def _toml_value(item: Any) -> str:
+    if isinstance(item, tuple):
+        return "[" + ", ".join(json.dumps(part) for part in item) + "]"
+    return json.dumps(item) if isinstance(item, str | bool) else str(item)

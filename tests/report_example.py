@@ -11,7 +11,7 @@ TEACHER_SHAPE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_laye
 NAME = "Fable-10M-LRC-256"
 STORY = ("Once upon a time, there was a little girl named Lily. She loved to play in the garden with her red ball. "
          "One day, the ball rolled under a big tree, and a small bird said, “I can help you find it.”")
-ENCODINGS = (  # format, encoding, bits a weight, KL, gate limit
+ENCODINGS = (  # format, encoding, bits per weight, KL, gate limit
     ("gguf", "f16", 16.0, 3.1e-8, 1e-4), ("gguf", "q8_0", 8.51, 4.3e-4, 5e-3), ("gguf", "q4_k_m", 5.21, 0.0203, 0.15),
     ("gguf", "q4_0", 4.52, 0.0415, 0.15), ("onnx", "fp32", 32.0, 2.2e-13, 1e-8), ("onnx", "q4", 4.55, 0.0415, 0.15))
 

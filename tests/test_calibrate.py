@@ -59,7 +59,7 @@ def test_a_builds_rows_leave_out_what_the_proof_holds(model: DenseCheckpoint, tm
     assert got.n_left_out > 3 and shared_windows(got.rows, evaluation) == 0
     assert got.as_dict()["sha256"] == calibration(tmp_path, model).sha256
     prepared(tmp_path / "copies", model, held_out + [f"{i}{held_out[0]}" for i in range(30)])
-    with pytest.raises(UserError, match=r"calibration: no text beside the proof's \(all \d+ rows share text with it\)"):
+    with pytest.raises(UserError, match=r"apart from the verification text \(all \d+ sequences overlap it\)"):
         calibration(tmp_path / "copies", model)
 
 
@@ -72,5 +72,5 @@ def test_an_exports_rows_lie_behind_the_proofs(model: DenseCheckpoint, tmp_path:
     assert shared_windows(got.rows, proof[:, 1:].flatten()) == 0  # without the BOS of each row
     assert calibration(tmp_path, model).source == "Python's documentation"
     (tmp_path / "short.txt").write_text(TEXT[:300])
-    with pytest.raises(UserError, match=r"calibration: no text beside the proof's \(not 64 tokens\); give more --data"):
+    with pytest.raises(UserError, match=r"apart from the verification text \(fewer than 64 tokens\); add --data"):
         calibration(tmp_path, model, f"data.sources=[{str(tmp_path / 'short.txt')!r}]")

@@ -136,7 +136,7 @@ def test_nan_weight(llama_copy: Path, bad: float) -> None:
 
 def test_config_that_disagrees_with_shapes(llama_copy: Path) -> None:
     change_config(llama_copy, intermediate_size=128)
-    refused(llama_copy, "mlp.", "has shape", "config.json says", "128")
+    refused(llama_copy, "mlp.", "has shape", "config.json implies", "128")
 
 
 def test_more_layers_than_weights(llama_copy: Path) -> None:
@@ -146,7 +146,7 @@ def test_more_layers_than_weights(llama_copy: Path) -> None:
 
 def test_fewer_layers_than_weights(llama_copy: Path) -> None:
     change_config(llama_copy, num_hidden_layers=1)
-    refused(llama_copy, "model.layers.1", "is not one of a llama")
+    refused(llama_copy, "model.layers.1", "does not belong to a llama")
 
 
 def test_missing_tokenizer(llama_copy: Path) -> None:
@@ -169,7 +169,7 @@ def test_quantized_and_biased_models(llama_copy: Path) -> None:
     change_config(llama_copy, attention_bias=True)
     refused(llama_copy, "attention_bias")
     change_config(llama_copy, attention_bias=False, quantization_config={"quant_method": "gptq"})
-    refused(llama_copy, "quantized already")
+    refused(llama_copy, "already quantized")
 
 
 def test_no_directory_no_config_bad_config(llama_copy: Path, tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_front_matter_and_hub_names(llama_copy: Path, tmp_path: Path) -> None:
 
 def test_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="no such directory, and the hub did not give it"):
+    with pytest.raises(UserError, match="no such directory, and the hub has no such model"):
         resolve_model("no-such-owner/no-such-model")
 
 

@@ -20,7 +20,8 @@ from lrc_edge.pipeline import preflight
 from lrc_edge.pipeline.plan import Plan
 from lrc_edge.recipe import load_recipe
 
-COMMANDS = ("build", "train", "fold", "export", "check", "report", "chat", "inspect", "recipe")
+COMMANDS = ("build", "train", "fold", "export", "check", "verify", "report", "chat", "serve", "inspect", "recipe",
+            "targets")
 
 
 def run(*args: object, **env: str) -> subprocess.CompletedProcess[str]:
@@ -60,6 +61,7 @@ def test_help_imports_nothing_heavy() -> None:
 def test_every_command_explains_itself(command: str) -> None:
     result = run(command, "--help")
     assert result.returncode == 0 and len(result.stdout.splitlines()) > 5
+    assert f" lrc-edge {command} " in result.stdout, "help shows no example"
 
 
 def test_recipe_prints_toml_that_it_reads(tmp_path: Path) -> None:

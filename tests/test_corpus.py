@@ -128,19 +128,19 @@ def test_a_hub_that_refuses_and_one_that_stops(monkeypatch: pytest.MonkeyPatch) 
         raise ConnectionError("reset by peer")
 
     monkeypatch.setattr(datasets, "load_dataset", rows)
-    with pytest.raises(UserError, match=r"org/name: the hub stopped after row 1 \(reset by peer\)"):
+    with pytest.raises(UserError, match=r"org/name: the hub failed after row 1 \(reset by peer\)"):
         texts("org/name")
 
     def refuse(*_: Any, **__: Any) -> None:
         raise ValueError("Bad split: x")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(UserError, match=r"the hub did not give it as a dataset \(Bad split: x\)"):
+    with pytest.raises(UserError, match=r"the hub has no such dataset \(Bad split: x\)"):
         texts("org/name:default:x")
 
 
 def test_self_is_no_text(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="only `build` and `train` have a teacher"):
+    with pytest.raises(UserError, match="works only with `build` and `train`, which have a teacher"):
         texts("self")
 
 
@@ -152,14 +152,14 @@ def test_split_is_by_content_and_near_its_share() -> None:
     assert held <= {name for name in names if is_held_out(name, 0.2)}
 
 
-def test_rows_for_the_proof() -> None:
+def test_rows_for_verification() -> None:
     held_out = HeldOut(np.arange(1000), 2000, ())
     rows = held_out.rows(100, 300, bos=7)
     assert rows.shape == (4, 100) and (rows[:, 0] == 7).all() and rows[1, 1] == 99  # 4 * 99 >= 300 predictions
     assert held_out.rows(100, 10**6, bos=None).shape == (10, 100)  # no more than there is
     with pytest.raises(UserError, match="need at least"):
         held_out.rows(2000, 10, bos=None)
-    with pytest.raises(UserError, match="3 tokens in rows of 1, need at least 2"):
+    with pytest.raises(UserError, match="3 tokens in sequences of 1, need at least 2"):
         HeldOut(np.arange(3), 9, ()).rows(1, 10, bos=None)
 
 
@@ -188,7 +188,7 @@ def test_short_rows_are_compared_whole_and_none_left_is_an_error() -> None:
     evaluation = np.arange(100)
     got = Calibration.choose([np.arange(20, 30), np.arange(120, 130)], (2, 10), evaluation, "")
     assert got.rows.tolist() == [list(range(120, 130))] and got.n_left_out == 1
-    with pytest.raises(UserError, match="all 2 rows share text with it"):
+    with pytest.raises(UserError, match="all 2 sequences overlap it"):
         Calibration.choose([np.arange(50), np.arange(50, 100)], (2, 50), evaluation, "")
-    with pytest.raises(UserError, match=r"no text beside the proof.s \(not 50 tokens\); give more --data"):
+    with pytest.raises(UserError, match=r"too little text .* \(fewer than 50 tokens\); add --data"):
         Calibration.choose([], (2, 50), evaluation, "")

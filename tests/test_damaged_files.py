@@ -209,7 +209,7 @@ def test_a_subword_prefix_that_merges_have_not(checkpoint: Path) -> None:
     table = json.loads(file.read_text())
     table["model"]["continuing_subword_prefix"] = "o"
     file.write_text(json.dumps(table))
-    with pytest.raises(UserError, match="continuing_subword_prefix = 'o': not every merge has it"):
+    with pytest.raises(UserError, match="continuing_subword_prefix = 'o', which not every merge has; fix the file"):
         load(checkpoint)
 
 
@@ -227,7 +227,7 @@ def test_a_chat_template_that_is_none(template: bytes, message: str, checkpoint:
     (checkpoint / "chat_template.jinja").write_bytes(template)
     with pytest.raises(UserError) as caught:
         load(checkpoint)
-    assert message in str(caught.value) and f"cannot compile it: {caught.value}" in inspect(checkpoint)
+    assert message in str(caught.value) and f"cannot use it: {caught.value}" in inspect(checkpoint)
 
 
 def test_a_chat_template_may_refuse_a_conversation(checkpoint: Path) -> None:

@@ -165,7 +165,7 @@ def test_onnx_data_outside_its_folder(tmp_path: Path) -> None:
 def test_onnx_corrupt(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"m\.onnx: (truncated or corrupt|holds no ONNX graph)") as raised:
+    with pytest.raises(UserError, match=r"m\.onnx: (truncated or corrupt|contains no ONNX graph)") as raised:
         describe(path)
     assert "\n" not in str(raised.value)
 
@@ -238,7 +238,7 @@ def test_unknown_family_is_described_and_named(llama_copy: Path) -> None:
     found = describe(llama_copy)
     assert found["shape"] is None and found["n_params"] == 106_816
     assert "'gemma3' is not supported" in found["problem"]
-    assert "cannot compile it" in printed(llama_copy)
+    assert "cannot use it" in printed(llama_copy)
 
 
 def test_truncated_safetensors(llama_copy: Path) -> None:
@@ -282,7 +282,7 @@ def test_broken_report_is_one_line(tmp_path: Path) -> None:
 def test_no_such_kind(tmp_path: Path, gguf_file: Path) -> None:
     with pytest.raises(UserError, match="no such file or directory"):
         describe(tmp_path / "nothing")
-    with pytest.raises(UserError, match=r"it holds m\.gguf: give one of them"):
+    with pytest.raises(UserError, match=r"it contains m\.gguf: pass one of them"):
         describe(tmp_path)
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(UserError, match=r"notes\.txt: unknown kind of file"):

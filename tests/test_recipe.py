@@ -1,13 +1,14 @@
-"""The recipe refuses what it does not know, and says what was probably meant."""
+"""The recipe refuses unknown keys and impossible values, suggests the nearest key, and prints itself with comments."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import pytest
 
 from lrc_edge.errors import UserError
-from lrc_edge.recipe import Recipe, load_recipe, to_toml
+from lrc_edge.recipe import Recipe, key, load_recipe, to_toml
 
 
 def test_defaults_file_settings_and_overrides_in_that_order(tmp_path: Path) -> None:
@@ -35,10 +36,14 @@ def test_toml_of_a_recipe_reads_back(tmp_path: Path) -> None:
     ("train.precision=fp8", "need one of auto, bf16, fp32"),
     ("train.tokens=many", "need a whole number"),
     ("train.tokens=1.5", "need a whole number"),
-    ("train.tokens=-1", "need 0 or more"),
+    ("train.tokens=-1", "train.tokens = -1: need at least 0"),
+    ("train.alpha=nan", "train.alpha = nan: need at least 0"),
+    ("parity.long_rows=[4096, -1]", "parity.long_rows = -1: need at least 0"),
+    ("train.dense_share=1.5", "need at least 0 and at most 1"),
+    ("train.warmup_share=1", "need at least 0 and less than 1"),
     ("train.seq_len=0", "need at least 1"),
-    ("train.alpha=-1", "need 0 or more"),
-    ("train.learning_rate=-1", "need 0 or more"),
+    ("train.alpha=-1", "need at least 0"),
+    ("train.learning_rate=-1", "need at least 0"),
     ("train.kl_temperature=0", "need more than 0"),
     ("train.alpha=true", "need a float"),
     ("data.weights=[1, 2]", "2 weights for 0 sources; need one each"),
@@ -47,7 +52,7 @@ def test_toml_of_a_recipe_reads_back(tmp_path: Path) -> None:
     ("data.sources=self", "train.tokens"),
     ("data.sources=self,self", "more than once"),
     ("data.isolate_documents=1", "need a bool"),
-    ("data.held_out_share=1", "between 0 and 1"),
+    ("data.held_out_share=1", "need more than 0 and less than 1"),
     ("parity.prompts=3", "need a list of strings"),
     ("tokens=3", "need section.key=value"),
     ("train.tokens", "need section.key=value"),
@@ -66,7 +71,7 @@ def test_weights(text: str, tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text(to_toml(recipe))
     assert load_recipe(tmp_path / "r.toml") == recipe
     for bad in ("0,1", "1,-1", "1,inf", "1,nan"):
-        with pytest.raises(UserError, match="is no share; need numbers above 0"):
+        with pytest.raises(UserError, match="need finite numbers above 0"):
             load_recipe(None, ["data.sources=a.txt,b.txt", f"data.weights={bad}"])
 
 
@@ -90,10 +95,20 @@ def test_nothing_to_train() -> None:
         load_recipe(None, ["train.dense_alpha=0", "train.lm_weight=0", "train.kl_weight=0"])
 
 
-def test_every_field_is_documented() -> None:
-    """A newcomer reads the dataclasses: each section says what it is about."""
-    for field in dataclasses.fields(Recipe):
-        assert type(getattr(Recipe(), field.name)).__doc__
+def test_every_key_is_explained() -> None:
+    """The printed recipe has a comment above each section and each key, and is the same recipe."""
+    lines = to_toml(Recipe()).splitlines()
+    sections = {f.name: dataclasses.fields(getattr(Recipe(), f.name)) for f in dataclasses.fields(Recipe)}
+    explained = [line.split(" = ")[0] for above, line in itertools.pairwise(lines)
+                 if above.startswith("# ") and line and not line.startswith("# ")]
+    assert explained == [n for section, keys in sections.items() for n in (f"[{section}]", *(key.name for key in keys))]
+    words = " ".join(line.removeprefix("# ") for line in lines)
+    assert all(field.metadata["help"] in words for keys in sections.values() for field in keys)
+
+
+def test_a_bound_that_nothing_checks_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"unknown bounds \['atleast'\]; known \['above', 'at_least', "):
+        key(0, "a count", atleast=1)
 
 
 def test_a_targets_file_is_found_from_another_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ def test_verdict() -> None:
         "3 of 18 gates FAILED: gguf:q4_0 prefill vs student: KL mean 0.31 > 0.15; gguf:q4_0 decode vs student: KL mean "
         "0.33 > 0.15; gguf:q4_0 token ids: mismatches 2 ≠ 0")
     assert verdict(many_artifacts()).endswith("; and 3 more")
-    assert verdict({**example_report(), "gates": []}) == "No gate was judged: nothing is proved"
+    assert verdict({**example_report(), "gates": []}) == "No gate was evaluated: nothing is verified"
 
 
 @pytest.mark.parametrize("passed", [None, False, 0, "yes"])
@@ -175,7 +175,7 @@ def test_token_and_template_mismatches_are_shown() -> None:
 def test_samples_mark_the_first_difference() -> None:
     html = render_report(example_report())
     assert "and a <mark>little</mark> bird said" in html
-    assert "Word for word the same: gguf:f16, gguf:q8_0, onnx:fp32, onnx:q4" in html
+    assert "Identical text: gguf:f16, gguf:q8_0, onnx:fp32, onnx:q4" in html
     page = Page(html)
     assert page.words("samples").count("named Lily") == 3 and "named Mia" in page.words("samples")
     assert page.html.count("<mark>") == 3  # the legend, one changed word, one early end
@@ -207,7 +207,7 @@ def test_least_report() -> None:
                           for made in report["artifacts"]]
     page = Page(render_report(least))
     assert "training" not in page.text and "samples" not in page.text and "text" not in page.text
-    assert page.svgs() == [] and "exported as it came" in page.words("made")
+    assert page.svgs() == [] and "exported unmodified" in page.words("made")
     assert render_report({**least, "artifacts": [], "gates": []})
 
 

@@ -18,7 +18,7 @@ def test_loss_charts_hold_the_curve() -> None:
     assert "teacher, held-out: 1.902" in titles(entropy)
     level = next(e for e in entropy.iterfind("s:line", SVG) if e.attrib["class"] == "line level" and len(e))
     assert level.attrib["y1"] == level.attrib["y2"]
-    parts = chart(example_report(), "Parts of the training objective")
+    parts = chart(example_report(), "Parts of the training loss")
     assert len(parts.findall("s:polyline", SVG)) == 4
     assert {t.split()[0] for t in titles(parts)} == {"total", "LM", "KL", "clone"}
 
@@ -53,7 +53,7 @@ def test_kl_chart() -> None:
     assert "bad" in c_prefill.attrib["class"] and "bad" not in a_decode.attrib["class"]
 
 
-def test_quantization_is_told() -> None:
+def test_quantization_is_reported() -> None:
     """Calibration, training on the grid and a mixed precision; none of it where there was none."""
     report = example_report()
     assert "quantization" not in Page(render_report(report)).text
@@ -74,12 +74,12 @@ def test_quantization_is_told() -> None:
                        "measured_bits_per_weight": 4.249, "types": {"a": "Q3_K", "b": "Q5_K", "c": "Q3_K"}}}
     page = Page(render_report(report))
     words = page.words("quantization")
-    for told in ("16,384 tokens of training text", "3 rows left out", "80 % of the loss won back",
-                 "gguf:q4_0: 100 % of the blocks as trained", "2 × Q3_K, 1 × Q5_K",
+    for text in ("16,384 tokens of training text", "3 sequences left out", "80 % of the loss recovered",
+                 "gguf:q4_0: 100 % of the blocks equal the trained ones", "2 × Q3_K, 1 × Q5_K",
                  "0.0167 predicted, 0.0175 measured"):
-        assert told in words, told
+        assert text in words, text
     assert "identical blocks" in page.words("gates")
-    # The chart is of the distance from the student: neither the figure nor the limit of the other comparison is in it.
+    # The chart shows the KL from the student: neither value nor limit of the other comparison is in it.
     drawn = titles(chart(report, "Mean KL divergence of each artifact"))
     assert not any("as trained" in title or "limit 0.01" in title for title in drawn)
 

@@ -107,7 +107,7 @@ def test_a_signal_ends_the_run_and_the_same_command_continues(sent: signal.Signa
                str(tmp_path / "out"), "--data", str(text), *settings]
     process = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     said, metrics = process.stderr, tmp_path / "out" / "train" / METRICS_FILE
-    assert process.returncode == 130 and said == "\nlrc-edge: interrupted; the same command continues\n", said
+    assert process.returncode == 130 and said == "\nlrc-edge: interrupted; run the same command to resume\n", said
     last = int(read_metrics(metrics)[-1]["step"])
     assert last < STEPS
     if sent == signal.SIGTERM:

@@ -1,15 +1,15 @@
-"""Train the demo's teacher: tokenizer, model, chat template, and the stories that the student distils on.
+"""Train the demo's teacher: tokenizer, model, chat template, and the stories that the student is trained on.
 
     python make_teacher.py train  --stories train.jsonl --valid valid.jsonl --books books.txt.gz --work WORK
     python make_teacher.py export --valid valid.jsonl --work WORK --out storyteller
     python make_teacher.py sample --teacher storyteller --out stories.jsonl
 
-`train` takes about 94 minutes on one CPU core with bf16 instructions (8.9M parameters, 16M tokens) and continues from
-WORK/state.pt after a kill. `sample` writes the student's corpus: what the teacher itself tells.
+`train` takes about 94 minutes on one CPU core with bf16 instructions (8.9M parameters, 16M tokens) and resumes from
+WORK/state.pt after a kill. `sample` writes the student's corpus: stories sampled from the teacher.
 
 The teacher is an ordinary Hugging Face Llama: byte-level BPE with the llama-3 pre-tokenizer, grouped query attention,
 tied head, llama-3 chat template. It learns short English stories; books are mixed into the first part of the run,
-because 3 MB of stories alone are soon known by heart.
+because the model would soon memorize 3 MB of stories.
 """
 import argparse
 import gzip
@@ -61,7 +61,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def as_chat(story: str, rng: random.Random) -> str:
-    """The story as the answer to a request for three of its rarer (longer) words."""
+    """Return the story as the answer to a request for three of its rarer (longer) words."""
     words = sorted({w for w in story.lower().replace("\n", " ").split() if w.isalpha() and len(w) > 3})
     asked = ", ".join(rng.sample(words, min(3, len(words))))
     return (f"{HEADER}user{END_HEADER}\n\nTell me a story with the words: {asked}.{EOT}"
@@ -69,7 +69,7 @@ def as_chat(story: str, rng: random.Random) -> str:
 
 
 def story_stream(stories: list[str], tok: PreTrainedTokenizerFast, rng: random.Random):
-    """Endless rows of SEQ_LEN + 1 ids: shuffled stories, one after the other, each after BOS."""
+    """Yield sequences of SEQ_LEN + 1 ids without end: shuffled stories, one after the other, each after BOS."""
     row: list[int] = []
     while True:
         for story in rng.sample(stories, len(stories)):
@@ -81,7 +81,7 @@ def story_stream(stories: list[str], tok: PreTrainedTokenizerFast, rng: random.R
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Warm-up, constant, linear to zero: a run can be ended early by resuming it with fewer steps."""
+    """Warm up, stay constant, fall linearly to zero. Resuming with fewer steps ends a run early."""
     return LR * min(1.0, (step + 1) / WARMUP, (steps - step) / (DECAY * steps))
 
 
@@ -174,7 +174,7 @@ A llama of {n_params:,} parameters that tells short English stories: the teacher
 
 
 def export(args: argparse.Namespace) -> None:
-    """The trained state as a Hugging Face directory in bfloat16, with its held-out figure in the card."""
+    """Write the trained state as a Hugging Face directory in bfloat16, with its held-out loss in the card."""
     tok = PreTrainedTokenizerFast.from_pretrained(args.work)
     tok.chat_template = CHAT_TEMPLATE
     state = torch.load(args.work / "state.pt")
@@ -196,7 +196,7 @@ def export(args: argparse.Namespace) -> None:
 
 @torch.inference_mode()
 def sample(args: argparse.Namespace) -> None:
-    """Stories of the teacher's own, at temperature 0.8, until they make args.bytes; some as answers to a request."""
+    """Sample stories from the teacher at temperature 0.8 until they fill args.bytes; some as answers to a request."""
     tok = PreTrainedTokenizerFast.from_pretrained(args.teacher)
     model = LlamaForCausalLM.from_pretrained(args.teacher, dtype=torch.bfloat16).eval()
     ends = {tok.eos_token_id, tok.convert_tokens_to_ids(EOT)}
@@ -210,7 +210,7 @@ def sample(args: argparse.Namespace) -> None:
             for row in rows.tolist():
                 end = next((i for i, token in enumerate(row) if token in ends), None)
                 if end is None or row[1] == tok.convert_tokens_to_ids(HEADER):
-                    continue  # cut off by the length, so it has no end to learn; or it began with a request
+                    continue  # cut off at the length limit, so without an end to learn; or it began with a request
                 story = tok.decode(row[1:end]).strip()
                 text = as_chat(story, rng) if rng.random() < CHAT_SHARE else story
                 line = json.dumps({"text": text}) + "\n"

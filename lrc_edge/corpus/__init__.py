@@ -1,1 +1,1 @@
-"""Text: its sources, its token ids, and what is held out of training."""
+"""Text: where it comes from, its token ids, and what is held out of training."""

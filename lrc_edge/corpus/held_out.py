@@ -1,5 +1,5 @@
-"""The corpus apart from training: the split by document hash, held-out text as token rows for evaluation and proof,
-calibration rows that share nothing with it."""
+"""Text that is not trained on: the split by document hash, held-out token sequences for evaluation and verification,
+and calibration sequences that do not overlap them."""
 from __future__ import annotations
 
 import hashlib
@@ -21,32 +21,32 @@ if TYPE_CHECKING:
 
 HELD_OUT_TOKENS = 200_000
 N_OPENINGS = 8
-OVERLAP = 32  # tokens in sequence: two texts that share so many were not written apart
+OVERLAP = 32  # consecutive tokens; two texts that share this many are not independent
 
 
 def is_held_out(document: Document, share: float) -> bool:
-    """The split: by the document's own hash, so it stays what it is when documents are added or reordered."""
+    """Decide by the document's hash, so that the split does not change when documents are added or reordered."""
     text = document if isinstance(document, str) else json.dumps(document, sort_keys=True, ensure_ascii=False)
     return int.from_bytes(hashlib.sha256(text.encode(errors="replace")).digest()[:8], "big") < share * 2**64
 
 
 def built_in_text() -> list[str]:
-    """English that every Python installation holds, for proving a model that came without data."""
+    """Return English text from the Python installation, to verify a model without --data."""
     return list(pydoc_data.topics.topics.values())
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out text as one token stream, with what is needed to count bits per byte."""
+    """Held-out text as one token stream, with its size in bytes for bits per byte."""
 
     ids: np.ndarray  # (N,) int64
-    n_bytes: int  # UTF-8 bytes of the text behind them
+    n_bytes: int  # UTF-8 bytes of the text
     openings: tuple[str, ...]  # beginnings of documents, as prompts
 
     @classmethod
     def from_texts(cls, texts: Iterable[Document], tokenizer: PreTrainedTokenizerBase, limit: int = HELD_OUT_TOKENS
                    ) -> HeldOut:
-        """Takes documents until there are `limit` tokens. A conversation that the template refuses is left out."""
+        """Encode documents until there are `limit` tokens. A conversation that the template refuses is left out."""
         ids: list[int] = []
         n_bytes = 0
         openings: list[str] = []
@@ -58,7 +58,7 @@ class HeldOut:
             ids += (token_ids(tokenizer, [text])[0] if isinstance(document, str)
                     else tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
             n_bytes += len(text.encode(errors="replace"))
-            # A chat begins with special tokens: no prompt that shows what the model writes.
+            # A chat begins with special tokens, so it is not a useful prompt.
             if len(openings) < N_OPENINGS and len(text.split()) > 12 and not any(token in text for token in special):
                 openings.append(" ".join(text.split()[:6]))
             if len(ids) >= limit:
@@ -78,42 +78,43 @@ class HeldOut:
         return self.n_bytes / len(self.ids)
 
     def rows(self, row_len: int, positions: int, bos: int | None) -> np.ndarray:
-        """(n, row_len) ids covering at least `positions` next-token predictions where the text allows.
+        """Return (n, row_len) ids with at least `positions` next-token predictions, or as many as the text allows.
 
-        Each row begins with BOS when there is one: a model that was trained with it misbehaves without.
+        Each sequence begins with BOS if there is one: a model trained with BOS misbehaves without it. Raises UserError
+        if the text is too short for one sequence.
         """
         if row_len < 2:
-            raise UserError(f"held-out text: {len(self.ids)} tokens in rows of {row_len}, need at least 2 in a row; "
-                            "give more text, or raise data.held_out_share or parity.row_len")
+            raise UserError(f"held-out text: {len(self.ids)} tokens in sequences of {row_len}, need at least 2 per "
+                            "sequence; add more text, or raise data.held_out_share or parity.row_len")
         body = row_len if bos is None else row_len - 1
         n_rows = min(-(-positions // (row_len - 1)), len(self.ids) // body)
         if n_rows < 1:
-            raise UserError(f"held-out text: {len(self.ids)} tokens, need at least {body} for one row; "
-                            "give more text or lower parity.row_len")
+            raise UserError(f"held-out text: {len(self.ids)} tokens, need at least {body} for one "
+                            "sequence; add more text or lower parity.row_len")
         rows = self.ids[: n_rows * body].reshape(n_rows, body)
         return rows if bos is None else np.concatenate([np.full((n_rows, 1), bos), rows], axis=1)
 
     def long_row(self, n_tokens: int, bos: int | None) -> np.ndarray:
-        """(n_tokens,) ids from the beginning, over again where the text is shorter, behind the BOS if there is one."""
+        """Return (n_tokens,) ids: BOS if there is one, then the text from the start, repeated if it is too short."""
         start = [] if bos is None else [bos]
         return np.concatenate([start, np.resize(self.ids, n_tokens - len(start))]).astype(np.int64)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The rows that quantizers look at, none of which the proof sees."""
+    """The sequences that quantizers are calibrated on. Verification uses none of them."""
 
     rows: np.ndarray  # (n, row_len) int64
-    source: str  # where they come from, for people
-    n_left_out: int  # rows that shared text with the evaluation
+    source: str  # where they come from, for the report
+    n_left_out: int  # sequences left out because they share text with the evaluation
 
     @classmethod
     def choose(cls, candidates: Iterable[np.ndarray], shape: tuple[int, int], evaluation_ids: np.ndarray, source: str
                ) -> Calibration:
-        """The first candidates that share no OVERLAP consecutive tokens with `evaluation_ids` (N,).
+        """Choose the first candidates that share no OVERLAP consecutive tokens with `evaluation_ids` (N,).
 
-        shape: (rows wanted, tokens of a row); rows shorter than OVERLAP are compared whole. Raises UserError when no
-        row remains.
+        shape: (number of sequences, tokens of each); sequences shorter than OVERLAP are compared as one piece. Raises
+        UserError if none remains.
         """
         n_rows, row_len = shape
         window = min(OVERLAP, row_len)
@@ -128,14 +129,14 @@ class Calibration:
             if len(kept) == n_rows:
                 break
         if not kept:
-            found = f"all {n_left_out} rows share text with it" if n_left_out else f"not {row_len} tokens"
-            raise UserError(f"calibration: no text beside the proof's ({found}); give more --data or "
-                            "--set export.calibration_tokens=0")
+            found = f"all {n_left_out} sequences overlap it" if n_left_out else f"fewer than {row_len} tokens"
+            raise UserError(f"calibration: too little text apart from the verification text ({found}); add --data or "
+                            "set export.calibration_tokens=0")
         return cls(np.stack(kept).astype(np.int64), source, n_left_out)
 
     @property
     def sha256(self) -> str:
-        """Hex digest of the token ids, row after row, as little-endian int64."""
+        """Hex digest of the token ids, sequence after sequence, as little-endian int64."""
         return hashlib.sha256(self.rows.astype("<i8").tobytes()).hexdigest()
 
     def as_dict(self) -> dict[str, str | int]:

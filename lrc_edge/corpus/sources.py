@@ -1,4 +1,4 @@
-"""Where text comes from: files, folders and hub datasets, read as a stream of documents, never as a whole."""
+"""Sources of text: files, folders and hub datasets, streamed as documents."""
 from __future__ import annotations
 
 import json
@@ -10,37 +10,37 @@ from typing import Any
 from lrc_edge.errors import UserError, one_line
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
-SELF = "self"  # the source that is no text yet: the teacher's own samples (train/self_data.py)
-WANTED = ("give a .txt, .jsonl or .parquet file, a folder of them, or a hub dataset id "
+SELF = "self"  # the teacher's own samples (train/data/self_data.py)
+WANTED = ("pass a .txt, .jsonl or .parquet file, a folder of them, or a hub dataset id "
           "(name, name:config or name:config:split)")
 PASSAGE_CHARS = 4_000  # a .txt file is cut at blank lines into documents of about this size
-LONGEST_PASSAGE = 64_000  # where no blank line comes, at the end of a line
+LONGEST_PASSAGE = 64_000  # without blank lines: cut at the next line end
 SHAREGPT_FIELD = "conversations"
 SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
-Messages = list[dict[str, str]]  # a conversation: {"role": ..., "content": ...} each
+Messages = list[dict[str, str]]  # a conversation: a list of {"role": ..., "content": ...}
 Document = str | Messages
 
 
 @dataclass(frozen=True)
 class Fields:
-    """Names of a row's fields. A row that has `messages` is a conversation, one that has `text` is plain text."""
+    """Names of a record's fields. A record with `messages` is a conversation, one with `text` is plain text."""
 
     text: str = "text"
-    messages: str = "messages"  # empty: no row is a conversation
+    messages: str = "messages"  # empty: no record is a conversation
 
     @property
     def wanted(self) -> list[str]:
-        """In the order in which a row is asked for them."""
+        """The field names, in the order in which a record is searched for them."""
         return list(dict.fromkeys(([self.messages, SHAREGPT_FIELD] if self.messages else []) + [self.text]))
 
     def __str__(self) -> str:
-        """What the user wanted: ShareGPT's name is ours."""
+        """The field names for error messages, without ShareGPT's, which the user did not set."""
         return f"text field {self.text!r}" + (f" or messages field {self.messages!r}" if self.messages else "")
 
 
 def documents(sources: Iterable[str], fields: Fields) -> Iterator[Document]:
-    """The documents of all sources, one after another. Raises UserError where `source_documents` does."""
+    """Stream the documents of all sources, one after another. Raises UserError as `source_documents` does."""
     for source in sources:
         yield from source_documents(source, fields)
 
@@ -48,15 +48,15 @@ def documents(sources: Iterable[str], fields: Fields) -> Iterator[Document]:
 def source_documents(source: str, fields: Fields) -> Iterator[Document]:
     """Stream one source: a .txt/.jsonl/.parquet file, a folder of them, or a hub dataset (name:config:split).
 
-    Raises UserError on a source that is none of these, an unreadable file, or a row without text or messages.
+    Raises UserError on any other source, an unreadable file, or a record without text or messages.
     """
     path = Path(source).expanduser()
     if source == SELF:
-        raise UserError("--data self: only `build` and `train` have a teacher to sample from; " + WANTED)
+        raise UserError("--data self: works only with `build` and `train`, which have a teacher; " + WANTED)
     if path.is_dir():
         files = local_files([source])
         if not files:
-            raise UserError(f"{path}: no {', '.join(SUFFIXES)} file in this folder; give a folder of texts")
+            raise UserError(f"{path}: no {', '.join(SUFFIXES)} file in this folder; pass a folder with text files")
         for file in files:
             yield from _file_documents(file, fields)
     elif path.exists():
@@ -68,12 +68,12 @@ def source_documents(source: str, fields: Fields) -> Iterator[Document]:
 
 
 def looks_local(source: str) -> bool:
-    """Whether the user meant a path: the hub has no such names."""
+    """Whether the source can only be a path: hub datasets have no such names."""
     return Path(source).suffix in SUFFIXES or source.startswith(("/", ".", "~"))
 
 
 def local_files(sources: Iterable[str]) -> list[Path]:
-    """The files behind the sources that are local, in reading order."""
+    """Return the files of the local sources, in reading order."""
     found: list[Path] = []
     for source in sources:
         path = Path(source).expanduser()
@@ -98,9 +98,9 @@ def _file_documents(path: Path, fields: Fields) -> Iterator[Document]:
                 if line.strip():
                     yield from _row_documents(json.loads(line), fields, f"{path}:{number}")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error}); convert it") from error
+        raise UserError(f"{path}: not UTF-8 text ({error}); convert it to UTF-8") from error
     except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path}:{number}: not JSON ({error}); need one JSON table a line") from error
+        raise UserError(f"{path}:{number}: not JSON ({error}); write one JSON object per line") from error
 
 
 def _parquet_documents(path: Path, fields: Fields) -> Iterator[Document]:
@@ -114,13 +114,13 @@ def _parquet_documents(path: Path, fields: Fields) -> Iterator[Document]:
         columns = [name for name in fields.wanted if name in names]
         if not columns:
             raise UserError(f"{path}: no {fields} among its columns ({', '.join(names)}); "
-                            "name it with --set data.text_field=...")
+                            "name the right one with --set data.text_field=...")
         for batch in file.iter_batches(columns=columns, batch_size=1024):
             for table in batch.to_pylist():
                 row += 1
                 yield from _row_documents(table, fields, f"{path} row {row}")
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable parquet file ({one_line(error)}); get it again") from error
+        raise UserError(f"{path}: not a readable parquet file ({one_line(error)}); download it again") from error
 
 
 def _hub_documents(source: str, fields: Fields) -> Iterator[Document]:
@@ -131,7 +131,7 @@ def _hub_documents(source: str, fields: Fields) -> Iterator[Document]:
     try:
         rows: Any = load_dataset(name, config or None, split=split or "train", streaming=True)
     except Exception as error:  # offline, misspelt, gated, no such split: the client raises many types
-        raise UserError(f"{source}: no such file, and the hub did not give it as a dataset ({one_line(error)}); "
+        raise UserError(f"{source}: no such file, and the hub has no such dataset ({one_line(error)}); "
                         f"{WANTED}") from error
     stream = iter(rows)
     while True:
@@ -140,18 +140,18 @@ def _hub_documents(source: str, fields: Fields) -> Iterator[Document]:
         except StopIteration:
             return
         except Exception as error:  # as above
-            raise UserError(f"{source}: the hub stopped after row {number} ({one_line(error)}); run the command "
-                            "again: it continues") from error
+            raise UserError(f"{source}: the hub failed after row {number} ({one_line(error)}); run the same "
+                            "command again to resume") from error
         number += 1
         yield from _row_documents(row, fields, f"{source} row {number}")
 
 
 def _row_documents(row: Any, fields: Fields, where: str) -> Iterator[Document]:
-    """The row's document; none where all that it has is null."""
+    """Yield the record's document; nothing if all its fields are null."""
     found = [name for name in fields.wanted if name in row] if isinstance(row, dict) else []
     if not found:
         has = f"has {', '.join(row)}" if isinstance(row, dict) else f"is a {type(row).__name__}"
-        raise UserError(f"{where}: no {fields} ({has}); name it with --set data.text_field=...")
+        raise UserError(f"{where}: no {fields} ({has}); name the right field with --set data.text_field=...")
     name = next((name for name in found if row[name] is not None), None)
     if name is None:
         return
@@ -166,33 +166,33 @@ def _row_documents(row: Any, fields: Fields, where: str) -> Iterator[Document]:
 
 
 def _messages(value: Any, where: str) -> Messages:
-    """A conversation in either form, {role, content} or ShareGPT's {from, value}, as the first."""
+    """Convert a conversation of {role, content} or of ShareGPT's {from, value} to {role, content}."""
     if not isinstance(value, list):
         raise UserError(f"{where} is a {type(value).__name__}, need a list of {{role, content}}; "
                         'name the field with --set data.messages_field=..., "" for none')
     if not value:
-        raise UserError(f"{where} is an empty conversation; need at least a question and an answer: remove the row")
+        raise UserError(f"{where} is an empty conversation; need at least a question and an answer; remove the record")
     return [_message(message, f"{where}[{i}]") for i, message in enumerate(value)]
 
 
 def _message(message: Any, where: str) -> dict[str, str]:
     if not isinstance(message, dict):
-        raise UserError(f"{where} is a {type(message).__name__}, need {{role, content}}; mend the row")
+        raise UserError(f"{where} is a {type(message).__name__}, need {{role, content}}; fix the record")
     role, content = message.get("role"), message.get("content")
     if role is None and "from" in message:
         content = message.get("value")
         role = SHAREGPT_ROLES.get(message["from"])
         if role is None:
             raise UserError(f"{where} is from {message['from']!r}, need one of {', '.join(SHAREGPT_ROLES)}; "
-                            "mend the row")
+                            "fix the record")
     if not isinstance(role, str) or not isinstance(content, str):
         raise UserError(f"{where} has role {role!r} and a {type(content).__name__} as content, need two texts; "
-                        "mend the row")
+                        "fix the record")
     return {"role": role, "content": content}
 
 
 def _passages(lines: Iterator[str]) -> Iterator[str]:
-    """Whole paragraphs, together about PASSAGE_CHARS long, so that a book has documents to split by."""
+    """Yield passages of complete paragraphs, about PASSAGE_CHARS long, so that a book can be split into documents."""
     passage: list[str] = []
     size = 0
     for line in lines:

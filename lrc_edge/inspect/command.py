@@ -1,4 +1,4 @@
-"""`lrc-edge inspect`: what is in a Hugging Face directory, a GGUF, an ONNX file or a build."""
+"""`lrc-edge inspect`: describe a Hugging Face directory, a GGUF or ONNX file, or a build."""
 from __future__ import annotations
 
 import math
@@ -15,13 +15,13 @@ from lrc_edge.figures import NONE, figure, human_bytes, visible
 from lrc_edge.inspect.files import describe_build, describe_checkpoint, describe_gguf
 from lrc_edge.inspect.onnx_files import describe_onnx
 
-LONG_VALUE = 160  # characters of one metadata value; a chat template is a page
+LONG_VALUE = 160  # characters shown of a metadata value; chat templates are much longer
 KINDS = {"huggingface": "Hugging Face checkpoint", "gguf": "GGUF", "onnx": "ONNX", "build": "build"}
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """What is at `path`; `kind` is "huggingface", "gguf", "onnx" or "build". Raises UserError."""
-    wanted = "give a Hugging Face directory, a .gguf or .onnx file, or the --out directory of a build"
+    """Return what is at `path`; its `kind` is "huggingface", "gguf", "onnx" or "build". Raises UserError."""
+    wanted = "pass a Hugging Face directory, a .gguf or .onnx file, or the --out directory of a build"
     if not path.exists():
         raise UserError(f"{path}: no such file or directory; {wanted}")
     if path.is_dir():
@@ -30,19 +30,19 @@ def describe(path: Path) -> dict[str, Any]:
         if (path / "build.json").exists() or (path / "report.json").exists():
             return describe_build(path)
         models = sorted(f.name for f in path.iterdir() if f.suffix in (".gguf", ".onnx"))
-        hint = f"it holds {', '.join(models[:3])}: give one of them" if models else wanted
+        hint = f"it contains {', '.join(models[:3])}: pass one of them" if models else wanted
         raise UserError(f"{path}: no config.json and no build.json in this directory; {hint}")
     if path.suffix == ".onnx":
         return describe_onnx(path)
     with path.open("rb") as file:
-        is_gguf = file.read(4) == b"GGUF"  # Ollama's and the hub's stores name files by their hash
+        is_gguf = file.read(4) == b"GGUF"  # the stores of Ollama and the hub name files by their hash
     if is_gguf or path.suffix == ".gguf":
         return describe_gguf(path)
     raise UserError(f"{path}: unknown kind of file; {wanted}")
 
 
 def print_description(path: Path, console: Console, *, tensors: bool = False) -> None:
-    """Print `describe(path)`; with `tensors`, every tensor too. Off a terminal: plain text, lines uncut."""
+    """Print `describe(path)`, and with `tensors` every tensor. Without a terminal: plain text, no lines cut."""
     found = describe(path)
     console.print(Text(visible(found["name"]), "bold"), Text(KINDS[found["kind"]], "dim"), soft_wrap=True)
     printers = {"huggingface": _print_checkpoint, "gguf": _print_gguf, "onnx": _print_onnx, "build": _print_build}
@@ -67,7 +67,7 @@ def _print_checkpoint(found: dict[str, Any], console: Console) -> None:
         _print_facts(console, found["provenance"].items(), "provenance")
     _print_types(console, found)
     if found["problem"]:
-        console.print(Text(f"\nlrc-edge cannot compile it: {visible(found['problem'])}", "yellow"), soft_wrap=True)
+        console.print(Text(f"\nlrc-edge cannot use it: {visible(found['problem'])}", "yellow"), soft_wrap=True)
 
 
 def _print_gguf(found: dict[str, Any], console: Console) -> None:
@@ -102,7 +102,7 @@ def _print_build(found: dict[str, Any], console: Console) -> None:
         line = verdict(report)
         rows = [(a["path"], human_bytes(a["bytes"]), figure(a["bits_per_weight"]), a["sha256"][:12])
                 for a in report["artifacts"]]
-    _print_table(console, "artifacts", ("artifact", "size", "bits a weight", "sha256"), rows)
+    _print_table(console, "artifacts", ("artifact", "size", "bits per weight", "sha256"), rows)
     console.print(Text(f"\n{line}", "bold"), soft_wrap=True)
 
 
@@ -110,7 +110,7 @@ def _size_facts(found: dict[str, Any]) -> list[tuple[str, str]]:
     n_params, bits = found["n_params"], found["bits_per_weight"]
     return [("parameters", f"{n_params:,}" if n_params else NONE),
             ("size", f"{human_bytes(found['bytes'])} ({found['bytes']:,} bytes)"),
-            ("bits a weight", f"{bits:.3f}" if bits else NONE)]
+            ("bits per weight", f"{bits:.3f}" if bits else NONE)]
 
 
 def _print_types(console: Console, found: dict[str, Any]) -> None:
@@ -136,10 +136,10 @@ def _print_facts(console: Console, facts: Iterable[tuple[str, Any]], title: str 
 
 
 def _print_table(console: Console, title: str, columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
-    """A table whose first column is a name and whose figures stand right."""
+    """Print a table with names in the first column and right-aligned figures."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     for i, name in enumerate(columns):
-        is_figure = name in ("tensors", "elements", "bytes", "nodes", "size", "bits a weight")
+        is_figure = name in ("tensors", "elements", "bytes", "nodes", "size", "bits per weight")
         table.add_column(name, justify="right" if is_figure else "left", overflow="fold", no_wrap=i == 0 and is_figure)
     for row in rows:
         table.add_row(*(Text(visible(cell)) for cell in row))
@@ -152,7 +152,7 @@ def _print(console: Console, table: Table, title: str) -> None:
     if console.is_terminal:
         console.print(table)
         return
-    # A file or a pipe has no width: one row, one line, and no padding at its end.
+    # A file or a pipe has no width: one line per row, without padding at the end.
     table.width = console.measure(table, options=console.options.update(max_width=100_000)).maximum
     with console.capture() as capture:
         console.print(table, crop=False)

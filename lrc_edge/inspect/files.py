@@ -1,4 +1,4 @@
-"""What a Hugging Face directory, a GGUF file and a build directory hold; headers only, no weights."""
+"""Describe a Hugging Face directory, a GGUF file or a build directory from headers only, without reading weights."""
 from __future__ import annotations
 
 import math
@@ -11,20 +11,20 @@ from lrc_edge.errors import UserError, one_line
 from lrc_edge.roles import FAMILIES
 from lrc_edge.shape import ModelShape
 
-SHORT_ARRAY = 8  # longer ones are named by length and type
+SHORT_ARRAY = 8  # longer arrays are shown as length and type
 
 
 def describe_checkpoint(path: Path) -> dict[str, Any]:
     """Describe a Hugging Face directory of any family. Raises UserError on broken JSON or safetensors.
 
-    `problem` says in a line why lrc-edge cannot compile it, None when it can.
+    `problem` is one line about why lrc-edge cannot use the model; None if it can.
     """
     config = read_table(path / "config.json")
     tensors = _safetensors(path)
     onnx_files = sorted(str(file.relative_to(path)) for file in path.rglob("*.onnx"))
     problem = _problem(path)
     if not tensors and not onnx_files:
-        raise UserError(problem or f"{path}: no weights; get the whole model")
+        raise UserError(problem or f"{path}: no weights; download the complete model")
     family = str(config.get("model_type"))
     shape = ModelShape.from_config(config, str(path / "config.json")) if family in FAMILIES else None
     stored = sum(math.prod(t["shape"]) for t in tensors)
@@ -72,7 +72,7 @@ def _tensor(name: str, dtype: str, shape: list[int]) -> dict[str, Any]:
 
 
 def _tokenizer(path: Path) -> dict[str, Any] | None:
-    """Type, and size with added tokens; from tokenizer.json, else the SentencePiece file."""
+    """Return the type, and the size with added tokens, from tokenizer.json or the SentencePiece file."""
     file = path / "tokenizer.json"
     if file.exists():
         table = read_table(file)
@@ -107,7 +107,7 @@ def _license(card: Path) -> str | None:
 
 
 def describe_gguf(path: Path) -> dict[str, Any]:
-    """Describe a GGUF file. Shapes are rows first, as PyTorch's. Raises UserError on a truncated or foreign file."""
+    """Describe a GGUF file. Shapes are rows first, as in PyTorch. Raises UserError if it is truncated or not a GGUF."""
     from lrc_edge.gguf_header import read_header
 
     header = read_header(path)
@@ -115,7 +115,7 @@ def describe_gguf(path: Path) -> dict[str, Any]:
     tensors: list[dict[str, Any]] = [
         {"name": t.name, "dtype": f"type {t.type_id}" if t.type is None else t.type.name, "shape": list(t.shape),
          "bytes": t.n_bytes} for t in header.tensors.values()]
-    # RoPE's frequency factors take room but are no weights.
+    # RoPE's frequency factors are stored as tensors but are not weights.
     n_params = sum(math.prod(t["shape"]) for t in tensors if not t["name"].startswith("rope_freqs"))
     n_bytes = sum(t["bytes"] for t in tensors)
     return {"kind": "gguf", "path": str(path), "name": metadata.get("general.name") or path.stem,
@@ -124,7 +124,7 @@ def describe_gguf(path: Path) -> dict[str, Any]:
 
 
 def _shortened(value: Any) -> Any:
-    """A long array as its length and the type of its elements."""
+    """Replace a long array by its length and the type of its elements."""
     if not isinstance(value, list) or len(value) <= SHORT_ARRAY:
         return value
     names = {str: "string", bool: "bool", int: "integer", float: "float"}
@@ -132,11 +132,11 @@ def _shortened(value: Any) -> Any:
 
 
 def describe_build(path: Path) -> dict[str, Any]:
-    """Describe the --out directory of a build or an export: its stages, and its report when it has one."""
+    """Describe the --out directory of a build or an export: its stages, and its report if it has one."""
     manifest = read_optional(path / "build.json")
     report = read_table(path / "report.json") if (path / "report.json").exists() else None
     stages, job = manifest.get("stages", {}), manifest.get("job", {})
     if not isinstance(stages, dict) or not isinstance(job, dict):
-        raise UserError(f"{path / 'build.json'}: not a build manifest; delete it to build anew")
+        raise UserError(f"{path / 'build.json'}: not a build manifest; delete it to build again")
     return {"kind": "build", "path": str(path), "name": path.resolve().name, "stages": list(stages),
             "source": job.get("teacher") or job.get("student"), "report": report}

@@ -1,4 +1,4 @@
-"""What an ONNX file holds: its interface, operators, and the weights with their real bits; read without the data."""
+"""Describe an ONNX file: interface, operators, and bits per weight, without reading the external data."""
 from __future__ import annotations
 
 import math
@@ -17,14 +17,14 @@ _FLOATS = ("FLOAT", "DOUBLE", "FLOAT16", "BFLOAT16")
 def describe_onnx(path: Path) -> dict[str, Any]:
     """Describe the graph at `path` and check the data files that it names.
 
-    `bits_per_weight` counts what holds the weights: packed blocks with their scales and zero points, plain tensors as
-    they are. RoPE's tables and constants are no weights. Raises UserError on a corrupt file, or missing or short data.
+    `bits_per_weight` counts the bytes that store weights: packed blocks with their scales and zero points, and plain
+    tensors. RoPE tables and constants do not count. Raises UserError on a corrupt file, or missing or short data.
     """
     model = load_model(path)
     try:
         return _describe(path, model)
     except (ValueError, LookupError, ArithmeticError, TypeError, RecursionError, OSError) as error:
-        raise UserError(f"{path}: its graph contradicts itself ({visible(str(error))[:200]}); "
+        raise UserError(f"{path}: its graph is inconsistent ({visible(str(error))[:200]}); "
                         "write or download the file again") from error
 
 
@@ -49,7 +49,7 @@ def _describe(path: Path, model: Any) -> dict[str, Any]:
 
 
 def load_model(path: Path) -> Any:
-    """The graph at `path` without the data files. Raises UserError on a corrupt file."""
+    """Load the graph at `path` without the data files. Raises UserError on a corrupt file."""
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -59,7 +59,7 @@ def load_model(path: Path) -> Any:
         raise UserError(f"{path}: truncated or corrupt ({one_line(error)}); "
                         "write or download the file again") from error
     if not model.graph.node:  # an empty file is a valid protobuf
-        raise UserError(f"{path}: holds no ONNX graph ({path.stat().st_size:,} bytes); "
+        raise UserError(f"{path}: contains no ONNX graph ({path.stat().st_size:,} bytes); "
                         "write or download the file again")
     return model
 
@@ -79,7 +79,7 @@ def _bits(dtype: str) -> int:
 
 
 def check_data_files(path: Path, initializers: Any) -> list[Path]:
-    """The external files, each at least as long as the tensors in it need."""
+    """Return the external data files. Raises UserError if one is missing or too short for its tensors."""
     needed: dict[str, int] = {}
     for tensor in initializers:
         place = {entry.key: entry.value for entry in tensor.external_data}
@@ -92,7 +92,7 @@ def check_data_files(path: Path, initializers: Any) -> list[Path]:
         if not file.resolve().is_relative_to(path.parent.resolve()):
             raise UserError(f"{path}: names a data file outside its folder: {visible(name)}; get an intact copy")
         if not file.is_file():
-            raise UserError(f"{path}: its data file {visible(name)} is missing; put it beside the .onnx file")
+            raise UserError(f"{path}: its data file {visible(name)} is missing; put it next to the .onnx file")
         if file.stat().st_size < size:
             raise UserError(f"{file}: truncated ({file.stat().st_size:,} bytes, {path.name} needs {size:,}); "
                             "write or download it again")
@@ -104,12 +104,12 @@ def _count(path: Path, text: Any) -> int:
     try:
         return int(text)
     except ValueError as error:
-        raise UserError(f"{path}: a tensor lies at {visible(text)!r} of its data file, which is no number; "
+        raise UserError(f"{path}: the offset or length of a tensor is {visible(text)!r}, need a number; "
                         "get an intact copy") from error
 
 
 def all_nodes(graph: Any) -> Iterator[Any]:
-    """All nodes, those of branches and loops included."""
+    """Yield all nodes, including those of branches and loops."""
     for node in graph.node:
         yield node
         for attribute in node.attribute:
@@ -126,7 +126,7 @@ def _value(value: Any) -> dict[str, Any]:
 
 
 def _weights(nodes: list[Any], tensors: dict[str, dict[str, Any]]) -> tuple[int, int]:
-    """(parameters, bytes that hold them)."""
+    """Return (number of parameters, bytes that store them)."""
     packed, helpers, tables = _packed(nodes, tensors)
     n_params = n_bytes = 0
     for name, tensor in tensors.items():
@@ -143,7 +143,7 @@ def _holds_weights(tensor: dict[str, Any]) -> bool:
 
 
 def _packed(nodes: list[Any], tensors: dict[str, dict[str, Any]]) -> tuple[dict[str, int], set[str], set[str]]:
-    """(packed initializer -> weights in it, scales and zero points, RoPE tables)."""
+    """Return (packed initializer -> number of weights in it, scales and zero points, RoPE tables)."""
     packed: dict[str, int] = {}
     helpers: set[str] = set()
     tables: set[str] = set()
@@ -170,7 +170,7 @@ def _packed(nodes: list[Any], tensors: dict[str, dict[str, Any]]) -> tuple[dict[
 
 
 def _gathered_blocks(nodes: list[Any], tensors: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str, int]]:
-    """(bytes, scales, weights a byte) of embeddings whose rows are gathered and unpacked by standard operators."""
+    """Yield (bytes, scales, weights per byte) of embeddings that standard operators gather and unpack by row."""
     gathers = [n for n in nodes if n.op_type == "Gather" and n.input[0] in tensors]
     shifted = {name for n in nodes if n.op_type == "BitShift" for name in n.input}
     for rows in gathers:

@@ -1,4 +1,4 @@
-"""The report's charts: which figures of a report go into which picture."""
+"""The report's charts: which figures each one shows."""
 from __future__ import annotations
 
 import math
@@ -18,22 +18,22 @@ BINS = 120  # points of one loss curve; longer ones are averaged
 
 
 def loss_charts(report: Report) -> list[dict[str, Any]]:
-    """Cross entropy of training and held-out text, and the parts of the objective."""
+    """Return two charts: cross entropy on training and held-out text, and the parts of the loss."""
     curve = (report["student"].get("training") or {}).get("curve") or []
-    theirs: Any = ((report.get("teacher") or {}).get("held_out") or {}).get("loss")
-    level = ("teacher, held-out", float(theirs)) if is_number(theirs) else None
+    of_teacher: Any = ((report.get("teacher") or {}).get("held_out") or {}).get("loss")
+    level = ("teacher, held-out", float(of_teacher)) if is_number(of_teacher) else None
     entropy = [_series(curve, "lm", "training (LM loss)", "c1"),
                _series(curve, "held_out_loss", "held-out", "c2", dots=True)]
     parts = [_series(curve, key, name, css) for key, name, css in (
         ("loss", "total", "c4 thick"), ("lm", "LM", "c1"), ("kl", "KL", "c2"), ("clone", "clone", "c3"))]
     charts = []
     if any(s.points for s in entropy):
-        charts.append({"title": "Cross entropy", "note": "nats a token", "svg": Markup(line_chart(
+        charts.append({"title": "Cross entropy", "note": "nats per token", "svg": Markup(line_chart(
             "Cross entropy over training", [s for s in entropy if s.points], x_name="training tokens",
-            y_name="nats a token", x_tick=lambda n: tick(human_count(n)), level=level))})
+            y_name="nats per token", x_tick=lambda n: tick(human_count(n)), level=level))})
     if any(s.points for s in parts):
-        charts.append({"title": "The objective and its parts", "note": "logarithmic", "svg": Markup(line_chart(
-            "Parts of the training objective", [s for s in parts if s.points], x_name="training tokens", y_name="loss",
+        charts.append({"title": "Loss and its parts", "note": "logarithmic", "svg": Markup(line_chart(
+            "Parts of the training loss", [s for s in parts if s.points], x_name="training tokens", y_name="loss",
             x_tick=lambda n: tick(human_count(n)), log=True))})
     return charts
 
@@ -53,7 +53,7 @@ def _binned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 def kl_chart(report: Report, names: Names) -> Markup | None:
     bars = []
     for a in report["artifacts"]:
-        # The chart is of the distance from the student; that from the weights trained on a grid has another limit.
+        # The chart shows the KL from the student; the KL from the quantization-aware student has another limit.
         gates = [g for g in report["gates"] if g["artifact"] == a["path"] and g["metric"] == "kl_mean"
                  and g["name"] != AS_TRAINED]
         values = tuple((visible(what), m.get("kl_mean") if is_number(m.get("kl_mean")) else None)
@@ -61,12 +61,12 @@ def kl_chart(report: Report, names: Names) -> Markup | None:
         if values:
             limit = min((g["limit"] for g in gates if is_number(g["limit"])), default=None)
             bars.append(Bar(names(a["path"]), values, limit, any(g.get("passed") is not True for g in gates)))
-    return Markup(bar_chart("Mean KL divergence of each artifact", bars, value_name="mean KL, nats a token",
+    return Markup(bar_chart("Mean KL divergence of each artifact", bars, value_name="mean KL, nats per token",
                             limit_name="gate limit")) if bars else None
 
 
 def size_chart(report: Report, names: Names) -> dict[str, Any] | None:
-    """Size against perplexity, or against KL where no perplexity was measured."""
+    """Return the chart of size against perplexity, or against KL if no perplexity was measured."""
     points = list(_perplexity_points(report, names))
     against = "perplexity"
     if not points:
@@ -75,13 +75,13 @@ def size_chart(report: Report, names: Names) -> dict[str, Any] | None:
     if not points:
         return None
     svg = point_chart(f"Size against {against}", points, x_name="size, bytes", log_y=against == "KL",
-                      y_name="perplexity" if against == "perplexity" else "mean KL, nats a token",
+                      y_name="perplexity" if against == "perplexity" else "mean KL, nats per token",
                       x_tick=lambda n: tick(human_bytes(n)))
     return {"against": against, "svg": Markup(svg), "with_teacher": points[-1].name == "teacher"}
 
 
 def _point(artifact: dict[str, Any], names: Names, y: float, note: str, error: float = 0.0) -> Point:
-    """The colour says the format, so the encoding is label enough."""
+    """Make the point of an artifact. The colour shows the format, so the label is the encoding only."""
     name = names(artifact["path"])
     label = name.rpartition("/")[2].removeprefix(f"{artifact['format']}:")
     css, radius = _DOTS[artifact["format"]]

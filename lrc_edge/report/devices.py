@@ -1,4 +1,4 @@
-"""What the page tells of devices: a table a target, rows as they were checked, why others were not."""
+"""The page's section on devices: one table per target, with the checked rows and the reasons for unchecked ones."""
 from __future__ import annotations
 
 from typing import Any
@@ -30,25 +30,25 @@ def _row(row: dict[str, Any], names: Names) -> dict[str, Any]:
 
 
 def _memory_note(memory: dict[str, Any]) -> str:
-    return str(memory["how"]) if memory.get("peak_bytes") else "reckoned" if memory else ""
+    return str(memory["how"]) if memory.get("peak_bytes") else "estimated" if memory else ""
 
 
 def failures(row: dict[str, Any]) -> list[str]:
-    """Why a row failed: what the runtime said, and the gates that it missed. None of a row that did not."""
+    """Return why a row failed: the runtime's error and the failed gates. Empty if it did not fail."""
     if row["state"] != "failed":
         return []
-    told = [visible(row["why"])] if "why" in row else []
+    reasons = [visible(row["why"])] if "why" in row else []
     for gate in row["gates"]:
         if gate["metric"] == CHANGES and not gate["passed"]:
-            told.append("the file is not what the build wrote (its SHA-256 differs)")
+            reasons.append("the file is not what the build wrote (its SHA-256 differs)")
         elif gate["metric"] != "failures" and not gate["passed"]:
-            told.append(f"{gate['name']}: {gate['metric']} {figure(gate['value'], 4)}, need {gate['relation']} "
-                        f"{figure(gate['limit'], 4)}")
-    return told
+            reasons.append(f"{gate['name']}: {gate['metric']} {figure(gate['value'], 4)}, need {gate['relation']} "
+                           f"{figure(gate['limit'], 4)}")
+    return reasons
 
 
 def memory_text(row: dict[str, Any]) -> str:
-    """What was measured; else, marked as such, what was reckoned from the shape."""
+    """Return the measured memory, or with a ~ the memory estimated from the shape."""
     memory = row.get("memory", {})
     if memory.get("peak_bytes"):
         return human_bytes(memory["peak_bytes"])
@@ -57,8 +57,8 @@ def memory_text(row: dict[str, Any]) -> str:
 
 def speed_text(rates: dict[str, Any]) -> str:
     """ "after 1,024 tokens: prefill 155 tok/s (3.1 x the teacher), decode 42 tok/s (4.0 x the teacher)"."""
-    told = []
+    parts = []
     for key in ("prefill", "decode"):
         ratio = rates.get(f"{key}_of_teacher")
-        told.append(f"{key} {figure(rates[key])} tok/s" + (f" ({figure(ratio)} × the teacher)" if ratio else ""))
-    return f"after {rates['depth']:,} tokens: {', '.join(told)}"
+        parts.append(f"{key} {figure(rates[key])} tok/s" + (f" ({figure(ratio)} × the teacher)" if ratio else ""))
+    return f"after {rates['depth']:,} tokens: {', '.join(parts)}"

@@ -1,4 +1,4 @@
-"""The report of a build: report.json for machines, report.html for people, a table of gates for the terminal."""
+"""The report of a build: report.json for programs, report.html for people, a table of gates for the terminal."""
 from __future__ import annotations
 
 import json
@@ -26,34 +26,34 @@ from lrc_edge.stored_reference import TOP
 from lrc_edge.workspace import write_atomically
 
 REPORT = "report.json"
-NAMED_IN_VERDICT = 3  # of each kind; the tables have the others
+NAMED_IN_VERDICT = 3  # failed gates, and unchecked rows; the tables have the others
 
 
 def verdict(report: Report) -> str:
-    """One line: "All 23 gates passed", or how many failed and which."""
+    """Return one line: "All 23 gates passed", or how many failed and which."""
     gates, names = report["gates"], Names(report)
     failed = [gate_cells(gate, names) for gate in gates if gate.get("passed") is not True]
     if not gates:
-        return "No gate was judged: nothing is proved"
+        return "No gate was evaluated: nothing is verified"
     unchecked = [f"{target['target']} {names(row['artifact'])} in {visible(row['runtime'])}"
                  for target in report.get("targets") or [] for row in target["rows"] if row["state"] == "not checked"]
     missed = f"; NOT CHECKED: {_few(unchecked)}" if unchecked else ""
     if not failed:
         return ("The one gate passed" if len(gates) == 1 else f"All {len(gates)} gates passed") + missed
-    told = list(dict.fromkeys(
+    reasons = list(dict.fromkeys(
         f"{g['artifact']} {g['name']}: " + (g["why"] or f"{g['metric']} {g['value']} {g['relation']} {g['limit']}")
         for g in failed))
-    return f"{len(failed)} of {len(gates)} gates FAILED: {_few(told)}{missed}"
+    return f"{len(failed)} of {len(gates)} gates FAILED: {_few(reasons)}{missed}"
 
 
-def _few(told: list[str]) -> str:
-    """The first of them, and how many more there are."""
-    more = [f"and {len(told) - NAMED_IN_VERDICT} more"] if len(told) > NAMED_IN_VERDICT else []
-    return "; ".join(told[:NAMED_IN_VERDICT] + more)
+def _few(items: list[str]) -> str:
+    """Join the first items, and state how many more there are."""
+    more = [f"and {len(items) - NAMED_IN_VERDICT} more"] if len(items) > NAMED_IN_VERDICT else []
+    return "; ".join(items[:NAMED_IN_VERDICT] + more)
 
 
 def gate_table(report: Report) -> Table:
-    """Every gate, failed ones first; of devices, which have tables of their own, the failed ones alone."""
+    """Return a table of the gates, failed ones first. Gates of devices, which have their own tables, only if failed."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name, justify in (("", "left"), ("artifact", "left"), ("gate", "left"), ("metric", "left"), ("value", "right"),
                           ("limit", "left")):
@@ -63,7 +63,7 @@ def gate_table(report: Report) -> Table:
         if "target" in gate and gate["passed"]:
             continue
         cells = gate_cells(gate, names)
-        # Text, not str: names from a teacher's files may look like rich's markup.
+        # Text, not str: names from a teacher's files may look like rich markup.
         row = (cells["artifact"], cells["name"], cells["metric"], cells["value"], f"{cells['asked']} {cells['limit']}")
         style = "" if cells["passed"] else "bold red"
         mark = Text("pass", "green") if cells["passed"] else Text("FAIL", style)
@@ -72,14 +72,14 @@ def gate_table(report: Report) -> Table:
 
 
 def failure_lines(report: Report) -> list[str]:
-    """Why gates failed, where there is more to say than their figures: one line a reason, with the file's name."""
+    """Return why gates failed, if a reason is known beyond their values: one line per reason, with the file's name."""
     names = Names(report)
     cells = (gate_cells(gate, names) for gate in ordered_gates(report) if "target" not in gate)
     return list(dict.fromkeys(f"{c['artifact']}: {c['why']}" for c in cells if c["why"] and not c["passed"]))
 
 
 def show_verdict(report: Report, out: Path, console: Console) -> None:
-    """Print the first sample text, the gates, why some failed, notes, the verdict and where the page is."""
+    """Print the first sample text, the gates, why some failed, the notes, the verdict and the path of the page."""
     runtimes = {a["path"]: f"{a['format']}:{a['encoding']} in {a['runtime']}" for a in report["artifacts"]}
     for sample in report["samples"][:1]:
         console.print(f"\n{sample['prompt']} ...", style="bold", highlight=False, markup=False)
@@ -101,7 +101,7 @@ def show_verdict(report: Report, out: Path, console: Console) -> None:
 
 
 def render_report(report: Report) -> str:
-    """One HTML page that needs nothing beside it. Every text in it is escaped."""
+    """Return one self-contained HTML page. Every text in it is escaped."""
     names = Names(report)
     state = "failed" if any(g.get("passed") is not True for g in report["gates"]) else "passed"
     return _template().render(
@@ -121,7 +121,7 @@ def render_report(report: Report) -> str:
 
 
 def read_report(out: Path) -> Report:
-    """What out/report.json holds. Raises UserError when it is missing or damaged: when it cannot be rendered."""
+    """Read out/report.json. Raises UserError if it is missing, or damaged so that it cannot be rendered."""
     file = out / REPORT
     if not file.exists():
         raise UserError(f"{out}: no {REPORT}; run lrc-edge build, export or check first")
@@ -134,7 +134,7 @@ def read_report(out: Path) -> Report:
 
 @contextmanager
 def damage_reported(file: Path, advice: str) -> Iterator[None]:
-    """Raise UserError for whatever the reading of one of our own files trips over, as it was whole when written."""
+    """Raise UserError for any error in reading one of our own files: it was complete when written, so it is damaged."""
     try:
         yield
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, OSError,
@@ -143,14 +143,14 @@ def damage_reported(file: Path, advice: str) -> Iterator[None]:
 
 
 def write_report(report: Report, out: Path) -> None:
-    """Write out/report.json and out/report.html, each whole or not at all."""
+    """Write out/report.json and out/report.html, each atomically."""
     page = render_report(report)
     write_atomically(out / REPORT, json.dumps(_finite(report), indent=1, allow_nan=False) + "\n")
     write_atomically(out / "report.html", page)
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null."""
+    """Replace NaN and infinity, which JSON does not have, by null."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -159,7 +159,7 @@ def _finite(value: Any) -> Any:
 
 
 def _shown(value: Any) -> Any:
-    """What the template prints: charts as they are, all else without hidden characters (and then escaped)."""
+    """Return what the template prints: charts unchanged, other text without hidden characters (escaped later)."""
     return value if isinstance(value, Markup) else prose(value)
 
 

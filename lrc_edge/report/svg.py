@@ -14,7 +14,7 @@ from xml.etree import ElementTree as ET
 from lrc_edge.figures import figure, visible
 
 WIDTH = 480
-CHAR = 6.6  # of one character at the size of the charts' text
+CHAR = 6.6  # width of one character in the charts' text
 LINE = 14.0  # height of a line of text
 
 
@@ -30,17 +30,17 @@ class Series:
 
 @dataclass(frozen=True)
 class Bar:
-    """One row of the KL chart. A value of None draws nothing; 0 is said in words, a logarithmic scale has no place."""
+    """One row of the KL chart. None draws nothing. 0 is written as text: a logarithmic scale cannot show it."""
 
     label: str
-    values: tuple[tuple[str, float | None], ...]  # (what, value): one thin bar each
+    values: tuple[tuple[str, float | None], ...]  # (name, value): one thin bar each
     limit: float | None
     failed: bool
 
 
 @dataclass(frozen=True)
 class Point:
-    label: str  # beside the point
+    label: str  # next to the point
     name: str  # in the tooltip, with the note
     x: float
     y: float
@@ -78,7 +78,7 @@ class Scale:
         return [i * step for i in range(first, last + 1)]
 
     def _log_ticks(self, wanted: int) -> list[float]:
-        """Decades, thinned when there are many; 1-2-5 where there are few."""
+        """Return decades, every n-th if there are many, or 1-2-5 steps if there are few."""
         decades = range(math.floor(self.low), math.ceil(self.high) + 1)
         for digits in ((1,), (1, 3), (1, 2, 5)):
             ticks = [d * 10.0**e for e in decades for d in digits if self.low <= math.log10(d * 10.0**e) <= self.high]
@@ -117,7 +117,7 @@ def _text(parent: ET.Element, x: float, y: float, text: str, css: str = "", anch
 
 
 def shortened(text: str, width: int) -> str:
-    """At most `width` characters, the middle left out: names differ at their ends."""
+    """Shorten to at most `width` characters by cutting the middle: names differ at their ends."""
     if len(text) <= width:
         return text
     head = (width - 1) // 2
@@ -252,7 +252,7 @@ def point_chart(name: str, points: Sequence[Point], *, x_name: str, y_name: str,
 
 def _label(svg: ET.Element, text: str, title: str, spot: tuple[float, float],
            taken: list[tuple[float, float, float, float]], area: tuple[float, float, float, float]) -> None:
-    """Put the text at the nearest free place around the point, with a leader line when that is not beside it."""
+    """Put the text at the nearest free place around the point, with a leader line if that is not next to the point."""
     width, (sx, sy) = CHAR * len(text), spot
     for ring in range(40):
         away = 9.0 + 9.0 * ring
@@ -268,7 +268,7 @@ def _label(svg: ET.Element, text: str, title: str, spot: tuple[float, float],
                          y2=min(max(sy, box[1]), box[3]))
                 _text(svg, cx, cy + 4, text, "label", "middle", title=title)
                 return
-    # No room anywhere: the tooltip and the table still name the point.
+    # No free place: the tooltip and the table still name the point.
 
 
 def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:

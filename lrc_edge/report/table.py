@@ -1,4 +1,4 @@
-"""The report as a table, report.json: what the stages left in build.json, with names, shapes and versions."""
+"""The table of report.json: the results that the stages recorded in build.json, with names, shapes and versions."""
 from __future__ import annotations
 
 import math
@@ -14,8 +14,10 @@ from lrc_edge.machine import processors
 
 def report_table(stages: dict[str, Any], student: DenseCheckpoint, teacher: DenseCheckpoint | None,
                  curve: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the table that report.json holds. `stages`: as build.json records them, "check" among them. `curve`: the
-    rows of metrics.jsonl; empty if nothing was trained."""
+    """Return the contents of report.json.
+
+    stages: as recorded in build.json, including "check". curve: rows of metrics.jsonl; empty if nothing was trained.
+    """
     check = stages["check"]["result"]
     training = stages["train"]["result"] if "train" in stages else None
     gates = [gate for stage in ("identity", "fold") if stage in stages for gate in stages[stage]["result"]]
@@ -42,7 +44,7 @@ def report_table(stages: dict[str, Any], student: DenseCheckpoint, teacher: Dens
 
 
 def _allocation(table: dict[str, Any], artifacts: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """What the mixed precision was meant to be, beside what its file measured; None while that is not yet written."""
+    """Return the planned mixed precision with what its file measured; None if the file is not written yet."""
     file = next((a for a in artifacts if a["encoding"] == mixed_encoding(table["bits_per_weight"])), None)
     return file and {**table, "measured_bits_per_weight": file["bits_per_weight"],
                      "measured_kl": file["parity"]["prefill"]["kl_mean"]}

@@ -1,6 +1,6 @@
-"""What the report page shows, worked out from the report's figures: words and their order, no markup.
+"""The texts and values of the report page, prepared from the report's figures, without markup.
 
-Every key that a report may lack is settled here, so the template only places what it is given.
+Keys that a report may lack are handled here, so the template needs no conditions on them.
 """
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ SHAPE_NAMES = {
 METRIC_NAMES = {"kl_mean": "KL mean", "kl_p99": "KL p99", "kl_max": "KL max", "top1": "top-1", "nmse": "NMSE",
                 "max_abs": "max abs", "delta_ppl": "Δ perplexity", "identical_blocks": "identical blocks"}
 SHARES = ("top1", "identical_blocks")
-RELATIONS = {"<=": ("≤", ">"), ">=": ("≥", "<"), "==": ("=", "≠")}  # as asked, as missed
+RELATIONS = {"<=": ("≤", ">"), ">=": ("≥", "<"), "==": ("=", "≠")}  # of a gate that passed, of one that failed
 
 
 class Names:
-    """Short names of artifacts: "gguf:q8_0", as --formats calls them; the path where two would share one."""
+    """Short names of artifacts, as --formats writes them ("gguf:q8_0"); the path if two would share one."""
 
     def __init__(self, report: Report):
         paths: dict[str, list[str]] = {}
@@ -30,7 +30,7 @@ class Names:
         self._short = {path: name if len(group) == 1 else path for name, group in paths.items() for path in group}
 
     def __call__(self, artifact: Any) -> str:
-        """Also of "<path> (<runtime>)". What is no artifact ("student") keeps its name."""
+        """Shorten a path, also in "<path> (<runtime>)". Any other text ("student") is returned as it is."""
         text = str(artifact)
         for path in sorted(self._short, key=len, reverse=True):
             if text == path or text.startswith(path + " "):
@@ -39,7 +39,7 @@ class Names:
 
 
 def ordered_gates(report: Report) -> list[dict[str, Any]]:
-    """The gates, failed ones first, otherwise as they were judged. Only an explicit pass is one."""
+    """Return the gates, failed ones first, otherwise in their order. Only passed = true counts as passed."""
     return sorted(report["gates"], key=lambda gate: gate.get("passed") is True)
 
 
@@ -66,7 +66,7 @@ def _judged(metric: str, value: Any, whole: bool = False) -> str:
 
 
 def tiles(report: Report, names: Names) -> list[dict[str, str]]:
-    """The figures that a reader wants first: name, value, and what to hold it against."""
+    """Return the most important figures: name, value, and what to compare it with."""
     student, teacher, artifacts = report["student"], report.get("teacher"), report["artifacts"]
     found = [{"name": "Parameters", "value": human_count(student["n_params"]),
               "note": _ratio_note(teacher, student) if teacher else visible(student["family"])}]
@@ -75,17 +75,17 @@ def tiles(report: Report, names: Names) -> list[dict[str, str]]:
         smallest = min(sound, key=lambda a: a["bytes"])
         found.append({"name": "Smallest that passed" if failed else "Smallest artifact",
                       "value": human_bytes(smallest["bytes"]),
-                      "note": f"{names(smallest['path'])}, {figure(smallest['bits_per_weight'])} bits a weight"})
+                      "note": f"{names(smallest['path'])}, {figure(smallest['bits_per_weight'])} bits per weight"})
     if student.get("held_out"):
-        theirs = (teacher or {}).get("held_out")
+        of_teacher = (teacher or {}).get("held_out")
         found.append({"name": "Held-out perplexity", "value": figure(student["held_out"]["perplexity"]),
-                      "note": f"teacher's: {figure(theirs['perplexity'])}" if theirs else "student"})
+                      "note": f"teacher: {figure(of_teacher['perplexity'])}" if of_teacher else "student"})
     elif (perplexity := student_perplexity(report)) is not None:
-        found.append({"name": "Perplexity", "value": figure(perplexity), "note": "student, on the proof's text"})
+        found.append({"name": "Perplexity", "value": figure(perplexity), "note": "student, on the held-out text"})
     judged = [(kl, a["path"]) for a in artifacts if (kl := worst_kl(a)) is not None]
     if judged:
         kl, path = max(judged)
-        found.append({"name": "Largest KL", "value": figure(kl), "note": f"nats a token, {names(path)}"})
+        found.append({"name": "Largest KL", "value": figure(kl), "note": f"nats per token, {names(path)}"})
     return found
 
 
@@ -95,13 +95,13 @@ def _ratio_note(teacher: dict[str, Any], student: dict[str, Any]) -> str:
 
 
 def worst_kl(artifact: dict[str, Any]) -> float | None:
-    """The larger mean KL of prefill and decode."""
+    """Return the larger mean KL of prefill and decode."""
     found = [m["kl_mean"] for m in (artifact.get("parity") or {}).values() if m and is_number(m.get("kl_mean"))]
     return max(found, default=None)
 
 
 def student_perplexity(report: Report) -> float | None:
-    """The student's own on the proof's text: what an artifact has, less what it differs by."""
+    """Return the student's perplexity on the held-out text: an artifact's, minus its difference from the student."""
     for artifact in report["artifacts"]:
         m = (artifact.get("parity") or {}).get("prefill")
         if m and is_number(m.get("ppl")) and is_number(m.get("delta_ppl")):
@@ -109,7 +109,7 @@ def student_perplexity(report: Report) -> float | None:
     return None
 
 
-# -- what was made -----------------------------------------------------------------------------------------------------
+# -- models -----------------------------------------------------------------------------------------------------------
 
 
 def models(report: Report) -> list[dict[str, Any]]:
@@ -124,7 +124,7 @@ def _license(value: Any) -> str:
 
 
 def shape_rows(report: Report) -> list[dict[str, str]]:
-    """One row a shape field and held-out figure: teacher's, student's, how many times smaller."""
+    """Return one row per shape field and held-out figure: teacher, student, how many times smaller."""
     student, teacher = report["student"], report.get("teacher")
     rows = []
     for field in [*SHAPE_NAMES, *(set(student["shape"]) - SHAPE_NAMES.keys())]:
@@ -132,23 +132,24 @@ def shape_rows(report: Report) -> list[dict[str, str]]:
             rows.append(_row(SHAPE_NAMES.get(field, visible(field)), student["shape"][field],
                              teacher["shape"].get(field) if teacher else None, lambda n: f"{n:,}"))
     rows.append(_row("parameters", student["n_params"], teacher["n_params"] if teacher else None, lambda n: f"{n:,}"))
-    for key, name in (("loss", "held-out loss, nats a token"), ("perplexity", "held-out perplexity"),
-                      ("bits_per_byte", "held-out bits a byte")):
-        mine, theirs = (((m or {}).get("held_out") or {}).get(key) for m in (student, teacher))
-        if mine is not None:
-            rows.append({**_row(name, mine, theirs, lambda x: figure(x, 4)), "ratio": ""})
+    for key, name in (("loss", "held-out loss, nats per token"), ("perplexity", "held-out perplexity"),
+                      ("bits_per_byte", "held-out bits per byte")):
+        of_student, of_teacher = (((m or {}).get("held_out") or {}).get(key) for m in (student, teacher))
+        if of_student is not None:
+            rows.append({**_row(name, of_student, of_teacher, lambda x: figure(x, 4)), "ratio": ""})
     return rows
 
 
-def _row(name: str, mine: Any, theirs: Any, write: Callable[[Any], str]) -> dict[str, str]:
+def _row(name: str, of_student: Any, of_teacher: Any, write: Callable[[Any], str]) -> dict[str, str]:
     def cell(value: Any) -> str:
         if isinstance(value, bool):
             return "yes" if value else "no"
         return str(write(value)) if is_number(value) else NONE if value is None else visible(value)
 
-    differs = is_number(mine) and is_number(theirs) and mine > 0 and mine != theirs
-    return {"name": name, "teacher": cell(theirs), "student": cell(mine),
-            "ratio": f"÷ {figure(theirs / mine)}" if differs else "", "same": "same" if mine == theirs else ""}
+    differs = is_number(of_student) and is_number(of_teacher) and of_student > 0 and of_student != of_teacher
+    return {"name": name, "teacher": cell(of_teacher), "student": cell(of_student),
+            "ratio": f"÷ {figure(of_teacher / of_student)}" if differs else "",
+            "same": "same" if of_student == of_teacher else ""}
 
 
 def training_facts(report: Report) -> list[tuple[str, str]]:
@@ -162,7 +163,7 @@ def training_facts(report: Report) -> list[tuple[str, str]]:
     if dense_steps:
         facts.append(("dense phase", f"the last {dense_steps:,} steps" if dense_steps < training["steps"] else "all"))
     if training.get("skipped_batches"):
-        facts.append(("bad batches left out", f"{training['skipped_batches']:,}"))
+        facts.append(("bad batches skipped", f"{training['skipped_batches']:,}"))
     if training["seconds"]:
         facts.insert(3, ("speed", f"{training['tokens'] / training['seconds']:,.0f} tokens/s"))
     return [(name, visible(value)) for name, value in facts]
@@ -191,13 +192,13 @@ def _parity_cells(what: str, m: dict[str, Any]) -> dict[str, str]:
     sign = "+" if is_number(delta) and delta > 0 else ""
     note = (f"{m.get('positions', 0):,} positions; KL p99 {figure(m.get('kl_p99'))}, max {figure(m.get('kl_max'))}; "
             f"NMSE {figure(m.get('nmse'))}; max abs {figure(m.get('max_abs'))}; perplexity {figure(m.get('ppl'), 4)}; "
-            f"{m.get('near_ties', 0):,} near-ties left out of top-1")
+            f"{m.get('near_ties', 0):,} near-ties excluded from top-1")
     return {"what": visible(what), "kl": figure(m.get("kl_mean")), "delta": f"{sign}{figure(delta)}{error}",
             "top1": percent(m.get("top1")), "note": note}
 
 
 def fallback_groups(report: Report, names: Names) -> list[dict[str, Any]]:
-    """Tensors that got another type than asked for: a group an artifact, alike ones together."""
+    """Return the tensors stored in another type than requested: one group per artifact, equal cases together."""
     groups = []
     for a in report["artifacts"]:
         alike: dict[tuple[str, str, str], list[str]] = {}
@@ -216,7 +217,7 @@ def fallback_groups(report: Report, names: Names) -> list[dict[str, Any]]:
 
 
 def sample_rows(report: Report, names: Names) -> list[dict[str, Any]]:
-    """Each prompt's continuations; who says the same as another is named with it."""
+    """Return each prompt's continuations; models with the same text share one entry."""
     samples = report.get("samples") or [
         {"prompt": a["generation"]["prompt"], "outputs": [{"who": a["path"], "text": a["generation"]["text"]}]}
         for a in report["artifacts"] if a.get("generation")]
@@ -227,21 +228,22 @@ def sample_rows(report: Report, names: Names) -> list[dict[str, Any]]:
 
 
 def _outputs(outputs: list[dict[str, Any]], names: Names) -> list[dict[str, Any]]:
-    """One entry a different text. All but the teacher's are compared with the student's, which they should be."""
+    """Return one entry per different text. All but the teacher's are compared with the student's text."""
     student = next((prose(o["text"]) for o in outputs if o["who"] == "student"), None)
-    who_says: dict[tuple[str, bool], list[str]] = {}
+    sources: dict[tuple[str, bool], list[str]] = {}
     for output in outputs:
         key = (prose(output["text"]), output["who"] == "teacher")
-        who_says.setdefault(key, []).append(names(output["who"]))
+        sources.setdefault(key, []).append(names(output["who"]))
     rows = []
-    for (text, is_teacher), who in who_says.items():
+    for (text, is_teacher), who in sources.items():
         same, differs, rest = (text, "", "") if student is None or is_teacher else split_at_difference(text, student)
-        rows.append({"who": who[0], "echoes": who[1:], "same": same, "differs": differs, "rest": rest})
+        first, *echoes = dict.fromkeys(who)
+        rows.append({"who": first, "echoes": echoes, "same": same, "differs": differs, "rest": rest})
     return rows
 
 
 def split_at_difference(text: str, reference: str) -> tuple[str, str, str]:
-    """(what both share, the first differing word, the rest). A text that only stops earlier differs by "∎"."""
+    """Return (common beginning, first differing word, rest). "∎" marks a text that only stops earlier."""
     if text == reference:
         return text, "", ""
     at = next((i for i, (a, b) in enumerate(zip(text, reference, strict=False)) if a != b),
@@ -263,7 +265,7 @@ def tokenizer_rows(report: Report, names: Names) -> list[dict[str, Any]]:
 
 
 def _ids(ids: list[int], other: list[int]) -> dict[str, str]:
-    """Ids as text, split where the lists part."""
+    """Return the ids as text, split where the lists start to differ."""
     at = next((i for i, (a, b) in enumerate(zip(ids, other, strict=False)) if a != b), min(len(ids), len(other)))
     return {"same": " ".join(map(str, ids[:at])), "rest": " ".join(map(str, ids[at:])) or "∎"}
 
@@ -280,7 +282,7 @@ def template_rows(report: Report, names: Names) -> list[dict[str, Any]]:
 
 
 def cache_rows(report: Report, names: Names) -> list[dict[str, Any]]:
-    """KL mean of each GGUF with llama.cpp's KV cache in each type."""
+    """Return the KL mean of each GGUF with llama.cpp's KV cache in each type."""
     return [{"artifact": names(a["path"]), "kl": [(kind, figure(kl)) for kind, kl in a["kv_cache"].items()]}
             for a in report["artifacts"] if a.get("kv_cache")]
 
@@ -292,7 +294,7 @@ def cache_advice_rows(report: Report, names: Names) -> list[dict[str, Any]]:
 
 
 def build_facts(report: Report) -> list[tuple[str, str]]:
-    """How the report came to be: for the page's foot."""
+    """Return how the report was made, for the foot of the page."""
     versions = ", ".join(f"{name} {number}" for name, number in (report.get("versions") or {}).items())
     facts = [("made", report["created"]), ("command", report.get("command")), ("machine", report.get("machine")),
              ("versions", versions)]
