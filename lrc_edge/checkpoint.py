@@ -33,7 +33,7 @@ from lrc_edge.config_file import (
     shape_of,
 )
 from lrc_edge.errors import UserError, quiet_panics, shortage
-from lrc_edge.roles import HEAD, Weight, weights_of
+from lrc_edge.families import Weight, family_of, is_unread, weights_of
 from lrc_edge.shape import ModelShape
 
 if TYPE_CHECKING:  # a second's import, which writing a file does not need
@@ -92,10 +92,8 @@ class DenseCheckpoint:
 
     @property
     def sliding_window(self) -> int | None:
-        """Attention window in tokens when some layer uses one, else None."""
-        if self.shape.family == "mistral":
-            return self.config.get("sliding_window", 4096)  # transformers' default, should the field be missing
-        return self.config.get("sliding_window") if self.config.get("use_sliding_window") else None
+        """The attention window in tokens if some layer has one, else None."""
+        return family_of(self.shape.family).window_of(self.config)
 
     @property
     def context_length(self) -> int:
@@ -325,8 +323,7 @@ def _check_tensors(shape: ModelShape, files: dict[str, Path], path: Path) -> dic
     if missing:
         raise UserError(f"{path}: tensor {missing[0]} is missing ({len(missing)} of {len(expected)} are); "
                         "config.json and the weights disagree: get an intact copy")
-    # Some tied checkpoints store the head as well; old ones store RoPE's frequencies. Neither is a weight of its own.
-    extra = [name for name in files if name not in expected and name != HEAD.weight and "rotary_emb" not in name]
+    extra = [name for name in files if name not in expected and not is_unread(name)]
     if extra:
         raise UserError(f"{path}: tensor {extra[0]} is not one of a {shape.family} ({len(extra)} such); "
                         "an adapter or a changed architecture is not supported")

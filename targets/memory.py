@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from lrc_edge.roles import EMBEDDING, HEAD, Weight, weights_of
+from lrc_edge.families import EMBEDDING, HEAD, Weight, weights_of
 from lrc_edge.shape import ModelShape
 
 BLOCK = 32  # weights that share a scale

@@ -93,8 +93,8 @@ def _check_rows_divide(teacher: DenseCheckpoint, recipe: Recipe, world: int) -> 
     """Known before the data is where the recipe says how much of it a step takes. Raises UserError."""
     from lrc_edge.train.loop.schedule import Schedule
 
-    schedule = Schedule.of(recipe.train, teacher.shape.max_position_embeddings, 0,
-                           preflight.student_width(recipe, teacher.shape))
+    student = teacher.shape.with_hidden_size(preflight.student_width(recipe, teacher.shape))
+    schedule = Schedule.of(recipe.train, student, 0)
     schedule.rows_of_process(world, recipe.train.micro_batch)
 
 

@@ -12,6 +12,7 @@ from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.console import Task
 from lrc_edge.corpus.held_out import HeldOut
 from lrc_edge.corpus.sources import SELF, local_files
+from lrc_edge.lineage import Lineage
 from lrc_edge.parity import gates_of_copy
 from lrc_edge.pipeline import preflight
 from lrc_edge.pipeline.base import Stages
@@ -83,7 +84,8 @@ class TrainingStages(Stages):
         from lrc_edge.train.loop.stage import METRICS_FILE, SUMMARY_FILE, TRAINED_FILE, Plan, train
 
         recipe, folder = self.recipe, self.out / "train"
-        plan = Plan.of(recipe, self._teacher, self.hidden_size, self.out / "data")
+        plan = Plan.of(recipe, self._teacher, self._teacher.shape.with_hidden_size(self.hidden_size),
+                       self.out / "data")
         settings = {k: v for k, v in asdict(recipe.train).items() if k not in RUN_SETTINGS}
         inputs = [settings, self.hidden_size, str(plan.dtype), self._hashes(self._teacher),
                   self.dir.output_hashes("data"), recipe.data.isolate_documents]
@@ -112,7 +114,7 @@ class TrainingStages(Stages):
     def fold(self) -> None:
         from lrc_edge.export.fold import fold
         from lrc_edge.targets.proof.reference import Reference, compare_models
-        from lrc_edge.train.loop.stage import TRAINED_FILE, load_clone
+        from lrc_edge.train.loop.stage import TRAINED_FILE, load_trained
 
         trained, folder = self.out / "train" / TRAINED_FILE, self.out / "student"
         provenance = self._provenance()
@@ -121,7 +123,7 @@ class TrainingStages(Stages):
             with self.dir.partial("student") as partial:
                 student = fold(self._teacher, trained, partial, provenance, task.update)
                 task.update("folded vs clone")
-                clone = load_clone(self._teacher, self.hidden_size, trained=trained)
+                clone = load_trained(self._teacher, trained)
                 reference, rows = Reference(clone.student), self.held_out_rows(self._teacher)
                 rounding = reference.rounding(rows)
                 metrics = compare_models(reference, Reference(student.model()), rows, self.recipe.parity.near_tie)
@@ -165,7 +167,7 @@ class TrainingStages(Stages):
 
         folder, result = self.out / "quantize", self.out / ON_GRID
         teacher = self._teacher if self.recipe.quantize.teacher == "teacher" else student
-        settings = {k: v for k, v in asdict(settings_of(self.recipe, student.shape.hidden_size)).items()
+        settings = {k: v for k, v in asdict(settings_of(self.recipe, student.shape)).items()
                     if k not in RUN_SETTINGS}
         inputs = [settings, self._hashes(student), self._hashes(teacher), self.dir.output_hashes("data"),
                   self.recipe.data.isolate_documents]
@@ -201,18 +203,20 @@ def fold_identity(teacher: DenseCheckpoint, folder: Path) -> DenseCheckpoint:
 
     from lrc_edge.export.fold import fold
 
-    width = teacher.shape.hidden_size
+    lineage, identity = Lineage.of(teacher.shape, teacher.shape), torch.eye(teacher.shape.hidden_size).bfloat16()
     folder.mkdir(parents=True)
-    tensors = {w.name: teacher.tensor(w.name).float() if w.role.kind == "norm" else torch.eye(width).bfloat16()
-               for w in teacher.weights() if w.role.kind != "copy"}
-    save_file(tensors, folder / "identity.safetensors")
+    tensors = {w.name: identity.clone() if lineage.is_composed(w.role) else teacher.tensor(w.name).float()
+               for w in teacher.weights() if not lineage.is_copied(w.role)}
+    save_file(tensors, folder / "identity.safetensors", lineage.metadata("projections"))
     return fold(teacher, folder / "identity.safetensors", folder / "student",
                 {"name": teacher.name, "teacher": teacher.name})
 
 
 def _show_training(task: Task, row: dict[str, float]) -> None:
+    from lrc_edge.train.losses import TERMS
+
     if "loss" in row:
-        parts = ", ".join(f"{name} {row[name]:.3f}" for name in ("lm", "kl", "clone") if row[name])
+        parts = ", ".join(f"{name} {row[name]:.3f}" for name in TERMS if row[name])
         task.update(f"step {row['step']:.0f}  loss {row['loss']:.3f} = {parts}  {row['tokens_per_second']:,.0f} tok/s",
                     int(row["tokens"]))
 
