@@ -74,8 +74,8 @@ def with_weights(source: DenseCheckpoint, trained_file: Path, folder: Path, prov
     _write_tables(source, source.shape, folder, provenance)
     card = folder / "README.md"
     if card.exists():
-        with card.open("ab") as file:
-            file.write(quantized_section(provenance).encode())
+        with card.open("ab") as text:
+            text.write(quantized_section(provenance).encode())
     return DenseCheckpoint.open(folder)
 
 

@@ -196,11 +196,11 @@ def is_unread(name: str) -> bool:
 class Parts(NamedTuple):
     """The modules of a transformers model, in the order of the forward pass."""
 
-    embedding: nn.Module
+    embedding: nn.Embedding
     rope: nn.Module
     layers: nn.ModuleList
     norm: nn.Module
-    head: nn.Module
+    head: nn.Linear
 
 
 def parts_of(model: PreTrainedModel) -> Parts:
