@@ -94,7 +94,8 @@ def model(setup: Setup, width: int, device: torch.device, dtype: torch.dtype) ->
 def lrc_edge(setup: Setup, device: torch.device, dtype: torch.dtype, args: argparse.Namespace, in_dense_phase: bool
              ) -> Step:
     lineage = Lineage.of(setup.shape(setup.hidden_size), setup.shape(setup.student_size))
-    clone = Clone(model(setup, setup.hidden_size, device, dtype), lineage, dtype, args.gradient_checkpointing).to(device)
+    teacher = model(setup, setup.hidden_size, device, dtype)
+    clone = Clone(teacher, lineage, dtype, args.gradient_checkpointing).to(device)
     clone.initialize(initialize.gaussian_values(clone, seed=0))
     if in_dense_phase:
         clone.start(DENSE)

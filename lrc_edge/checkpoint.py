@@ -168,6 +168,11 @@ class DenseCheckpoint:
         return tuple(dict.fromkeys([*ids_of(self.generation, "eos_token_id"), *ids_of(self.config, "eos_token_id"),
                                     *own]))
 
+    def bos(self) -> int | None:
+        """The id of the BOS token if the tokenizer writes it before a text, else None."""
+        tokenizer: Any = self.tokenizer()
+        return tokenizer.bos_token_id if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else None
+
     def model(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """The transformers model on the CPU, in evaluation mode; in float32, every artifact is judged against it.
 

@@ -61,7 +61,7 @@ class Lineage:
                              f"make a student of {self.student.num_hidden_layers}")
 
     def is_copied(self, role: Role) -> bool:
-        """Whether the student's weights of this role are the teacher's: no axis of theirs is projected."""
+        """Whether the student's weights of this role are the teacher's: none of its axes is projected."""
         return all(self.axes[axis] == "identity" for axis in role.axes)
 
     def is_composed(self, role: Role) -> bool:

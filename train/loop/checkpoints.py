@@ -1,8 +1,9 @@
-"""Training checkpoints: written beside, then renamed, so that a kill leaves the previous one whole; pruned to a number.
+"""Training checkpoints. Each is written under another name, then renamed: a kill leaves the previous one intact.
 
-One is a folder `step-NNNNNNNN` with `state.safetensors` (trained tensors, both Adam moments, the guard's averages) and
-`state.json`. Tensors are whole, whatever number of processes wrote them: any number continues them. The order of the
-data follows from the step, and a step draws no random numbers, so there is nothing else to keep.
+A checkpoint is a folder `step-NNNNNNNN` with `state.safetensors` (trained tensors, both Adam moments, the guard's
+averages) and `state.json` (step, phase, seconds). Tensors are complete, however many processes wrote them, and any
+number can resume. The order of the data follows from the step, and a step draws no random numbers, so nothing else is
+needed.
 """
 from __future__ import annotations
 
@@ -21,14 +22,14 @@ from lrc_edge.workspace import write_atomically
 
 PARTIAL = ".partial"
 STATE_FILE, FACTS_FILE = "state.safetensors", "state.json"
-FINGERPRINT_FILE, SETTINGS_FILE = "fingerprint", "settings.json"  # of the run that the checkpoints are of
+FINGERPRINT_FILE, SETTINGS_FILE = "fingerprint", "settings.json"  # of the run that wrote the checkpoints
 
 
 def claim(run: Path, fingerprint: str, settings: dict[str, Any]) -> None:
-    """Make `run` the folder of the run with this fingerprint, empty unless it is already. `settings`, by their names,
-    are for telling what changed.
+    """Make `run` the folder of the run with this fingerprint, and empty it unless it is already.
 
-    Raises UserError where it has checkpoints of another run: they would be continued as if they were this one's.
+    `settings`, by name, serve to report what has changed. Raises UserError if the folder has checkpoints of another
+    run, from which this one would resume.
     """
     mark, known = run / FINGERPRINT_FILE, run / SETTINGS_FILE
     if mark.exists() and mark.read_text() == fingerprint:
@@ -47,7 +48,7 @@ def claim(run: Path, fingerprint: str, settings: dict[str, Any]) -> None:
 
 
 def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any], keep: int) -> None:
-    """Write checkpoint `step` below `folder` and keep the newest `keep`. Raises UserError when the disk is full."""
+    """Write checkpoint `step` in `folder` and keep the newest `keep`. Raises UserError if the disk is full."""
     partial = folder / PARTIAL
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -85,14 +86,14 @@ def _all(folder: Path) -> list[Path]:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint; what a kill cut off has not got this name yet."""
+    """The newest checkpoint. An incomplete one does not have this name yet."""
     return (_all(folder) or [None])[-1]  # type: ignore[list-item]
 
 
 def load(path: Path) -> tuple[Any, dict[str, Any]]:
-    """(an open safetensors file, the facts). The file's get_tensor(name) reads one tensor: no process holds them all.
+    """(an open safetensors file, the facts). Its get_tensor(name) reads one tensor, so that no process holds them all.
 
-    Raises UserError when a file was damaged after it was written.
+    Raises UserError if a file was damaged after it was written.
     """
     try:
         return safe_open(path / STATE_FILE, framework="pt"), json.loads((path / FACTS_FILE).read_text())

@@ -1,4 +1,4 @@
-"""The training stage: teacher checkpoint and prepared tokens in, trained.safetensors and metrics.jsonl out."""
+"""The training stage: reads a teacher checkpoint and prepared tokens, writes trained.safetensors and metrics.jsonl."""
 from __future__ import annotations
 
 import json
@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -117,8 +116,7 @@ def run(clone: Clone, teacher: DenseCheckpoint, settings: recipes.Train, plan: P
     """Train a clone that is ready to start, from the folder's last checkpoint if there is one, and write its files."""
     schedule = plan.schedule
     held_out = HeldOut.load(data / HELD_OUT_FILE)
-    held_out_BL = held_out.rows(min(schedule.seq_len, len(held_out.ids) // 2), EVAL_TOKENS,
-                                teacher.config.get("bos_token_id") if _adds_bos(teacher) else None)
+    held_out_BL = held_out.rows(min(schedule.seq_len, len(held_out.ids) // 2), EVAL_TOKENS, teacher.bos())
     with clone.untapped() as whole_teacher:
         teacher_loss = held_out_loss(whole_teacher, held_out_BL, plan.dtype)
     trainer = Trainer(clone, settings, schedule, rows, held_out_BL, folder, progress)
@@ -143,8 +141,3 @@ def _initialize(clone: Clone, init: str, rows: PackedRows, seed: int) -> None:
     picked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[: CALIBRATION_ROWS]
     sample = torch.stack([rows[int(i)]["input_ids"] for i in picked]).to(next(clone.parameters()).device)
     clone.initialize(INITS[init](clone, sample, seed))
-
-
-def _adds_bos(teacher: DenseCheckpoint) -> bool:
-    ids: Any = teacher.tokenizer()("a")["input_ids"]
-    return ids[0] == teacher.config.get("bos_token_id")
