@@ -18,6 +18,7 @@ from gguf import GGMLQuantizationType, quants
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.corpus.encode import token_ids
 from lrc_edge.corpus.sources import Fields, source_documents
+from lrc_edge.lineage import Lineage
 from lrc_edge.train import initialize
 from lrc_edge.train.clone import Clone
 from lrc_edge.train.loop.trainer import held_out_loss
@@ -49,7 +50,8 @@ def cost_of_4_bits(clone: Clone, rows: torch.Tensor) -> float:
 
 def run(teacher: DenseCheckpoint, name: str, rows: torch.Tensor, args: argparse.Namespace) -> None:
     held_out, train = rows[:HELD_OUT_ROWS], rows[HELD_OUT_ROWS:]
-    clone = Clone(teacher.model().to(torch.bfloat16), teacher.shape, args.hidden_size, torch.bfloat16)
+    lineage = Lineage.of(teacher.shape, teacher.shape.with_hidden_size(args.hidden_size))
+    clone = Clone(teacher.model().to(torch.bfloat16), lineage, torch.bfloat16)
     clone.initialize(start(clone, name, train[:initialize.CALIBRATION_ROWS]))
     optimizer = torch.optim.AdamW(clone.trainable().values(), lr=args.lr, weight_decay=0.0)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from lrc_edge.roles import Weight, weights_of
+from lrc_edge.families import Weight, weights_of
 from lrc_edge.shape import ModelShape
 
 VOCAB_SIZE = 512

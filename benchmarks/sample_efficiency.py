@@ -28,13 +28,16 @@ from torch import nn
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.corpus.held_out import HeldOut
 from lrc_edge.corpus.sources import Fields, documents
+from lrc_edge.lineage import Lineage
 from lrc_edge.recipe import load_recipe
-from lrc_edge.train import initialize, losses
-from lrc_edge.train.clone import Clone, Losses
+from lrc_edge.train import losses
+from lrc_edge.train.clone import Clone
 from lrc_edge.train.data.tokenize import PackedRows, prepare
+from lrc_edge.train.initialize import INITS
 from lrc_edge.train.loop.schedule import Schedule
 from lrc_edge.train.loop.trainer import Trainer, choose_device, choose_precision, held_out_loss
 from lrc_edge.train.masks import positions_of
+from lrc_edge.train.phases import DENSE
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo"
 EVAL_TOKENS, CALIBRATION_ROWS = 8_192, 16
@@ -55,15 +58,12 @@ class Method:
 def from_random(clone: Clone, rows: torch.Tensor, seed: int) -> None:
     """Initialize a student as transformers does, without weights of the teacher."""
     torch.manual_seed(seed)
-    clone.start_dense_phase()
+    clone.start(DENSE)
     clone.student.apply(clone.student._init_weights)
 
 
 def from_projections(clone: Clone, rows: torch.Tensor, seed: int, init: str) -> None:
-    values = {"gaussian": lambda: initialize.gaussian_values(clone, seed),
-              "selection": lambda: initialize.selection_values(clone, rows),
-              "pca": lambda: initialize.pca_values(clone, rows)}[init]
-    clone.initialize(values())
+    clone.initialize(INITS[init](clone, rows, seed))
 
 
 gaussian, selection, pca = (partial(from_projections, init=name) for name in ("gaussian", "selection", "pca"))
@@ -78,32 +78,32 @@ class Aligned(Clone):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         generator = torch.Generator().manual_seed(0)
-        width = self.shape.hidden_size
+        width, teacher_width = self.lineage.student.hidden_size, self.lineage.teacher.hidden_size
         self.align = nn.ParameterDict({str(i): nn.Parameter(
-            torch.randn(width, self.teacher_width, generator=generator) / width**0.5) for i in range(len(self.pairs))})
+            torch.randn(width, teacher_width, generator=generator) / width**0.5) for i in range(len(self.pairs))})
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return super().trainable() | {f"align.{i}": p for i, p in self.align.items()}
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None,
                 documents: torch.Tensor | None = None, *, objective: losses.Objective | None = None,
-                n_labels: torch.Tensor | None = None, share: float = 1.0) -> Losses:
+                n_labels: torch.Tensor | None = None, share: float = 1.0) -> losses.Losses:
         objective = objective or losses.Objective()
         if not objective.needs_teacher:
             return super().forward(input_ids, labels, objective=objective, n_labels=n_labels, share=share)
         assert labels is not None
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
-            theirs, mine = (m.model.embed_tokens(input_ids) for m in (self.teacher, self.student))
-            rope = self.student.model.rotary_emb(mine.to(self.compute_dtype), positions_of(input_ids, None))
-            features = mine.new_zeros(())
+            teacher, student = self.teacher_parts, self.student_parts
+            above, below = teacher.embedding(input_ids), student.embedding(input_ids)
+            rope = student.rope(below.to(self.compute_dtype), positions_of(input_ids, None))
+            features = below.new_zeros(1)
             for i, pair in enumerate(self.pairs):
-                theirs, mine, _ = pair(theirs, mine, losses.Objective(alpha=0.0), None, rope)
-                features = features + losses.clone_term(mine @ self.align[str(i)], theirs, relative=True)
-            total, lm, kl = losses.head_losses(
-                self.student.model.norm(mine).flatten(0, 1), self.student.lm_head.weight,
-                self.teacher.model.norm(theirs).flatten(0, 1), self.teacher.lm_head.weight, labels.flatten(), objective,
-                n_labels)
-        return Losses(total + objective.alpha * features * share, lm, kl, features.detach() * share)
+                above, below, _ = pair(above, below, losses.Objective(clone=0.0), None, rope)
+                features = features + losses.clone_term(below @ self.align[str(i)], above, relative=True)
+            total, terms = losses.head_losses(
+                student.norm(below).flatten(0, 1), student.head.weight, teacher.norm(above).flatten(0, 1),
+                teacher.head.weight, labels.flatten(), objective, n_labels)
+        return losses.Losses.of(total, terms, features * share, objective)
 
 
 CLONE, KD = {"dense_share": 0.0}, {"dense_share": 1.0, "dense_alpha": 0.0}
@@ -138,8 +138,9 @@ def train_once(method: Method, rate: float, seed: int, args: argparse.Namespace,
     device = choose_device("auto")
     dtype = choose_precision("auto", device)
     rows = PackedRows(data, args.seq_len)
-    schedule = Schedule.of(settings, args.seq_len, 0, args.hidden_size)
-    clone = method.kind(teacher.model().to(device, dtype), teacher.shape, args.hidden_size, dtype).to(device)
+    lineage = Lineage.of(teacher.shape, teacher.shape.with_hidden_size(args.hidden_size))
+    schedule = Schedule.of(settings, lineage.student, 0)
+    clone = method.kind(teacher.model().to(device, dtype), lineage, dtype).to(device)
     picked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:CALIBRATION_ROWS]
     sample = torch.stack([rows[int(i)]["input_ids"] for i in picked]).to(device)
     started = time.monotonic()

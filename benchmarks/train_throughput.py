@@ -33,12 +33,15 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from lrc_edge.families import family_of
+from lrc_edge.lineage import Lineage
 from lrc_edge.recipe import load_recipe
 from lrc_edge.shape import ModelShape
 from lrc_edge.train import initialize, losses
-from lrc_edge.train.clone import RESIDUAL_WRITERS, SAME_COORDINATES, Clone, Tap
+from lrc_edge.train.clone import Clone, Tap
 from lrc_edge.train.loop.schedule import Schedule
 from lrc_edge.train.loop.trainer import Trainer, choose_device, choose_precision
+from lrc_edge.train.phases import DENSE
 
 
 @dataclass(frozen=True)
@@ -90,11 +93,12 @@ def model(setup: Setup, width: int, device: torch.device, dtype: torch.dtype) ->
 
 def lrc_edge(setup: Setup, device: torch.device, dtype: torch.dtype, args: argparse.Namespace, in_dense_phase: bool
              ) -> Step:
-    clone = Clone(model(setup, setup.hidden_size, device, dtype), setup.shape(setup.hidden_size), setup.student_size,
-                  dtype, args.gradient_checkpointing).to(device)
+    lineage = Lineage.of(setup.shape(setup.hidden_size), setup.shape(setup.student_size))
+    teacher = model(setup, setup.hidden_size, device, dtype)
+    clone = Clone(teacher, lineage, dtype, args.gradient_checkpointing).to(device)
     clone.initialize(initialize.gaussian_values(clone, seed=0))
     if in_dense_phase:
-        clone.start_dense_phase()
+        clone.start(DENSE)
     settings = load_recipe(None, (), train={"micro_batch": args.micro_batch or setup.micro_batch, "seq_len":
                            setup.seq_len, "compile": args.compile, "spike_factor": 0.0, "dense_alpha": 0.0}).train
     schedule = Schedule(setup.seq_len, setup.rows, 1000, 1000, 10, 1e-4, 1e-4)
@@ -118,7 +122,7 @@ def dense(setup: Setup, device: torch.device, dtype: torch.dtype, args: argparse
         for layer in [*student.model.layers, *(teacher.model.layers if teacher is not None else ())]:
             layer.compile()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
-    objective = losses.Objective(kl=1.0 if with_teacher else 0.0, alpha=0.0)
+    objective = losses.Objective(kl=1.0 if with_teacher else 0.0, clone=0.0)
 
     def step(ids: torch.Tensor) -> None:
         n_labels = torch.tensor(ids.numel() - len(ids), device=device)
@@ -130,8 +134,8 @@ def dense(setup: Setup, device: torch.device, dtype: torch.dtype, args: argparse
                         target = teacher.model(part, use_cache=False).last_hidden_state.flatten(0, 1)
                     target_head = teacher.lm_head.weight
                 hidden = student.model(part, use_cache=False).last_hidden_state.flatten(0, 1)
-                loss, _, _ = losses.head_losses(hidden, student.lm_head.weight, target, target_head,
-                                                shifted(part).flatten(), objective, n_labels, per_token)
+                loss, _ = losses.head_losses(hidden, student.lm_head.weight, target, target_head,
+                                             shifted(part).flatten(), objective, n_labels, per_token)
             loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
@@ -143,29 +147,31 @@ def dense(setup: Setup, device: torch.device, dtype: torch.dtype, args: argparse
 class Projected(nn.Module):
     """A student's linear as in the published code: projection and teacher's weight, both applied to every token."""
 
-    def __init__(self, theirs: nn.Linear, student_width: int, writes_stream: bool):
+    def __init__(self, linear: nn.Linear, student_width: int, writes_stream: bool):
         super().__init__()
-        object.__setattr__(self, "theirs", theirs)
+        object.__setattr__(self, "linear", linear)  # the teacher's
         self.writes_stream = writes_stream
-        width = theirs.out_features if writes_stream else theirs.in_features
-        self.p = nn.Parameter(torch.randn(width, student_width, device=theirs.weight.device) * 0.02)
+        width = linear.out_features if writes_stream else linear.in_features
+        self.p = nn.Parameter(torch.randn(width, student_width, device=linear.weight.device) * 0.02)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.theirs.weight) @ self.p if self.writes_stream else \
-            F.linear(x @ self.p.T, self.theirs.weight)
+        return F.linear(x, self.linear.weight) @ self.p if self.writes_stream else \
+            F.linear(x @ self.p.T, self.linear.weight)
 
 
 def reference(setup: Setup, device: torch.device, dtype: torch.dtype, args: argparse.Namespace) -> Step:
     """The published code's operations, reimplemented; lrc_edge computes the same losses."""
     teacher = model(setup, setup.hidden_size, device, dtype).requires_grad_(False)
     student = model(setup, setup.student_size, device, torch.float32).requires_grad_(False)
-    taps = [(Tap(a), Tap(b)) for a, b in zip(teacher.model.layers, student.model.layers, strict=True)]
-    for theirs, mine in zip(teacher.model.layers, student.model.layers, strict=True):
-        for name in SAME_COORDINATES + RESIDUAL_WRITERS:
+    writes_stream = {role.module: role.writes_stream for role in family_of("llama").matrices}
+    layers = list(zip(teacher.model.layers, student.model.layers, strict=True))
+    taps = [(Tap(a, writes_stream), Tap(b, writes_stream)) for a, b in layers]
+    for a, b in layers:
+        for name in writes_stream:
             parent, _, leaf = name.rpartition(".")
-            projected = Projected(theirs.get_submodule(name), setup.student_size, name in RESIDUAL_WRITERS)
-            hooks = mine.get_submodule(name)._forward_hooks
-            setattr(mine.get_submodule(parent), leaf, projected)
+            projected = Projected(a.get_submodule(name), setup.student_size, writes_stream[name])
+            hooks = b.get_submodule(name)._forward_hooks
+            setattr(b.get_submodule(parent), leaf, projected)
             projected._forward_hooks.update(hooks)
     p_embed = nn.Parameter(torch.randn(setup.hidden_size, setup.student_size, device=device) * 0.02)
     norms = [p.requires_grad_(True) for name, p in student.named_parameters() if "norm" in name]
@@ -184,12 +190,11 @@ def reference(setup: Setup, device: torch.device, dtype: torch.dtype, args: argp
                 logits = (hidden @ p_embed.T) @ table.T
                 clone = torch.zeros((), device=device)
                 for (a, b), layer in zip(taps, student.model.layers, strict=True):
-                    theirs, mine = a.take(), b.take()
-                    for name in theirs:
-                        goal = theirs[name]
-                        if name in RESIDUAL_WRITERS:
+                    goals, outputs = a.take(), b.take()
+                    for name, goal in goals.items():
+                        if writes_stream[name]:
                             goal = goal @ layer.get_submodule(name).p
-                        term = F.mse_loss(mine[name].float(), goal.float())
+                        term = F.mse_loss(outputs[name].float(), goal.float())
                         term.item()
                         clone = clone + term
                 kl = F.kl_div(F.log_softmax(logits.float() / 40, -1).flatten(0, 1),

@@ -1,4 +1,4 @@
-"""The model card of a folded student: licence and lineage where Hugging Face, GGUF and people look for them."""
+"""The model card of a folded student: licence and lineage for Hugging Face, GGUF and people."""
 from __future__ import annotations
 
 from typing import Any
@@ -10,7 +10,10 @@ from lrc_edge.shape import ModelShape
 
 
 def model_card(teacher: DenseCheckpoint, shape: ModelShape, provenance: dict[str, str]) -> str:
-    """README.md: YAML front matter (license, base_model, tags) and a page about how the student was made."""
+    """README.md: YAML front matter (license, base_model, tags), and how the student was made.
+
+    `provenance` must have `name` and `teacher`. `method` (the phases that ran) and `init` are told if it has them.
+    """
     front: dict[str, Any] = {
         "base_model": provenance["teacher"], "base_model_relation": "finetune", "library_name": "transformers",
         "pipeline_tag": "text-generation", "tags": ["lrc-edge", "low-rank-clone", "distillation"]}
@@ -18,23 +21,36 @@ def model_card(teacher: DenseCheckpoint, shape: ModelShape, provenance: dict[str
         if key in teacher.card:
             front[key] = teacher.card[key]
     licence = teacher.card.get("license") or "not stated by the teacher's model card; the teacher's terms apply"
-    rows = [("hidden size", teacher.shape.hidden_size, shape.hidden_size),
-            ("layers", teacher.shape.num_hidden_layers, shape.num_hidden_layers),
-            ("query / key-value heads", f"{shape.num_attention_heads} / {shape.num_key_value_heads}",
-             f"{shape.num_attention_heads} / {shape.num_key_value_heads}"),
-            ("head size", teacher.shape.head_dim, shape.head_dim),
-            ("FFN width", teacher.shape.intermediate_size, shape.intermediate_size),
-            ("vocabulary", teacher.shape.vocab_size, shape.vocab_size),
-            ("parameters", f"{teacher.shape.n_params:,}", f"{shape.n_params:,}")]
-    table = "\n".join(f"| {name} | {theirs} | {mine} |" for name, theirs, mine in rows)
+    columns = [_facts(model) for model in (teacher.shape, shape)]
+    table = "\n".join(f"| {name} | {value} | {columns[1][name]} |" for name, value in columns[0].items())
     lineage = "\n".join(f"| {_cell(key)} | {_cell(value)} |" for key, value in provenance.items())
     return (f"---\n{yaml.safe_dump(front, sort_keys=True, allow_unicode=True)}---\n\n"
-            f"# {_cell(provenance['name'])}\n\n"
-            f"A Low-Rank Clone ([arXiv 2505.12781](https://arxiv.org/abs/2505.12781)) of "
-            f"{_cell(provenance['teacher'])}, made by lrc-edge: each weight matrix is the teacher's times a trained "
-            "low-rank projection, folded into an ordinary dense checkpoint.\n\n"
+            f"# {_cell(provenance['name'])}\n\n{_story(provenance)}\n\n"
             f"| | teacher | student |\n|---|---|---|\n{table}\n\n"
             f"Licence: {_cell(licence)}\n\n## Lineage\n\n| | |\n|---|---|\n{lineage}\n")
+
+
+def quantized_section(provenance: dict[str, str]) -> str:
+    """What to add to the card of a student after quantization-aware training."""
+    facts = "\n".join(f"| {key} | {_cell(provenance[key])} |" for key in ("grid", "grid_tokens", "grid_teacher")
+                      if key in provenance)
+    return ("\n## Quantization-aware training\n\nThe matrices were trained after the fold, rounded to a quantization "
+            f"grid in every forward pass.\n\n| | |\n|---|---|\n{facts}\n")
+
+
+def _story(provenance: dict[str, str]) -> str:
+    story = (f"A student of {_cell(provenance['teacher'])}, made by lrc-edge and folded into an ordinary dense "
+             "checkpoint. Its matrices started as the teacher's times low-rank projections")
+    if "init" in provenance:
+        story += f" (initialization: {_cell(provenance['init'])})"
+    return f"{story}. Training: {_cell(provenance['method'])}." if "method" in provenance else f"{story}."
+
+
+def _facts(shape: ModelShape) -> dict[str, str]:
+    return {"hidden size": str(shape.hidden_size), "layers": str(shape.num_hidden_layers),
+            "query / key-value heads": f"{shape.num_attention_heads} / {shape.num_key_value_heads}",
+            "head size": str(shape.head_dim), "FFN width": str(shape.intermediate_size),
+            "vocabulary": str(shape.vocab_size), "parameters": f"{shape.n_params:,}"}
 
 
 def _cell(text: Any) -> str:

@@ -1,7 +1,7 @@
-"""Fold: teacher's weights and trained projections become an ordinary dense Hugging Face directory.
+"""Fold: compose the teacher's weights and the trained tensors into an ordinary dense Hugging Face directory.
 
 The result needs neither teacher nor lrc-edge: AutoModelForCausalLM and AutoTokenizer of transformers 4.57 and 5 load
-it.
+it. Shapes and lineage are those in the metadata of the trained file.
 """
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from safetensors.torch import save_file
 
 from lrc_edge.checkpoint import PROVENANCE_FILE, TOKENIZER_PARTS, DenseCheckpoint, Rope
 from lrc_edge.errors import UserError
-from lrc_edge.export.card import model_card
-from lrc_edge.roles import compose, weights_of
+from lrc_edge.export.card import model_card, quantized_section
+from lrc_edge.families import RESIDUAL, weights_of
+from lrc_edge.lineage import Holds, Lineage, compose, read_metadata
 from lrc_edge.shape import ModelShape
 
 SHARD_BYTES = 2 * 1024**3
-# Fields of a teacher's config that speak of its own files or of code to run.
+SAME_TEACHER = "fold with the teacher that it was trained on"
+# Fields of a teacher's config about its own files, or about code to run.
 DROPPED_CONFIG = ("_name_or_path", "auto_map", "torch_dtype", "transformers_version")
 
 
@@ -30,84 +32,88 @@ def fold(teacher: DenseCheckpoint, trained_file: Path, folder: Path, provenance:
          progress: Callable[[str], None] | None = None) -> DenseCheckpoint:
     """Write the student to `folder` (which must not exist) and open it.
 
-    `trained_file`: safetensors with, for each weight with a residual axis, P (teacher width x student width) or the
-    norm itself, named after the weight; or, where its metadata says kind = weights, every weight itself, as a dense
-    phase leaves them. Composed in float32, one weight at a time. Raises UserError.
+    `trained_file`: safetensors with a lineage in its metadata, tensors named after the student's weights. Norms are
+    stored as they are; for each other weight with a projected axis the file holds P (teacher width x student width) or,
+    after a dense phase, the weight itself. Composed in float32, one weight at a time. Raises UserError.
     """
     with safe_open(trained_file, framework="pt") as trained:
-        shape = _student_shape(teacher.shape, trained, trained_file)
+        lineage, holds = read_metadata(trained.metadata(), trained_file)
+        if lineage.teacher != teacher.shape:
+            raise UserError(f"{trained_file}: trained on a teacher of another shape; {SAME_TEACHER}")
+        _check_tensors(trained, lineage, holds, trained_file)
         folder.mkdir(parents=True)
-        _write_weights(_folded(teacher, shape, trained, progress), folder)
-    config = student_config(teacher.config, shape, teacher.rope)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        _write_weights(_folded(teacher, lineage, holds, trained, progress), folder)
+    provenance = provenance | {"lineage": lineage.sources()}
+    _write_tables(teacher, lineage.student, folder, provenance)
     copy_tokenizer(teacher.path, folder)
     for name in ("generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE"):
         if (teacher.path / name).exists():
             shutil.copyfile(teacher.path / name, folder / name)
-    (folder / PROVENANCE_FILE).write_text(json.dumps(provenance, indent=2) + "\n")
-    (folder / "README.md").write_text(model_card(teacher, shape, provenance))
+    (folder / "README.md").write_text(model_card(teacher, lineage.student, provenance))
     return DenseCheckpoint.open(folder)
 
 
 def with_weights(source: DenseCheckpoint, trained_file: Path, folder: Path, provenance: dict[str, str]
                  ) -> DenseCheckpoint:
-    """Write `source` with the weights of `trained_file` (safetensors, kind = weights) in float32 to `folder`, and open
-    it. Tokenizer, card and all else are the source's."""
+    """Write `source` with the weights of `trained_file` in float32 to `folder`, and open it.
+
+    Tokenizer and all other files are the source's; its card, if it has one, gets a section about the training. Raises
+    UserError if the file is of another student or holds projections.
+    """
     with safe_open(trained_file, framework="pt") as trained:
+        lineage, holds = read_metadata(trained.metadata(), trained_file)
+        if lineage.student != source.shape or holds != "weights":
+            raise UserError(f"{trained_file}: does not hold the weights of {source.path}; delete it and train again")
+        _check_tensors(trained, lineage, holds, trained_file)
         folder.mkdir(parents=True)
-        _write_weights(_folded(source, source.shape, trained, None), folder)
+        _write_weights(_folded(source, lineage, holds, trained, None), folder)
     kept_out = {file.name for file in source.weight_files()} | {"model.safetensors.index.json"}
     for file in source.path.iterdir():
         if file.is_file() and file.name not in kept_out:
             shutil.copyfile(file, folder / file.name)
-    config = student_config(source.config, source.shape, source.rope)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (folder / PROVENANCE_FILE).write_text(json.dumps(provenance, indent=2) + "\n")
+    _write_tables(source, source.shape, folder, provenance)
+    card = folder / "README.md"
+    if card.exists():
+        with card.open("ab") as text:
+            text.write(quantized_section(provenance).encode())
     return DenseCheckpoint.open(folder)
 
 
-def _student_shape(teacher: ModelShape, trained: Any, where: Path) -> ModelShape:
+def _check_tensors(trained: Any, lineage: Lineage, holds: Holds, where: Path) -> None:
+    """Raise UserError unless the file has a tensor for each weight that is not copied, of the right shape, and no more.
+    """
     names = set(trained.keys())
-    norm = next(w.name for w in weights_of(teacher) if w.role.kind == "norm")
-    hidden_size = trained.get_slice(norm).get_shape()[0] if norm in names else 0
-    shape = teacher.with_hidden_size(hidden_size)
-    for weight in weights_of(shape):
-        if weight.role.kind == "copy":
+    for weight in weights_of(lineage.student):
+        if lineage.is_copied(weight.role):
             continue
-        is_whole = weight.role.kind == "norm" or _holds_weights(trained)
-        wanted = list(weight.shape) if is_whole else [teacher.hidden_size, hidden_size]
+        is_projection = holds == "projections" and lineage.is_composed(weight.role)
+        wanted = [lineage.teacher.hidden_size, lineage.student.hidden_size] if is_projection else list(weight.shape)
         found = trained.get_slice(weight.name).get_shape() if weight.name in names else None
         if found != wanted:
             raise UserError(f"{where}: {weight.name} is {found or 'missing'}, need {wanted} for this teacher; "
-                            "fold with the teacher that the projections were trained on")
+                            f"{SAME_TEACHER}")
         names.discard(weight.name)
     if names:
-        raise UserError(f"{where}: {sorted(names)[0]} belongs to no weight of this teacher; "
-                        "fold with the teacher that the projections were trained on")
-    return shape
+        raise UserError(f"{where}: {sorted(names)[0]} belongs to no weight of this teacher; {SAME_TEACHER}")
 
 
-def _holds_weights(trained: Any) -> bool:
-    return (trained.metadata() or {}).get("kind") == "weights"
-
-
-def _folded(teacher: DenseCheckpoint, shape: ModelShape, trained: Any, progress: Callable[[str], None] | None
-            ) -> Iterator[tuple[str, torch.Tensor]]:
-    for weight in weights_of(shape):
+def _folded(teacher: DenseCheckpoint, lineage: Lineage, holds: Holds, trained: Any,
+            progress: Callable[[str], None] | None) -> Iterator[tuple[str, torch.Tensor]]:
+    for weight in weights_of(lineage.student):
         if progress:
             progress(weight.name)
-        if weight.role.kind == "copy":
-            yield weight.name, teacher.tensor(weight.name).float()
-        elif weight.role.kind == "norm" or _holds_weights(trained):
-            yield weight.name, trained.get_tensor(weight.name)
-        else:
+        if lineage.is_copied(weight.role):
+            yield weight.name, teacher.tensor(lineage.source_of(weight)).float()
+        elif lineage.is_composed(weight.role) and holds == "projections":
             # float32, whatever the operands were stored in: folding must add no error of its own.
-            yield weight.name, compose(weight.role, teacher.tensor(weight.name).float(),
-                                       trained.get_tensor(weight.name).float()).contiguous()
+            maps = {RESIDUAL: trained.get_tensor(weight.name).float()}
+            yield weight.name, compose(weight, teacher.tensor(lineage.source_of(weight)).float(), maps).contiguous()
+        else:
+            yield weight.name, trained.get_tensor(weight.name)
 
 
 def _write_weights(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path) -> None:
-    """Shards of at most SHARD_BYTES, with an index when there are several: one shard is in memory at a time."""
+    """Write shards of at most SHARD_BYTES, with an index if there are several. One shard is in memory at a time."""
     shards: list[dict[str, Any]] = []
     shard: dict[str, torch.Tensor] = {}
     size = total = 0
@@ -137,15 +143,17 @@ def _write_weights(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path) ->
         json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
 
 
+def _write_tables(source: DenseCheckpoint, shape: ModelShape, folder: Path, provenance: dict[str, str]) -> None:
+    config = student_config(source.config, shape, source.rope)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / PROVENANCE_FILE).write_text(json.dumps(provenance, indent=2) + "\n")
+
+
 def student_config(config: dict[str, Any], shape: ModelShape, rope: Rope) -> dict[str, Any]:
-    """The teacher's config at the student's width; RoPE in the forms of transformers 4 and 5, which read one each."""
+    """The teacher's config with the student's shape. transformers 4 and 5 read RoPE from one form each: both are
+    written."""
     kept = {key: value for key, value in config.items() if key not in DROPPED_CONFIG}
-    return kept | {
-        "hidden_size": shape.hidden_size,
-        # Heads keep the teacher's size, so head_dim is no longer hidden_size / num_attention_heads.
-        "head_dim": shape.head_dim,
-        "num_key_value_heads": shape.num_key_value_heads,
-        "tie_word_embeddings": shape.tied,
+    return kept | shape.as_config() | {
         "dtype": "float32",
         "torch_dtype": "float32",
         "rope_theta": rope.theta,
@@ -155,7 +163,8 @@ def student_config(config: dict[str, Any], shape: ModelShape, rope: Rope) -> dic
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """The tokenizer's files as they are; the class that reads tokenizer.json literally, in transformers 4 and 5."""
+    """Copy the tokenizer's files unmodified, but name the class that reads tokenizer.json literally in transformers 4
+    and 5."""
     for name in TOKENIZER_PARTS:
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)

@@ -32,7 +32,7 @@ from lrc_edge.config_file import (
     shape_of,
 )
 from lrc_edge.errors import UserError, one_line, quiet_panics, shortage
-from lrc_edge.roles import HEAD, Weight, weights_of
+from lrc_edge.families import Weight, family_of, is_unread, weights_of
 from lrc_edge.shape import ModelShape
 
 if TYPE_CHECKING:  # importing takes a second, and writing a file does not need it
@@ -92,9 +92,7 @@ class DenseCheckpoint:
     @property
     def sliding_window(self) -> int | None:
         """Attention window in tokens if some layer uses one, else None."""
-        if self.shape.family == "mistral":
-            return self.config.get("sliding_window", 4096)  # transformers' default if the field is missing
-        return self.config.get("sliding_window") if self.config.get("use_sliding_window") else None
+        return family_of(self.shape.family).window_of(self.config)
 
     @property
     def context_length(self) -> int:
@@ -168,6 +166,11 @@ class DenseCheckpoint:
             check_stop_id(token, self.shape.vocab_size, f"{self.path}: the tokenizer's eos_token_id")
         return tuple(dict.fromkeys([*ids_of(self.generation, "eos_token_id"), *ids_of(self.config, "eos_token_id"),
                                     *own]))
+
+    def bos(self) -> int | None:
+        """The id of the BOS token if the tokenizer writes it before a text, else None."""
+        tokenizer: Any = self.tokenizer()
+        return tokenizer.bos_token_id if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else None
 
     def model(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """Load the transformers model on the CPU in evaluation mode. In float32 it is the reference for every artifact.
@@ -325,7 +328,7 @@ def _check_tensors(shape: ModelShape, files: dict[str, Path], path: Path) -> dic
         raise UserError(f"{path}: tensor {missing[0]} is missing ({len(missing)} of {len(expected)} are); "
                         "config.json and the weights disagree: get an intact copy")
     # Some tied checkpoints also store the head, and old ones store RoPE's frequencies. Both are redundant.
-    extra = [name for name in files if name not in expected and name != HEAD.weight and "rotary_emb" not in name]
+    extra = [name for name in files if name not in expected and not is_unread(name)]
     if extra:
         raise UserError(f"{path}: tensor {extra[0]} does not belong to a {shape.family} ({len(extra)} such); "
                         "an adapter or a changed architecture is not supported")

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from lrc_edge.errors import UserError, one_line
-from lrc_edge.roles import FAMILIES, UNSUPPORTED_SWITCHES
+from lrc_edge.families import family_of
 from lrc_edge.shape import ModelShape
 
 PROVENANCE_FILE = "lrc_edge.json"  # in a student's folder: its teacher, and how it was made
@@ -55,12 +55,11 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def shape_of(config: dict[str, Any], where: Path) -> ModelShape:
     """Return the shape of a supported model. Raises UserError naming `where`."""
-    family = config.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise UserError(f"{where}: model_type {family!r:.80} is not supported; supported: {', '.join(FAMILIES)}")
-    for switch in UNSUPPORTED_SWITCHES[family]:
+    family = family_of(config.get("model_type"), where)
+    for switch in family.off:
         if config.get(switch):
-            raise UserError(f"{where}: {switch} = true is not supported for {family}; use a plain {family} model")
+            raise UserError(f"{where}: {switch} = true is not supported for {family.model_type}; "
+                            f"use a plain {family.model_type} model")
     if config.get("hidden_act", "silu") != "silu":
         raise UserError(f"{where}: hidden_act {config['hidden_act']!r:.80} is not supported; need 'silu'")
     if config.get("quantization_config"):
@@ -80,7 +79,7 @@ def check_values(config: dict[str, Any], shape: ModelShape, where: Path) -> None
                lambda value: _is_positive(value) and isinstance(value, int))
     for field in ("rope_theta", "rms_norm_eps"):
         _field(config, field, where, "a positive number", _is_positive)
-    if shape.family == "mistral" or config.get("use_sliding_window"):
+    if family_of(shape.family).has_window(config):
         _field(config, "sliding_window", where, "a number of tokens", lambda value: _is_integer(value) and value >= 0)
     _check_ids(config, shape.vocab_size, where)
 

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from lrc_edge.figures import visible
+
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM)
 # What PyTorch, safetensors, tokenizers, onnxruntime and numpy write in errors of other types.
 _NO_MEMORY = re.compile(r"can(?:no|')t allocate memory|failed to allocate memory|bad_alloc|not enough memory|"
@@ -74,6 +76,9 @@ def quiet_panics() -> Iterator[None]:
             os.write(2, text)
 
 
-def one_line(error: BaseException) -> str:
-    """Return the error's text on one line, at most 200 characters; its type if it has no text."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def one_line(error: object, longest: int = 200) -> str:
+    """Return an error's text on one line of at most `longest` characters, control characters made visible.
+
+    An error without a text gives the name of its type.
+    """
+    return visible(" ".join(str(error).split()))[:longest] or type(error).__name__

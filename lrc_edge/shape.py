@@ -1,4 +1,4 @@
-"""ModelShape: the integers of a decoder's config, and what follows from them."""
+"""ModelShape: the integers of a decoder's config, and sizes that follow from them."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -10,8 +10,8 @@ from lrc_edge.errors import UserError
 if TYPE_CHECKING:
     from lrc_edge.recipe import Recipe
 
-MOST = 2**31 - 1  # of any count: what runtimes hold in 32 bits
-MOST_LAYERS = 10_000  # each is listed, weight by weight
+MOST = 2**31 - 1  # the largest count: runtimes store it in 32 bits
+MOST_LAYERS = 10_000  # every weight of each is listed
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ class ModelShape:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], where: str) -> ModelShape:
-        """Read a config.json. Raises UserError naming `where` and the field that is missing or no count."""
+        """Read a config.json. Raises UserError naming `where` and the field that is missing or not a count."""
         def count(field: str, default: int | None = None, most: int = MOST) -> int:
             value = config.get(field)
             value = default if value is None else value
             if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-                raise UserError(f"{where}: {field} = {value!r:.80}: need a positive integer; mend the config")
+                raise UserError(f"{where}: {field} = {value!r:.80}: need a positive integer; fix the config")
             if value > most:
-                raise UserError(f"{where}: {field} = {value!s:.80}: need at most {most:,}; mend the config")
+                raise UserError(f"{where}: {field} = {value!s:.80}: need at most {most:,}; fix the config")
             return value
 
         hidden, heads = count("hidden_size"), count("num_attention_heads")
@@ -52,7 +52,7 @@ class ModelShape:
             tied=bool(config.get("tie_word_embeddings", False)))
         if shape.num_attention_heads % shape.num_key_value_heads:
             raise UserError(f"{where}: {heads} attention heads are not divisible by {shape.num_key_value_heads} "
-                            "key/value heads; mend the config")
+                            "key/value heads; fix the config")
         return shape
 
     @property
@@ -68,25 +68,32 @@ class ModelShape:
     @property
     def n_params(self) -> int:
         """Parameters, a tied head counted once."""
-        from lrc_edge.roles import weights_of
+        from lrc_edge.families import weights_of
 
         return sum(weight.numel for weight in weights_of(self))
 
     @property
     def kv_elements_per_token(self) -> int:
-        """Elements of the key/value cache that one token takes."""
+        """Elements of the key/value cache per token."""
         return 2 * self.num_hidden_layers * self.kv_size
 
     def with_hidden_size(self, hidden_size: int) -> ModelShape:
-        """The same model with another residual width: what a width-only clone of it is."""
+        """The same model with another residual width: the shape of a width-only student."""
         return replace(self, hidden_size=hidden_size)
+
+    def as_config(self) -> dict[str, Any]:
+        """The fields of a config.json that hold the shape, apart from model_type."""
+        fields = asdict(self)
+        del fields["family"], fields["tied"]
+        return fields | {"tie_word_embeddings": self.tied}
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, table: dict[str, Any]) -> ModelShape:
-        """What `as_dict` gave. Raises TypeError for another key or type, ValueError for no count."""
+        """Read the result of `as_dict`. Raises TypeError for another key or type, ValueError for a value that is not a
+        count."""
         shape = cls(**table)
         if not isinstance(shape.family, str) or not isinstance(shape.tied, bool):
             raise TypeError(f"family = {shape.family!r:.40}, tied = {shape.tied!r:.40}")
@@ -97,7 +104,8 @@ class ModelShape:
 
 
 def student_width(recipe: Recipe, teacher: ModelShape) -> int:
-    """The recipe's hidden_size, or half the teacher's in the roundest number that quantizes well."""
+    """The recipe's hidden_size. By default half the teacher's, rounded down to a multiple of 256, 64 or 32, so that it
+    quantizes well."""
     if recipe.student.hidden_size:
         return recipe.student.hidden_size
     half = teacher.hidden_size // 2

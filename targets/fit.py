@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lrc_edge.errors import UserError
+from lrc_edge.families import EMBEDDING, weights_of
 from lrc_edge.figures import human_bytes
-from lrc_edge.roles import EMBEDDING, weights_of
 from lrc_edge.shape import ModelShape
 from lrc_edge.targets.memory import Memory, kv_bytes_per_token, memory_of, weight_bytes
 from lrc_edge.targets.profile import Profile

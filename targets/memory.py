@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 from lrc_edge.errors import UserError
+from lrc_edge.families import EMBEDDING, HEAD, Weight, weights_of
 from lrc_edge.formats import BLOCK, format_of
-from lrc_edge.roles import EMBEDDING, HEAD, Weight, weights_of
 from lrc_edge.shape import ModelShape
 from lrc_edge.targets.runtimes.table import readers_of
 

@@ -7,7 +7,7 @@ from gguf import GGMLQuantizationType, quants
 from transformers import PreTrainedModel
 
 from lrc_edge.checkpoint import DenseCheckpoint
-from lrc_edge.roles import Weight
+from lrc_edge.families import Weight
 
 Q4_0, Q8_0 = GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0
 

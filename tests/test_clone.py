@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -13,15 +14,18 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from lrc_edge.checkpoint import DenseCheckpoint
-from lrc_edge.roles import compose
+from lrc_edge.families import RESIDUAL, family_of
+from lrc_edge.lineage import Lineage, compose
+from lrc_edge.recipe import Train, load_recipe
 from lrc_edge.train import initialize
-from lrc_edge.train.clone import RESIDUAL_WRITERS, SAME_COORDINATES, Clone
-from lrc_edge.train.losses import Objective
+from lrc_edge.train.clone import Clone
+from lrc_edge.train.losses import ACTIVATION_TERMS, TERMS, Objective
+from lrc_edge.train.phases import DENSE, PHASES
 
 
 def make_clone(path: Path, hidden_size: int, **options: object) -> Clone:
     teacher = DenseCheckpoint.open(make_tiny(path, **options))  # type: ignore[arg-type]
-    return Clone(teacher.model(), teacher.shape, hidden_size)
+    return Clone(teacher.model(), Lineage.of(teacher.shape, teacher.shape.with_hidden_size(hidden_size)))
 
 
 def some_ids(seed: int = 0) -> torch.Tensor:
@@ -35,8 +39,8 @@ def test_full_width_identity_has_no_loss_but_the_teachers(name: str, tmp_path: P
     losses = clone(some_ids())
     logits = clone.teacher(some_ids()).logits
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), some_ids()[:, 1:].flatten())
-    assert losses.clone.item() < 1e-8 and losses.kl.item() < 1e-8
-    assert losses.lm.item() == pytest.approx(expected.item(), abs=1e-4)
+    assert losses.parts["clone"].item() < 1e-8 and losses.parts["kl"].item() < 1e-8
+    assert losses.parts["lm"].item() == pytest.approx(expected.item(), abs=1e-4)
 
 
 @pytest.mark.parametrize("relative", [False, True])
@@ -46,31 +50,32 @@ def test_losses_are_those_of_two_plain_forward_passes(name: str, relative: bool,
     clone = make_clone(tmp_path / "t", 32, **FAMILIES[name])
     clone.initialize(initialize.gaussian_values(clone, seed=1))
     ids, temperature = some_ids(), 2.0
+    roles = family_of(clone.lineage.student.family).matrices
     taken: list[dict[str, torch.Tensor]] = []
     for model in (clone.teacher, clone.student):
         found: dict[str, torch.Tensor] = {}
         for module_name, module in model.named_modules():
-            if module_name.endswith(SAME_COORDINATES + RESIDUAL_WRITERS):
+            if module_name.endswith(tuple(role.module for role in roles)):
                 module.register_forward_hook(lambda m, i, o, n=module_name, f=found: f.__setitem__(n, o.detach()))
         found["logits"] = model(ids).logits.detach()
         taken.append(found)
-    theirs, mine = taken
+    of_teacher, of_student = taken
     terms = []
-    for key in theirs.keys() - {"logits"}:
-        target = theirs[key]
-        if key.endswith(RESIDUAL_WRITERS):
-            target = target @ clone.projection(f"{key}.weight").detach()
+    for key in of_teacher.keys() - {"logits"}:
+        target = of_teacher[key]
+        if key.endswith(tuple(role.module for role in roles if role.writes_stream)):
+            target = target @ clone.trainable()[f"{key}.weight"].detach()
         scale = target.square().mean((1, 2)) if relative else 1.0
-        terms.append(((mine[key] - target).square().mean((1, 2)) / scale).mean())
+        terms.append(((of_student[key] - target).square().mean((1, 2)) / scale).mean())
     p, q = (F.log_softmax(side["logits"] / temperature, -1) for side in taken)
-    losses = clone(ids, objective=Objective(lm=0.5, kl=0.7, alpha=0.3, temperature=temperature, relative=relative))
-    assert len(terms) == 7 * clone.shape.num_hidden_layers
-    assert losses.clone.item() == pytest.approx(sum(terms).item(), rel=1e-4)  # type: ignore[union-attr]
+    losses = clone(ids, objective=Objective(lm=0.5, kl=0.7, clone=0.3, temperature=temperature, relative=relative))
+    assert len(terms) == 7 * clone.lineage.student.num_hidden_layers
+    assert losses.parts["clone"].item() == pytest.approx(sum(terms).item(), rel=1e-4)  # type: ignore[union-attr]
     kl = (p.exp() * (p - q)).sum(-1)[:, :-1].mean().item() * temperature**2  # the last position predicts nothing here
-    assert losses.kl.item() == pytest.approx(kl, rel=1e-3)
-    lm = F.cross_entropy(mine["logits"][:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    assert losses.lm.item() == pytest.approx(lm.item(), rel=1e-4)
-    whole = 0.5 * losses.lm + 0.7 * losses.kl + 0.3 * losses.clone
+    assert losses.parts["kl"].item() == pytest.approx(kl, rel=1e-3)
+    lm = F.cross_entropy(of_student["logits"][:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert losses.parts["lm"].item() == pytest.approx(lm.item(), rel=1e-4)
+    whole = sum(weight * losses.parts[name] for name, weight in (("lm", 0.5), ("kl", 0.7), ("clone", 0.3)))
     assert losses.total.item() == pytest.approx(whole.item(), rel=1e-5)
 
 
@@ -84,13 +89,13 @@ def test_pulled_back_gradients_equal_autograd_through_the_composition(name: str,
         clone(ids).total.backward()
     clone.pull_back_()
     got = {name: p.grad.clone() for name, p in clone.trainable().items() if p.grad is not None}
-    assert all(weight.grad is None for _, weight in clone._composed())
+    assert all(weight.grad is None for _, weight in clone.composed())
     clone.zero_grad(set_to_none=True)
 
     trained = clone.trainable()
     registered = {id(p): key for key, p in clone.named_parameters()}
-    composed = {registered[id(mine)]: compose(w.role, clone.teacher_weights[w.name], trained[w.name])
-                for w, mine in clone._composed()}
+    composed = {registered[id(matrix)]: compose(w, clone.teacher_weights[w.name], {RESIDUAL: trained[w.name]})
+                for w, matrix in clone.composed()}
     for ids in batches:
         functional_call(clone, composed, (ids,)).total.backward(retain_graph=True)
     assert got.keys() == trained.keys()
@@ -103,25 +108,25 @@ def test_dense_phase_starts_at_the_composed_weights_and_trains_them(tmp_path: Pa
     clone = make_clone(tmp_path / "t", 32)
     clone.initialize(initialize.pca_values(clone, some_ids()))
     before = clone(some_ids())
-    clone.start_dense_phase()
+    clone.start(DENSE)
     losses = clone(some_ids())
-    for term in ("total", "lm", "kl", "clone"):
-        torch.testing.assert_close(getattr(losses, term), getattr(before, term))
+    torch.testing.assert_close(losses.total, before.total)
+    torch.testing.assert_close(losses.parts, before.parts)
     losses.total.backward()
     clone.pull_back_()
     assert all(p.grad is not None for p in clone.trainable().values())
     assert {name: tuple(p.shape) for name, p in clone.trainable().items()} == \
-        {w.name: w.shape for w in clone.weights if w.role.kind != "copy"}
-    assert all(p.grad is None for p in [*clone.projections.values(), *clone.writer_projections().values()])
+        {w.name: w.shape for w in clone.weights if not clone.lineage.is_copied(w.role)}
+    assert len(clone.unread) == 0 and all(p.grad is None for p in clone.writers().values())
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.2])
 def test_no_activation_of_the_teacher_outlives_its_use(alpha: float, tmp_path: Path) -> None:
     clone = make_clone(tmp_path / "t", 32)
     clone.initialize(initialize.pca_values(clone, some_ids()))
-    assert not any(pair._theirs.outputs for pair in clone._pairs())
-    clone(some_ids(), objective=Objective(alpha=alpha))
-    assert not any(pair._theirs.outputs for pair in clone._pairs())
+    assert not any(pair.teacher_tap.outputs for pair in clone.layer_pairs())
+    clone(some_ids(), objective=Objective(clone=alpha))
+    assert not any(pair.teacher_tap.outputs for pair in clone.layer_pairs())
 
 
 def test_recomputing_layers_changes_no_gradient(tmp_path: Path) -> None:
@@ -129,7 +134,8 @@ def test_recomputing_layers_changes_no_gradient(tmp_path: Path) -> None:
     grads = []
     for recompute in (False, True):
         teacher = DenseCheckpoint.open(path)
-        clone = Clone(teacher.model(), teacher.shape, 32, recompute=recompute)
+        clone = Clone(teacher.model(), Lineage.of(teacher.shape, teacher.shape.with_hidden_size(32)),
+                      recompute=recompute)
         clone.initialize(initialize.gaussian_values(clone, seed=1))
         clone(some_ids()).total.backward()
         clone.pull_back_()
@@ -143,7 +149,7 @@ def test_forward_passes_of_one_row_or_of_four_give_the_same_gradients(relative: 
     clone = make_clone(tmp_path / "t", 32)
     clone.initialize(initialize.gaussian_values(clone, seed=1))
     ids = torch.cat([some_ids(), torch.full((1, 33), 7), some_ids(1)[:1]])  # rows that are unlike
-    objective, n_labels = Objective(alpha=0.5, relative=relative), torch.tensor(4 * 32)
+    objective, n_labels = Objective(clone=0.5, relative=relative), torch.tensor(4 * 32)
     grads = []
     for size in (4, 1):
         for part in ids.split(size):
@@ -173,9 +179,10 @@ def test_isolated_documents_are_read_as_if_alone(window: int | None, tmp_path: P
     lengths = [b - a for a, b in pairwise(cuts)]
     weights = [n - 1 for n in lengths]
     for term, parts in (("lm", weights), ("kl", weights), ("clone", lengths)):
-        expected = sum(getattr(a, term) * n for a, n in zip(alone, parts, strict=True)) / sum(parts)
-        torch.testing.assert_close(getattr(together, term), expected, rtol=1e-4, atol=1e-5)
-    assert abs(clone(ids, labels).lm - together.lm) > 1e-3  # attention across documents is something else
+        expected = sum(a.parts[term] * n for a, n in zip(alone, parts, strict=True)) / sum(parts)
+        torch.testing.assert_close(together.parts[term], expected, rtol=1e-4, atol=1e-5)
+    across = clone(ids, labels)
+    assert abs(across.parts["lm"] - together.parts["lm"]) > 1e-3  # attention across documents is something else
 
 
 def test_selection_picks_channels_and_starts_nearer_than_gaussian(tmp_path: Path) -> None:
@@ -184,9 +191,9 @@ def test_selection_picks_channels_and_starts_nearer_than_gaussian(tmp_path: Path
     p = values["model.embed_tokens.weight"]
     assert set(p.unique().tolist()) == {0.0, 1.0} and (p.sum(0) == 1).all() and (p.sum(1) <= 1).all()
     clone.initialize(values)
-    near = clone(some_ids()).kl.item()
+    near = clone(some_ids()).parts["kl"].item()
     clone.initialize(initialize.gaussian_values(clone, 0))
-    assert near < clone(some_ids()).kl.item()
+    assert near < clone(some_ids()).parts["kl"].item()
 
 
 def test_selection_at_full_width_is_the_identity(tmp_path: Path) -> None:
@@ -210,16 +217,16 @@ def test_pca_starts_nearer_than_selection_on_a_stream_of_low_rank(tmp_path: Path
     clone = make_clone(tmp_path / "t", 32)
     with torch.no_grad():  # everything that writes into the stream writes into the same 24 directions of 64
         basis = torch.linalg.qr(torch.randn(64, 24, generator=torch.Generator().manual_seed(0))).Q
-        for weight, _ in clone._composed():
-            theirs = clone.teacher_weights[weight.name]
-            if weight.role.kind == "project_out":
-                theirs.copy_(basis @ basis.T @ theirs)
+        for weight, _ in clone.composed():
+            matrix = clone.teacher_weights[weight.name]
+            if weight.role.writes_stream:
+                matrix.copy_(basis @ basis.T @ matrix)
             elif weight.name == "model.embed_tokens.weight":
-                theirs.copy_(theirs @ basis @ basis.T)
+                matrix.copy_(matrix @ basis @ basis.T)
     kl = {}
     for init in (initialize.pca_values, initialize.selection_values):
         clone.initialize(init(clone, some_ids()))
-        kl[init.__name__] = clone(some_ids()).kl.item()
+        kl[init.__name__] = clone(some_ids()).parts["kl"].item()
     assert kl["pca_values"] < 0.2 * kl["selection_values"], kl
 
 
@@ -229,7 +236,7 @@ def streams_of(clone: Clone, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     modules = dict(clone.teacher.named_modules())
     handles = [modules[w.name.removesuffix(".weight")].register_forward_pre_hook(
         lambda module, inputs, name=w.name: found.__setitem__(name, inputs[0].flatten(0, 1)))
-        for w in clone.weights if w.role.kind == "norm"]
+        for w in clone.weights if w.role.is_norm]
     with torch.no_grad(), clone.untapped() as teacher:
         teacher.model(input_ids=ids)
     for handle in handles:
@@ -253,7 +260,7 @@ def test_initial_values_are_those_of_all_rows_at_once_without_holding_them(name:
         gain = clone.teacher_weights[key].detach()
         ratio = h[:, channels].square().mean(-1).sqrt().mean()
         torch.testing.assert_close(selected[key], gain[channels] * ratio)
-        if key != "model.norm.weight" or not clone.shape.tied:
+        if key != "model.norm.weight" or not clone.lineage.student.tied:
             torch.testing.assert_close(pca[key], torch.ones(32) * (h @ basis).square().mean(-1).sqrt().mean())
     u = pca["model.embed_tokens.weight"]
     torch.testing.assert_close(u @ u.T, basis @ basis.T, rtol=1e-4, atol=1e-4)
@@ -266,7 +273,20 @@ def test_sliding_window_is_kept(tmp_path: Path) -> None:
     losses = clone(some_ids())
     logits = clone.teacher(some_ids()).logits
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), some_ids()[:, 1:].flatten())
-    assert losses.lm.item() == pytest.approx(expected.item(), abs=1e-4)
+    assert losses.parts["lm"].item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_every_phase_has_a_weight_for_every_term() -> None:
+    assert all(term.settings.keys() == PHASES.keys() for term in TERMS.values())
+    train = load_recipe(None, ["train.alpha=0.3", "train.dense_alpha=0.4", "train.kl_weight=0.5"]).train
+    assert [Objective.of(train, phase).clone for phase in PHASES] == [0.3, 0.4, 0.4]
+    assert Objective.of(train, "dense") == Objective(lm=1.0, kl=0.5, clone=0.4)
+    assert not Objective(clone=0.0).compares_activations and Objective(lm=0.0, kl=0.0).compares_activations
+    assert list(ACTIVATION_TERMS) == ["clone"] and not Objective(kl=0.0, clone=0.0).needs_teacher
+
+
+def test_every_initialization_of_the_recipe_has_values() -> None:
+    assert set(initialize.INITS) == set(get_args(get_type_hints(Train)["init"]))
 
 
 def test_initialize_refuses_other_names(tmp_path: Path) -> None:

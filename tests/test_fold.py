@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
 from lrc_edge.export import fold as fold_module
+from lrc_edge.export.card import model_card
 from lrc_edge.export.fold import fold
+from lrc_edge.lineage import AXES, Lineage
 from lrc_edge.train import initialize
 from lrc_edge.train.clone import Clone
 from lrc_edge.train.loop.trainer import save_trained
+from lrc_edge.train.phases import DENSE
 
-PROVENANCE = {"name": "tiny-LRC-32", "teacher": "someone/tiny", "tool": "lrc-edge"}
+PROVENANCE = {"name": "tiny-LRC-32", "teacher": "someone/tiny", "method": "dense distillation", "init": "pca"}
 
 
 def folded(tmp_path: Path, **options: object) -> tuple[Clone, DenseCheckpoint, DenseCheckpoint]:
@@ -29,7 +33,7 @@ def folded(tmp_path: Path, **options: object) -> tuple[Clone, DenseCheckpoint, D
     (path / "LICENSE").write_text("The licence.")
     (path / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": true}')
     teacher = DenseCheckpoint.open(path)
-    clone = Clone(teacher.model(), teacher.shape, 32)
+    clone = Clone(teacher.model(), Lineage.of(teacher.shape, teacher.shape.with_hidden_size(32)))
     clone.initialize(initialize.gaussian_values(clone, seed=3))
     with torch.no_grad():  # 0.02 is so small that every model would say the same
         for name, p in clone.trainable().items():
@@ -64,11 +68,11 @@ def test_config_is_right_for_both_transformers(tmp_path: Path) -> None:
 
 def test_what_the_teacher_had_is_carried_over(tmp_path: Path) -> None:
     _, teacher, student = folded(tmp_path)
-    ours, theirs = AutoTokenizer.from_pretrained(student.path), teacher.tokenizer()
+    ours, expected = AutoTokenizer.from_pretrained(student.path), teacher.tokenizer()
     text = "Hello <|eot_id|> the  world, 12345 é 😀\n"
-    assert ours(text)["input_ids"] == theirs(text)["input_ids"]
-    assert ours.chat_template == theirs.chat_template and ours.chat_template
-    assert ours.eos_token == theirs.eos_token and ours.bos_token == theirs.bos_token
+    assert ours(text)["input_ids"] == expected(text)["input_ids"]
+    assert ours.chat_template == expected.chat_template and ours.chat_template
+    assert ours.eos_token == expected.eos_token and ours.bos_token == expected.bos_token
     assert json.loads((student.path / "generation_config.json").read_text())["temperature"] == 0.6
     assert (student.path / "LICENSE").read_text() == "The licence."
     assert json.loads((student.path / "tokenizer_config.json").read_text())["tokenizer_class"] != "TokenizersBackend"
@@ -78,8 +82,19 @@ def test_model_card_has_licence_and_lineage(tmp_path: Path) -> None:
     _, _, student = folded(tmp_path)
     front = yaml.safe_load((student.path / "README.md").read_text().split("---\n")[1])
     assert front["license"] == "llama3.2" and front["base_model"] == "someone/tiny" and front["language"] == ["en"]
-    assert student.name == "tiny-LRC-32" and student.provenance == PROVENANCE
-    assert "someone/tiny" in (student.path / "README.md").read_text()
+    assert student.name == "tiny-LRC-32"
+    lineage = json.loads(student.provenance["lineage"])
+    assert student.provenance == {**PROVENANCE, "lineage": student.provenance["lineage"]}
+    assert lineage == {**dict.fromkeys(AXES, "identity"), "hidden_size": "projection", "layers": [0, 1]}
+    card = (student.path / "README.md").read_text()
+    assert "A student of someone/tiny" in card and "initialization: pca). Training: dense distillation." in card
+    assert "| hidden size | 64 | 32 |" in card and "| query / key-value heads | 4 / 2 | 4 / 2 |" in card
+
+
+def test_model_card_shows_each_models_own_shape(tmp_path: Path) -> None:
+    teacher = DenseCheckpoint.open(make_tiny(tmp_path / "teacher"))
+    card = model_card(teacher, replace(teacher.shape, num_attention_heads=2, num_key_value_heads=1), PROVENANCE)
+    assert "| query / key-value heads | 4 / 2 | 2 / 1 |" in card
 
 
 def test_several_shards_are_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,9 +110,9 @@ def test_several_shards_are_the_same_model(tmp_path: Path, monkeypatch: pytest.M
 def test_folded_dense_phase_equals_clone(tmp_path: Path) -> None:
     """After a dense phase the file holds weights, which are what is written."""
     teacher = DenseCheckpoint.open(make_tiny(tmp_path / "teacher", family="qwen2", tied=False, tokenizer="qwen2"))
-    clone = Clone(teacher.model(), teacher.shape, 32)
+    clone = Clone(teacher.model(), Lineage.of(teacher.shape, teacher.shape.with_hidden_size(32)))
     clone.initialize(initialize.gaussian_values(clone, seed=3))
-    clone.start_dense_phase()
+    clone.start(DENSE)
     with torch.no_grad():
         for p in clone.trainable().values():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.1)
@@ -111,15 +126,29 @@ def test_folded_dense_phase_equals_clone(tmp_path: Path) -> None:
 def test_projections_of_another_teacher_are_refused(tmp_path: Path) -> None:
     _, teacher, _ = folded(tmp_path)
     tensors = load_file(tmp_path / "projections.safetensors")
+    metadata = Lineage.of(teacher.shape, teacher.shape.with_hidden_size(32)).metadata("projections")
     name = "model.layers.0.self_attn.q_proj.weight"
-    save_file({**tensors, name: torch.zeros(48, 32)}, tmp_path / "bad.safetensors")
+    save_file({**tensors, name: torch.zeros(48, 32)}, tmp_path / "bad.safetensors", metadata)
     with pytest.raises(UserError, match=r"q_proj.weight is \[48, 32\], need \[64, 32\]"):
         fold(teacher, tmp_path / "bad.safetensors", tmp_path / "x", PROVENANCE)
-    save_file({**tensors, "model.layers.9.mlp.up_proj.weight": torch.zeros(64, 32)}, tmp_path / "bad.safetensors")
+    tensors |= {"model.layers.9.mlp.up_proj.weight": torch.zeros(64, 32)}
+    save_file(tensors, tmp_path / "bad.safetensors", metadata)
     with pytest.raises(UserError, match=r"layers.9.*belongs to no weight"):
         fold(teacher, tmp_path / "bad.safetensors", tmp_path / "x", PROVENANCE)
-    del tensors[name]
-    save_file(tensors, tmp_path / "bad.safetensors")
+    del tensors[name], tensors["model.layers.9.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "bad.safetensors", metadata)
     with pytest.raises(UserError, match=r"q_proj.weight is missing"):
         fold(teacher, tmp_path / "bad.safetensors", tmp_path / "x", PROVENANCE)
+    wider = DenseCheckpoint.open(make_tiny(tmp_path / "wider", hidden_size=96))
+    with pytest.raises(UserError, match="trained on a teacher of another shape; fold with the teacher that it was"):
+        fold(wider, tmp_path / "projections.safetensors", tmp_path / "x", PROVENANCE)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_file_without_lineage_is_refused(tmp_path: Path) -> None:
+    """A file of another version has no metadata that names the student."""
+    _, teacher, _ = folded(tmp_path)
+    save_file(load_file(tmp_path / "projections.safetensors"), tmp_path / "old.safetensors", {"kind": "projections"})
+    with pytest.raises(UserError, match=r"old.safetensors: its metadata does not describe a student .* again to train"):
+        fold(teacher, tmp_path / "old.safetensors", tmp_path / "x", PROVENANCE)
     assert not (tmp_path / "x").exists()

@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES
-from safetensors.torch import save_file
 from tiny_models import make_tiny
 
 from lrc_edge.checkpoint import DenseCheckpoint
-from lrc_edge.export.fold import fold
+from lrc_edge.pipeline.training import fold_identity
 from lrc_edge.recipe import Gates
 from lrc_edge.targets.proof.reference import Reference
 
@@ -18,10 +17,7 @@ from lrc_edge.targets.proof.reference import Reference
 @pytest.mark.parametrize("name", FAMILIES)
 def test_identity_folds_to_the_teacher(name: str, tmp_path: Path) -> None:
     teacher = DenseCheckpoint.open(make_tiny(tmp_path / "teacher", **FAMILIES[name]))
-    width = teacher.shape.hidden_size
-    save_file({w.name: teacher.tensor(w.name) if w.role.kind == "norm" else torch.eye(width)
-               for w in teacher.weights() if w.role.kind != "copy"}, tmp_path / "identity.safetensors")
-    student = fold(teacher, tmp_path / "identity.safetensors", tmp_path / "student", {"name": "s", "teacher": "t"})
+    student = fold_identity(teacher, tmp_path / "identity")
     ids = torch.randint(0, 500, (4, 128), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected, got = teacher.model()(ids).logits, student.model()(ids).logits

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrc_edge.checkpoint import DenseCheckpoint
+from lrc_edge.lineage import Lineage
 from lrc_edge.train import losses
 from lrc_edge.train.clone import Clone
 
@@ -29,7 +30,7 @@ def test_chunked_losses_and_gradients_equal_whole_ones(temperature: float, chunk
     monkeypatch.setattr(losses, "CHUNK_TOKENS", chunk)
     student, head, teacher, teacher_head, labels = make()
     objective = losses.Objective(lm=0.7, kl=0.4, temperature=temperature)
-    total, lm, kl = losses.head_losses(student, head, teacher, teacher_head, labels, objective)
+    total, (lm, kl) = losses.head_losses(student, head, teacher, teacher_head, labels, objective)
     (3.0 * total).backward()
     got = (student.grad.clone(), head.grad.clone())  # type: ignore[union-attr]
     student.grad = head.grad = None
@@ -82,7 +83,7 @@ def test_a_whole_training_step_makes_no_logits_of_all_tokens(tiny_llama: Path, m
                                                              ) -> None:
     monkeypatch.setattr(losses, "CHUNK_TOKENS", 32)
     teacher = DenseCheckpoint.open(tiny_llama)
-    clone = Clone(teacher.model(), teacher.shape, 32)
+    clone = Clone(teacher.model(), Lineage.of(teacher.shape, teacher.shape.with_hidden_size(32)))
     ids = torch.randint(0, 500, (8, 128), generator=torch.Generator().manual_seed(0))
     with LargestTensor() as seen:
         clone(ids).total.backward()
@@ -102,7 +103,7 @@ def test_tokens_without_label_count_for_nothing() -> None:
 
 def test_without_a_teacher_there_is_no_kl() -> None:
     student, head, _, _, labels = make()
-    total, lm, kl = losses.head_losses(student, head, None, None, labels, losses.Objective(lm=2.0))
+    total, (lm, kl) = losses.head_losses(student, head, None, None, labels, losses.Objective(lm=2.0))
     assert kl.item() == 0 and total.item() == pytest.approx(2 * lm.item())
 
 

@@ -25,7 +25,7 @@ from lrc_edge.export.quantize.encodings import quantize_matrix
 from lrc_edge.export.quantize.imatrix import collect
 from lrc_edge.export.quantize.mixed_precision import allocate, candidates, check_size, choose, tensor_bytes
 from lrc_edge.export.quantize.sensitivity import PROBE, measure
-from lrc_edge.roles import weights_of
+from lrc_edge.families import weights_of
 
 ROWS = np.random.default_rng(0).integers(5, 500, (2, 48))
 

@@ -90,14 +90,14 @@ def some_state(value: float) -> dict[str, torch.Tensor]:
 def test_checkpoints_are_pruned_and_a_partial_one_is_no_checkpoint(tmp_path: Path) -> None:
     assert checkpoints.latest(tmp_path) is None
     for step in (2, 4, 10, 100):
-        checkpoints.save(tmp_path, step, some_state(step), {"dense": False}, keep=2)
+        checkpoints.save(tmp_path, step, some_state(step), {"phase": "clone"}, keep=2)
     (tmp_path / checkpoints.PARTIAL).mkdir()
     (tmp_path / checkpoints.PARTIAL / checkpoints.STATE_FILE).write_bytes(b"half")
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000010", "step-00000100"]
     last = checkpoints.latest(tmp_path)
     assert last is not None
     tensors, facts = checkpoints.load(last)
-    assert facts == {"step": 100, "dense": False} and tensors.get_tensor("trained.x")[0] == 100
+    assert facts == {"step": 100, "phase": "clone"} and tensors.get_tensor("trained.x")[0] == 100
 
 
 def test_a_disk_that_is_full_keeps_the_last_checkpoint_and_says_so(tmp_path: Path) -> None:

@@ -4,11 +4,16 @@ from __future__ import annotations
 import pytest
 
 from lrc_edge.recipe import MAX_RATE, PEAK_RATE, load_recipe
+from lrc_edge.shape import ModelShape
 from lrc_edge.train.loop.schedule import Schedule
 
 
+def student(width: int, positions: int) -> ModelShape:
+    return ModelShape("llama", 512, width, 96, 2, 4, 2, 24, positions, tied=True)
+
+
 def schedule(*settings: str, n_tokens: int = 10**7, positions: int = 4096, width: int = 64) -> Schedule:
-    return Schedule.of(load_recipe(None, settings).train, positions, n_tokens, width)
+    return Schedule.of(load_recipe(None, settings).train, student(width, positions), n_tokens)
 
 
 @pytest.mark.parametrize(("settings", "n_tokens", "expected"), [
@@ -54,6 +59,6 @@ def test_rates_warm_up_in_both_phases_and_end_at_zero() -> None:
     ("lrc-1.5b", 203_451, 10e9), ("lrc-1.7b", 610_352, 20e9), ("lrc-4b", 549_316, 18e9)])
 def test_the_papers_recipes(name: str, steps: int, tokens: float) -> None:
     recipe = load_recipe(name)
-    found = Schedule.of(recipe.train, 131_072, 0, 1536)
+    found = Schedule.of(recipe.train, student(1536, 131_072), 0)
     assert found.steps == steps and found.tokens == pytest.approx(tokens, rel=1e-4)
     assert recipe.student.hidden_size % 256 == 0

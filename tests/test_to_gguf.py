@@ -24,13 +24,13 @@ from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.console import QUIET
 from lrc_edge.errors import UserError
 from lrc_edge.export.gguf import to_gguf
-from lrc_edge.export.gguf.metadata import architecture_name
+from lrc_edge.export.gguf.metadata import architecture
 from lrc_edge.export.gguf.to_gguf import GGUF_NAMES, check_gguf, export_gguf, file_name, gguf_name, interleave_rotary
 from lrc_edge.export.gguf.vocabulary import read_vocabulary
 from lrc_edge.export.passes import Passes
 from lrc_edge.export.quantize.encodings import ENCODINGS
-from lrc_edge.roles import EMBEDDING, FINAL_NORM, HEAD, Role, Weight
-from lrc_edge.roles import FAMILIES as ROLES
+from lrc_edge.families import EMBEDDING, FINAL_NORM, HEAD, Role, Weight
+from lrc_edge.families import FAMILIES as RECORDS
 from lrc_edge.targets.runtimes.llamacpp import LlamaCpp
 
 LINEAR = {"rope_type": "linear", "factor": 2.0}
@@ -113,10 +113,10 @@ def test_interleave_rotary_pairs_what_hugging_face_rotates_together() -> None:
 
 
 def test_every_role_has_a_name_and_an_unknown_one_is_an_error() -> None:
-    roles = {role.name for family in ROLES.values() for role in family} | {EMBEDDING.name, HEAD.name, FINAL_NORM.name}
-    assert GGUF_NAMES.keys() == roles
+    of_layers = {role.name for family in RECORDS.values() for role in family.roles}
+    assert GGUF_NAMES.keys() == of_layers | {EMBEDDING.name, HEAD.name, FINAL_NORM.name}
     with pytest.raises(ValueError, match="no name for role router"):
-        gguf_name(Weight("x", Role("router", "x", "copy", ("head_dim",)), 0, (1,)))
+        gguf_name(Weight("x", Role("router", "x", ("head_dim",)), 0, (1,)))
 
 
 @pytest.mark.parametrize("shape, expected", [
@@ -124,7 +124,7 @@ def test_every_role_has_a_name_and_an_unknown_one_is_an_error() -> None:
     ("qwen2-tied", "llama")])  # llama.cpp's qwen2 cannot have head_dim != hidden_size / heads
 def test_architecture(shape: str, expected: str, tmp_path: Path) -> None:
     checkpoint = DenseCheckpoint.open(make_tiny(tmp_path / "model", **(FAMILIES | MORE_SHAPES)[shape]))
-    assert architecture_name(checkpoint) == expected
+    assert architecture(checkpoint).name == expected
 
 
 def student(tmp_path: Path, **settings: Any) -> Path:

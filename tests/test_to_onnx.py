@@ -24,8 +24,8 @@ from lrc_edge.errors import UserError
 from lrc_edge.export.onnx.graph import ROPE_TABLES
 from lrc_edge.export.onnx.to_onnx import FILES, export_onnx
 from lrc_edge.export.onnx.weights import GRIDS, Q4_0, Q8_0, Grid, pack
+from lrc_edge.families import Weight
 from lrc_edge.parity import compare
-from lrc_edge.roles import Weight
 from lrc_edge.targets.proof.reference import Reference
 from lrc_edge.targets.runtimes.onnxrt import OnnxRuntime
 from lrc_edge.targets.runtimes.ort_genai import OrtGenai

@@ -23,6 +23,7 @@ from lrc_edge.errors import UserError
 from lrc_edge.export.fold import with_weights
 from lrc_edge.export.gguf.to_gguf import export_gguf
 from lrc_edge.export.quantize.encodings import quantize_matrix
+from lrc_edge.lineage import Lineage
 from lrc_edge.pipeline import preflight
 from lrc_edge.pipeline.plan import Plan
 from lrc_edge.recipe import load_recipe
@@ -30,6 +31,7 @@ from lrc_edge.train.clone import Clone
 from lrc_edge.train.grids import on_grid, on_q4_0, on_q8_0
 from lrc_edge.train.loop.trainer import METRICS_FILE, TRAINED_FILE, read_metrics
 from lrc_edge.train.losses import Objective
+from lrc_edge.train.phases import DENSE, QUANTIZED
 
 Q4_0, Q8_0 = GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0
 GRID = ("quantize.tokens=5120", "quantize.batch_tokens=256")
@@ -85,19 +87,19 @@ def test_weights_on_the_grid_quantize_to_themselves(grid: object, type: GGMLQuan
 def test_gradients_go_straight_through_the_rounding(name: str, tmp_path: Path) -> None:
     """The latent weights get the gradients that autograd gives a model of the rounded ones."""
     checkpoint = DenseCheckpoint.open(make_tiny(tmp_path / "t", **FAMILIES[name]))
-    clone = Clone(checkpoint.model(), checkpoint.shape, checkpoint.shape.hidden_size)
-    clone.start_dense_phase()
+    clone = Clone(checkpoint.model(), Lineage.of(checkpoint.shape, checkpoint.shape))
+    clone.start(DENSE)
     clone.initialize({weight: checkpoint.tensor(weight).float() for weight in clone.trainable()})
-    clone.start_quantized_phase()
-    assert clone.writer_projections() == {}
+    clone.start(QUANTIZED)
+    assert clone.phase.kept(clone) == {}
     rounded = checkpoint.model()
     own = dict(rounded.named_parameters())
     with torch.no_grad():
         for weight in checkpoint.weights():
-            if weight.role.kind in ("project_in", "project_out"):
+            if weight.role.is_matrix:
                 own[weight.name].copy_(on_grid(weight, own[weight.name]))
     ids = torch.randint(0, 500, (2, 33), generator=torch.Generator().manual_seed(0))
-    clone(ids, objective=Objective(lm=1.0, kl=0.0, alpha=0.0)).total.backward()
+    clone(ids, objective=Objective(lm=1.0, kl=0.0, clone=0.0)).total.backward()
     clone.pull_back_()
     logits = rounded(ids).logits
     torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()

@@ -12,7 +12,7 @@ from train_runs import run
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.corpus.held_out import HeldOut
 from lrc_edge.errors import UserError
-from lrc_edge.train.loop.stage import load_clone
+from lrc_edge.train.loop.stage import load_trained
 from lrc_edge.train.loop.trainer import EVAL_TOKENS, TRAINED_FILE, choose_device, choose_precision, held_out_loss
 
 
@@ -54,7 +54,7 @@ def test_accumulation_is_the_same_as_a_large_batch(tiny_llama: Path, data: Path,
 
 def test_saved_projections_make_the_same_student(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
     run(tiny_llama, data, tmp_path / "train", "train.precision=fp32")
-    clone = load_clone(DenseCheckpoint.open(tiny_llama), 32, trained=tmp_path / "train" / TRAINED_FILE)
+    clone = load_trained(DenseCheckpoint.open(tiny_llama), tmp_path / "train" / TRAINED_FILE)
     summary = json.loads((tmp_path / "train" / "training.json").read_text())
     assert summary["steps"] == 20 and summary["init"] == "pca" and summary["precision"] == "fp32"
     rows = HeldOut.load(data / "held_out.npz").rows(64, EVAL_TOKENS, clone.teacher.config.bos_token_id)

@@ -25,7 +25,7 @@ def run(teacher: Path, data: Path, folder: Path, *settings: str) -> list[dict[st
     if recipe.quantize.tokens:
         train_on_grid(model, model, recipe, data, folder, rows.append)
     else:
-        train(model, recipe, Plan.of(recipe, model, 32, data), data, folder, rows.append)
+        train(model, recipe, Plan.of(recipe, model, model.shape.with_hidden_size(32), data), data, folder, rows.append)
     return rows
 
 

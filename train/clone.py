@@ -1,18 +1,12 @@
-"""Clone: teacher and student run layer by layer, side by side, on the same tokens.
+"""A frozen teacher and its student (the same transformers class), run layer by layer on the same tokens.
 
-The student is transformers' own model of a smaller hidden_size. In the clone phase its matrices are not trained:
-`compose_` writes W = f(teacher's W, P) into them, the backward pass leaves gradients on them, and `pull_back_` hands
-those to the projections P, which are what the optimizer sees. So a weight is composed once per optimizer step, however
-many batches it has. Norms have no projection; the student trains its own. `start_dense_phase` ends this: from there
-on the matrices themselves are trained, as a folded student's would be (Train What You Deploy, arXiv 2609.02006).
-`start_quantized_phase` then composes them again, from latent weights rounded to the grid of the file that ships, and
-hands their gradients straight through the rounding (Bengio et al., arXiv 1308.3432).
+The phase (train/phases.py) decides what the optimizer trains and how the student's matrices follow from that.
+Call `compose_` after each change of the trained tensors, and `pull_back_` after the backward passes of a step.
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,26 +14,22 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lrc_edge.roles import Weight, compose, weights_of
-from lrc_edge.shape import ModelShape
-from lrc_edge.train import losses, lowrank
-from lrc_edge.train.grids import on_grid
-from lrc_edge.train.losses import Objective
+from lrc_edge.families import Role, Weight, family_of, parts_of, weights_of
+from lrc_edge.lineage import Lineage
+from lrc_edge.train import losses
+from lrc_edge.train.losses import ACTIVATION_TERMS, Losses, Objective
 from lrc_edge.train.masks import attention_mask, positions_of
-
-# Modules of a layer whose outputs are cloned. The first five are in the teacher's coordinates; the last two write into
-# the residual stream, so the teacher's output goes through the projection first.
-SAME_COORDINATES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
-RESIDUAL_WRITERS = ("self_attn.o_proj", "mlp.down_proj")
+from lrc_edge.train.phases import CLONE, Phase, key
 
 
 class Tap:
-    """Keeps the last outputs of a layer's linears: after the bias, before q/k norm, RoPE and activation."""
+    """Keeps the last outputs of some modules of a layer. Those of linears come after the bias, before q/k norm, RoPE
+    and activation."""
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: nn.Module, modules: Iterable[str]):
         self.outputs: dict[str, torch.Tensor] = {}
         self.keeps = True
-        for name in SAME_COORDINATES + RESIDUAL_WRITERS:
+        for name in modules:
             layer.get_submodule(name).register_forward_hook(self._keeper(name))
 
     def _keeper(self, name: str) -> Any:
@@ -53,123 +43,122 @@ class Tap:
         return outputs
 
 
-@dataclass
-class Losses:
-    """`total` is weighted and has gradients; its parts are unweighted, detached 0-d tensors."""
-
-    total: torch.Tensor
-    lm: torch.Tensor
-    kl: torch.Tensor
-    clone: torch.Tensor
-
-
 class LayerPair(nn.Module):
-    """A teacher's layer and its student's: the teacher's activations live as long as this layer's forward pass."""
+    """A layer of the teacher and one of the student. The teacher's activations live for this layer's forward pass only.
 
-    def __init__(self, teacher: nn.Module, student: nn.Module, teacher_width: int, student_width: int,
+    The outputs of all linears (`roles`) are compared. Those that write into the residual stream are in the student's
+    coordinates, so the teacher's outputs go through their projections first.
+    """
+
+    def __init__(self, teacher: nn.Module, student: nn.Module, roles: tuple[Role, ...], sizes: tuple[int, int],
                  recompute: bool):
+        """`sizes`: of a projection, (teacher's width, student's width)."""
         super().__init__()
         self.teacher, self.student, self.recompute = teacher, student, recompute
         self.projections = nn.ParameterDict(
-            {_key(name): nn.Parameter(torch.zeros(teacher_width, student_width)) for name in RESIDUAL_WRITERS})
-        self._theirs, self._mine = Tap(teacher), Tap(student)
+            {key(role.module): nn.Parameter(torch.zeros(sizes)) for role in roles if role.writes_stream})
+        modules = [role.module for role in roles]
+        self.teacher_tap, self.student_tap = Tap(teacher, modules), Tap(student, modules)
 
     def compile_(self) -> None:
-        """torch.compile, as one graph, or as two where the student's is run again: a graph cannot replay its taps."""
+        """torch.compile, as one graph, or as two if the student's is run again: a graph cannot replay its taps."""
         if self.recompute:
             self.teacher.compile()
             self._student = torch.compile(self._student)  # type: ignore[method-assign]
         else:
             self.compile()
 
-    def forward(self, theirs: torch.Tensor | None, mine: torch.Tensor, objective: Objective,
+    def forward(self, teacher_stream: torch.Tensor | None, student_stream: torch.Tensor, objective: Objective,
                 mask: torch.Tensor | None, rope: tuple[torch.Tensor, torch.Tensor]
                 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """The two residual streams behind this layer, and the sum of its clone terms. `theirs` None: student alone."""
+        """The two residual streams after this layer, and the terms of ACTIVATION_TERMS, each summed over the linears.
+
+        Without a stream of the teacher only the student runs.
+        """
         targets: dict[str, torch.Tensor] = {}
-        if theirs is not None:
+        if teacher_stream is not None:
             with torch.no_grad():
-                theirs = self.teacher(theirs, attention_mask=mask, position_embeddings=rope)
-            outputs = self._theirs.take()
-            targets = outputs if objective.alpha else {}
+                teacher_stream = self.teacher(teacher_stream, attention_mask=mask, position_embeddings=rope)
+            outputs = self.teacher_tap.take()
+            targets = outputs if objective.compares_activations else {}
         if self.recompute and torch.is_grad_enabled():
-            mine, terms = checkpoint(self._student, mine, targets, objective.relative, mask, rope,
-                                     use_reentrant=False, preserve_rng_state=False)
+            student_stream, terms = checkpoint(self._student, student_stream, targets, objective.relative, mask, rope,
+                                               use_reentrant=False, preserve_rng_state=False)
         else:
-            mine, terms = self._student(mine, targets, objective.relative, mask, rope)
-        return theirs, mine, terms
+            student_stream, terms = self._student(student_stream, targets, objective.relative, mask, rope)
+        return teacher_stream, student_stream, terms
 
     def _student(self, stream: torch.Tensor, targets: dict[str, torch.Tensor], relative: bool,
                  mask: torch.Tensor | None, rope: tuple[torch.Tensor, torch.Tensor]
                  ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The student's layer, and its seven terms (section 3.2 of the paper), each of equal weight."""
+        """The student's layer and its terms, in which the seven linears have equal weight (the paper, section 3.2)."""
         stream = self.student(stream, attention_mask=mask, position_embeddings=rope)
-        mine = self._mine.take()
-        terms = stream.new_zeros((), dtype=torch.float32)
+        outputs = self.student_tap.take()
+        terms = stream.new_zeros(len(ACTIVATION_TERMS), dtype=torch.float32)
         for name, target in targets.items():
-            if _key(name) in self.projections:
-                target = target @ self.projections[_key(name)].to(target.dtype)
-            terms = terms + losses.clone_term(mine[name], target, relative)
+            if key(name) in self.projections:
+                target = target @ self.projections[key(name)].to(target.dtype)
+            terms = terms + torch.stack([of_activations(outputs[name], target, relative)
+                                         for of_activations in ACTIVATION_TERMS.values()])
         return stream, terms
 
 
 class Clone(nn.Module):
-    """A frozen teacher, its narrower student, and the projections between them."""
+    """A frozen teacher, its student of another width, and the tensors that are trained to make the student."""
 
     teacher: PreTrainedModel
     student: PreTrainedModel
+    phase: Phase
 
-    def __init__(self, teacher: PreTrainedModel, teacher_shape: ModelShape, hidden_size: int,
-                 compute_dtype: torch.dtype = torch.float32, recompute: bool = False):
+    def __init__(self, teacher: PreTrainedModel, lineage: Lineage, compute_dtype: torch.dtype = torch.float32,
+                 recompute: bool = False):
         """`compute_dtype`: float32, or bfloat16 for autocast forward passes and compositions on float32 masters.
 
         `recompute`: the student's layers keep nothing for the backward pass but their inputs (gradient checkpointing).
+        All projections are 0: initialize them.
         """
         super().__init__()
-        self.shape = teacher_shape.with_hidden_size(hidden_size)
-        self.teacher_width = teacher_shape.hidden_size
-        self.compute_dtype = compute_dtype
-        self.is_dense = False
+        self.lineage, self.compute_dtype = lineage, compute_dtype
         self._token_losses: losses.TokenLosses = losses.token_losses
         teacher.requires_grad_(False)
-        config = type(teacher.config).from_dict(teacher.config.to_dict())
-        config.hidden_size, config.head_dim = hidden_size, teacher_shape.head_dim
-        config._attn_implementation = teacher.config._attn_implementation = "sdpa"
-        with teacher.device:
-            student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        student = _new_student(teacher, lineage)
         # No dropout, whatever the teacher was trained with: then a step draws no random numbers at all.
         teacher.eval(), student.eval()
-        # Both models stay whole for those who read them, but this module owns their layers as pairs: a layer that
+        # Both models stay complete for those who read them, but this module owns their layers as pairs: a layer that
         # could be reached by two paths could not be sharded as one unit.
         object.__setattr__(self, "teacher", teacher)
         object.__setattr__(self, "student", student)
+        self.teacher_parts, self.student_parts = parts_of(teacher), parts_of(student)
+        roles = family_of(lineage.student.family).matrices
+        sizes = lineage.teacher.hidden_size, lineage.student.hidden_size
         self.pairs = nn.ModuleList(
-            LayerPair(theirs, mine, self.teacher_width, hidden_size, recompute)
-            for theirs, mine in zip(teacher.model.layers, student.model.layers, strict=True))
-        self.ends = nn.ModuleList([end for m in (teacher, student)
-                                   for end in (m.model.embed_tokens, m.model.rotary_emb, m.model.norm, m.lm_head)])
-        self.weights = list(weights_of(self.shape))
-        # These P only make weights: no forward pass reads them.
-        self.projections = nn.ParameterDict(
-            {_key(weight.name): nn.Parameter(torch.zeros(self.teacher_width, hidden_size)) for weight in self.weights
-             if weight.role.kind == "project_in"})
-        self.latents = nn.ParameterDict()  # of the quantized phase: what the matrices were before rounding
+            LayerPair(of_teacher, of_student, roles, sizes, recompute) for of_teacher, of_student
+            in zip(self.teacher_parts.layers, self.student_parts.layers, strict=True))
+        self.ends = nn.ModuleList([end for parts in (self.teacher_parts, self.student_parts)
+                                   for end in (parts.embedding, parts.rope, parts.norm, parts.head)])
+        self.weights = list(weights_of(lineage.student))
+        self.unread = nn.ParameterDict()  # trained tensors of the phase that no forward pass reads
         self.bind()
         for weight in self.weights:
-            if weight.role.kind == "copy":
-                self.student_weights[weight.name].data.copy_(self.teacher_weights[weight.name].data)
+            if lineage.is_copied(weight.role):
+                self.student_weights[weight.name].data.copy_(self.teacher_of(weight).data)
                 self.student_weights[weight.name].requires_grad_(False)
+        self.start(CLONE)
+
+    def start(self, phase: Phase) -> None:
+        phase.begin(self)
+        self.phase = phase
 
     def compile_(self) -> None:
         """torch.compile of every layer and of the losses at the head."""
-        for pair in self._pairs():
+        for pair in self.layer_pairs():
             pair.compile_()
         self._token_losses = torch.compile(losses.token_losses)
 
     @contextmanager
     def untapped(self) -> Iterator[PreTrainedModel]:
-        """The teacher, to be run as a whole: its layers keep no outputs meanwhile."""
-        taps = [pair._theirs for pair in self._pairs()]
+        """The teacher, to be run as one model: its layers keep no outputs meanwhile."""
+        taps = [pair.teacher_tap for pair in self.layer_pairs()]
         for tap in taps:
             tap.keeps = False
         try:
@@ -179,36 +168,38 @@ class Clone(nn.Module):
                 tap.keeps = True
 
     def bind(self) -> None:
-        """Find the parameters by name. Call it again when they were replaced by shards."""
+        """Find the parameters by name. Call it again if shards have replaced them."""
         self.teacher_weights = dict(self.teacher.named_parameters())
         self.student_weights = dict(self.student.named_parameters())
 
-    def projection(self, name: str) -> nn.Parameter:
-        """P (teacher width x student width) of the weight with this Hugging Face name."""
-        if _key(name) in self.projections:
-            return self.projections[_key(name)]
-        _, _, layer, module = name.removesuffix(".weight").split(".", 3)
-        return self._pairs()[int(layer)].projections[_key(module)]
-
-    def _pairs(self) -> list[LayerPair]:
+    def layer_pairs(self) -> list[LayerPair]:
         return [pair for pair in self.pairs if isinstance(pair, LayerPair)]
 
+    def teacher_of(self, weight: Weight) -> nn.Parameter:
+        """The teacher's weight that a weight of the student comes from."""
+        return self.teacher_weights[self.lineage.source_of(weight)]
+
+    def composed(self) -> Iterator[tuple[Weight, nn.Parameter]]:
+        """The student's matrices that depend on the residual width, with the parameters of the model."""
+        for weight in self.weights:
+            if self.lineage.is_composed(weight.role):
+                yield weight, self.student_weights[weight.name]
+
+    def writer(self, weight: Weight) -> nn.Parameter:
+        """The P of a layer's linear that writes into the residual stream. The quantized phase has none."""
+        assert weight.layer is not None
+        pair: Any = self.pairs[weight.layer]
+        return pair.projections[key(weight.role.module)]  # type: ignore[no-any-return]
+
+    def writers(self) -> dict[str, nn.Parameter]:
+        """The P of all such linears, by the weight's name."""
+        return {weight.name: self.writer(weight) for weight in self.weights if weight.role.writes_stream}
+
     def trainable(self) -> dict[str, nn.Parameter]:
-        """What the optimizer trains, by the name of the weight that it makes: projections, weights or latent weights,
-        and norms."""
-        return {weight.name: self._trained(weight) for weight in self.weights if weight.role.kind != "copy"}
-
-    def _trained(self, weight: Weight) -> nn.Parameter:
-        if _key(weight.name) in self.latents:
-            return self.latents[_key(weight.name)]
-        is_whole = self.is_dense or weight.role.kind == "norm"
-        return self.student_weights[weight.name] if is_whole else self.projection(weight.name)
-
-    def writer_projections(self) -> dict[str, nn.Parameter]:
-        """The P that the clone terms of the dense phase still compare through, by the weight's name; none where the
-        teacher is as wide as the student."""
-        return {weight.name: self.projection(weight.name) for weight in self.weights
-                if weight.role.kind == "project_out" and not self.latents}
+        """What the optimizer trains, by the name of the weight that it makes: the phase's tensors, and norms."""
+        return {weight.name: self.phase.master(self, weight) if self.lineage.is_composed(weight.role)
+                else self.student_weights[weight.name]
+                for weight in self.weights if not self.lineage.is_copied(weight.role)}
 
     def initialize(self, values: dict[str, torch.Tensor]) -> None:
         """Set every trainable tensor, by name; no more and no fewer. Composes the student."""
@@ -219,65 +210,13 @@ class Clone(nn.Module):
             trainable[name].data.copy_(value)
         self.compose_()
 
-    def start_dense_phase(self) -> None:
-        """From now on the student's matrices are trained themselves; of the projections, those that clone terms compare
-        through stay as they are."""
-        self.compose_(torch.float32)  # masters: the first dense weights must not be rounded to the compute type
-        self.is_dense = True
-        self.projections.clear()
-        for p in self.writer_projections().values():
-            p.requires_grad_(False)
-            p.grad = None
+    def compose_(self) -> None:
+        """Write every composed weight into the student. Call it whenever a trained tensor has changed."""
+        self.phase.compose_(self, self.compute_dtype)
 
-    def start_quantized_phase(self) -> None:
-        """From now on the student's matrices are latent weights rounded to the Q4_0 file's grid; these are trained.
-
-        Their teacher is the unquantized student, of the same width, or there are no clone terms: nothing is compared
-        through a projection.
-        """
-        for weight, mine in self._composed():
-            self.latents[_key(weight.name)] = nn.Parameter(mine.detach().clone())
-        for pair in self._pairs():
-            pair.projections.clear()
-        self.compose_()
-
-    def _composed(self) -> Iterator[tuple[Weight, nn.Parameter]]:
-        """The student's matrices: none of them is trained itself, but in the dense phase."""
-        for weight in self.weights:
-            if weight.role.kind in ("project_in", "project_out"):
-                yield weight, self.student_weights[weight.name]
-
-    @torch.no_grad()
-    def compose_(self, dtype: torch.dtype | None = None) -> None:
-        """Write every composed weight into the student. Call it whenever what is trained has changed."""
-        if self.is_dense and not self.latents:
-            return
-        dtype = dtype or self.compute_dtype
-        for weight, mine in self._composed():
-            trained = self._trained(weight)
-            if self.latents:
-                # Blocks lie within a row, and shards hold whole rows.
-                lowrank.local(mine).copy_(on_grid(weight, lowrank.local(trained)))
-            else:
-                theirs = self.teacher_weights[weight.name]
-                composed = compose(weight.role, theirs.to(dtype), trained.to(dtype))
-                mine.copy_(lowrank.placed_as(composed, mine))
-
-    @torch.no_grad()
     def pull_back_(self) -> None:
-        """Add the composed weights' gradients to what they are made of, and clear them. Call it before clipping."""
-        if self.is_dense and not self.latents:
-            return
-        for weight, mine in self._composed():
-            if mine.grad is None:
-                continue
-            trained, grad = self._trained(weight), mine.grad
-            if not self.latents:
-                theirs = self.teacher_weights[weight.name].to(self.compute_dtype)
-                grad = lowrank.pull_back(weight.role, theirs, grad.to(self.compute_dtype))
-                grad = lowrank.placed_as(grad, trained).float()
-            trained.grad = grad if trained.grad is None else trained.grad.add_(grad)
-            mine.grad = None
+        """Map the gradients of the composed weights to the trained tensors. Call it before clipping."""
+        self.phase.pull_back_(self, self.compute_dtype)
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None,
                 documents: torch.Tensor | None = None, *, objective: Objective | None = None,
@@ -292,26 +231,32 @@ class Clone(nn.Module):
         objective = objective or Objective()
         if labels is None:
             labels = nn.functional.pad(input_ids[:, 1:], (0, 1), value=losses.NO_LABEL)
-        theirs: torch.Tensor | None = None
+        teacher, student = self.teacher_parts, self.student_parts
+        teacher_stream: torch.Tensor | None = None
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16):
             if objective.needs_teacher:
-                theirs = self.teacher.model.embed_tokens(input_ids)
-            mine = self.student.model.embed_tokens(input_ids).float()
-            rope = self.student.model.rotary_emb(mine.to(self.compute_dtype), positions_of(input_ids, documents))
-            clone = mine.new_zeros((), dtype=torch.float32)
+                teacher_stream = teacher.embedding(input_ids)
+            student_stream = student.embedding(input_ids).float()
+            rope = student.rope(student_stream.to(self.compute_dtype), positions_of(input_ids, documents))
+            terms = student_stream.new_zeros(len(ACTIVATION_TERMS), dtype=torch.float32)
             for i, pair in enumerate(self.pairs):
                 mask = attention_mask(self.student.config, i, input_ids, documents)
-                theirs, mine, terms = pair(theirs, mine, objective, mask, rope)
-                clone = clone + terms * share
-            hidden = self.student.model.norm(mine).flatten(0, 1)
+                teacher_stream, student_stream, found = pair(teacher_stream, student_stream, objective, mask, rope)
+                terms = terms + found * share
+            hidden = student.norm(student_stream).flatten(0, 1)
             target = target_head = None
-            if objective.kl and theirs is not None:
-                target, target_head = self.teacher.model.norm(theirs).flatten(0, 1), self.teacher.lm_head.weight
-            token_loss, lm, kl = losses.head_losses(hidden, self.student.lm_head.weight, target, target_head,
-                                                    labels.flatten(), objective, n_labels, self._token_losses)
-        return Losses(token_loss + objective.alpha * clone, lm, kl, clone.detach())
+            if objective.compares_logits and teacher_stream is not None:
+                target, target_head = teacher.norm(teacher_stream).flatten(0, 1), teacher.head.weight
+            token_loss, token_terms = losses.head_losses(hidden, student.head.weight, target, target_head,
+                                                         labels.flatten(), objective, n_labels, self._token_losses)
+        return Losses.of(token_loss, token_terms, terms, objective)
 
 
-def _key(name: str) -> str:
-    return name.replace(".", "|")  # a module's attribute may hold no dot
-
+def _new_student(teacher: PreTrainedModel, lineage: Lineage) -> PreTrainedModel:
+    """A model of the student's shape with the teacher's other settings, in float32 on the teacher's device."""
+    config = type(teacher.config).from_dict(teacher.config.to_dict())
+    for name, value in lineage.student.as_config().items():
+        setattr(config, name, value)
+    config._attn_implementation = teacher.config._attn_implementation = "sdpa"
+    with teacher.device:
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-any-return]

@@ -1,15 +1,15 @@
-"""The grids of llama.cpp's Q4_0 and Q8_0 in torch: what a weight becomes in the file that ships.
+"""The quantization grids of llama.cpp's Q4_0 and Q8_0 in torch: the value that a weight has in the exported file.
 
-Blocks of 32 along a row share a scale d, kept as float16: w = d (level - 8) with 16 levels, or w = d level with 255.
-These are ggml's reference quantizers (quantize_row_q4_0_ref, quantize_row_q8_0_ref), bit for bit. In both the scale
-comes from the block's largest value, which lands on the grid's end; so weights that lie on the grid give the same
-blocks when llama.cpp quantizes them again, and a file made of them holds the trained levels.
+Blocks of 32 along a row share a scale d, stored as float16: w = d (level - 8) with 16 levels, or w = d level with 255.
+These are ggml's reference quantizers (quantize_row_q4_0_ref, quantize_row_q8_0_ref), bit for bit. In both, the scale
+comes from the block's largest value, which becomes the last level of the grid. So weights that are on the grid give the
+same blocks when llama.cpp quantizes them again, and a file made of them holds the trained levels.
 """
 from __future__ import annotations
 
 import torch
 
-from lrc_edge.roles import EMBEDDING, HEAD, Weight
+from lrc_edge.families import EMBEDDING, HEAD, Weight
 
 BLOCK = 32
 
@@ -41,5 +41,5 @@ def _stored(scale: torch.Tensor) -> torch.Tensor:
 
 
 def on_grid(weight: Weight, values: torch.Tensor) -> torch.Tensor:
-    """A matrix as the Q4_0 files hold it: linears on Q4_0, embedding and head on Q8_0."""
+    """A matrix with the values that it has in the Q4_0 files: linears on Q4_0, embedding and head on Q8_0."""
     return on_q8_0(values) if weight.role in (EMBEDDING, HEAD) else on_q4_0(values)

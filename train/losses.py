@@ -1,12 +1,18 @@
-"""Losses as pure functions. Shapes: N tokens, V vocabulary, D width."""
+"""The terms of the training loss, and the losses at the head. Shapes: N tokens, V vocabulary, D width.
+
+TERMS is the one list of terms: the objective, the guard, the log and the report's chart follow it. A new term is a row
+there, a field of Objective, and its weight in lrc_edge/recipe.py.
+"""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
+
+from lrc_edge import recipe as recipes
 
 CHUNK_TOKENS = 2048  # tokens whose logits exist at one time
 NO_LABEL = -100
@@ -14,24 +20,74 @@ NO_LABEL = -100
 
 @dataclass(frozen=True)
 class Objective:
-    """Loss = lm * LM + kl * KL at `temperature` + alpha * clone (arXiv 2505.12781, section 3.2)."""
+    """The weight of each term, and its settings. Loss = sum of weight * term (arXiv 2505.12781, section 3.2)."""
 
     lm: float = 1.0
     kl: float = 1.0
-    alpha: float = 0.2
-    temperature: float = 1.0
-    relative: bool = True  # clone terms are errors relative to the teacher's activations, not absolute
+    clone: float = 0.2
+    temperature: float = 1.0  # of the KL
+    relative: bool = True  # the clone term is relative to the teacher's activations, not absolute
+
+    @classmethod
+    def of(cls, train: recipes.Train, phase: str) -> Objective:
+        """What a phase (by its name in train/phases.py) minimizes."""
+        return cls(**{name: getattr(train, term.settings[phase]) for name, term in TERMS.items()},
+                   temperature=train.kl_temperature, relative=train.clone_terms == "relative")
+
+    def weight(self, term: str) -> float:
+        return float(getattr(self, term))
 
     @property
     def needs_teacher(self) -> bool:
-        return self.kl != 0 or self.alpha != 0
+        return any(self.weight(name) for name, term in TERMS.items() if term.needs_teacher)
+
+    @property
+    def compares_logits(self) -> bool:
+        return any(self.weight(name) for name in TOKEN_TERMS if TERMS[name].needs_teacher)
+
+    @property
+    def compares_activations(self) -> bool:
+        return any(self.weight(name) for name in ACTIVATION_TERMS)
+
+
+class Tokens(NamedTuple):
+    """Float32 logits of some tokens. The shapes of labels and mask fit the logits'."""
+
+    student_NV: torch.Tensor
+    teacher_NV: torch.Tensor | None
+    log_q_NV: torch.Tensor | None  # the student's log-probabilities, if the KL can use them, too
+    labels_N1: torch.Tensor  # 0 where there is none
+    mask_N1: torch.Tensor  # whether there is one
+
+
+def cross_entropy(tokens: Tokens, objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sum of -log q of the labels, gradient (N, V) of lm * that to the logits, before the mask: q - onehot)."""
+    log_q = F.log_softmax(tokens.student_NV, dim=-1) if tokens.log_q_NV is None else tokens.log_q_NV
+    loss = -(log_q.gather(1, tokens.labels_N1) * tokens.mask_N1).sum()
+    grad = log_q.exp() * objective.lm
+    grad.scatter_add_(1, tokens.labels_N1, torch.full_like(tokens.labels_N1, -objective.lm, dtype=grad.dtype))
+    return loss, grad
+
+
+def kl_divergence(tokens: Tokens, objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sum of T^2 KL(teacher || student), gradient (N, V) of kl * that to the logits, before the mask: T (q_T - p_T)).
+
+    T is the temperature, which softens both distributions (Hinton et al., 2015).
+    """
+    assert tokens.teacher_NV is not None
+    t = objective.temperature
+    log_q = F.log_softmax(tokens.student_NV / t, dim=-1) if tokens.log_q_NV is None else tokens.log_q_NV
+    log_p = F.log_softmax(tokens.teacher_NV / t, dim=-1)
+    p = log_p.exp()
+    loss = ((p * (log_p - log_q)).sum(1, keepdim=True) * tokens.mask_N1).sum() * t**2
+    return loss, (log_q.exp() - p) * (t * objective.kl)
 
 
 def clone_term(student: torch.Tensor, teacher: torch.Tensor, relative: bool) -> torch.Tensor:
-    """Mean over rows of the mean squared error of an activation (rows, ...), summed in float32; `relative`: of each
-    row's over the teacher's mean square there, so that a row counts the same whatever rows it is computed with.
+    """Mean over rows of the mean squared error of an activation (rows, ...), summed in float32.
 
-    What is kept for the backward pass is the difference in the type of its operands, not a float32 copy of it.
+    `relative`: each row's error is divided by the teacher's mean square in that row, so that a row counts the same
+    whatever rows it is computed with. For the backward pass, only the difference is kept, in its operands' type.
     """
     errors = _squares_of_rows(student - teacher)
     if not relative:
@@ -43,33 +99,72 @@ def _squares_of_rows(x: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.float32).square()
 
 
-def token_losses(student_NV: torch.Tensor, teacher_NV: torch.Tensor | None, labels_N: torch.Tensor,
-                 objective: Objective) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(cross entropy, KL, gradient): sums over the tokens that have a label, in nats, from float32 logits.
+@dataclass(frozen=True)
+class Term:
+    """One term of the loss. It is computed from the logits (`of_tokens`) or from activations (`of_activations`)."""
 
-    KL is T^2 KL(teacher || student), both softened by T (Hinton et al., 2015). The gradient (N, V) is of
-    lm * cross entropy + kl * KL to the student's logits, in closed form: q - onehot, and T (q_T - p_T).
+    label: str  # in the report
+    settings: Mapping[str, str]  # phase -> the field of recipe.Train that is the term's weight
+    needs_teacher: bool
+    of_tokens: Callable[[Tokens, Objective], tuple[torch.Tensor, torch.Tensor]] | None = None
+    of_activations: Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor] | None = None  # summed over all of them
+
+
+def _always(setting: str) -> dict[str, str]:
+    return {"clone": setting, "dense": setting, "quantized": setting}
+
+
+TERMS = {  # name, which is also the column of metrics.jsonl
+    "lm": Term("LM", _always("lm_weight"), needs_teacher=False, of_tokens=cross_entropy),
+    "kl": Term("KL", _always("kl_weight"), needs_teacher=True, of_tokens=kl_divergence),
+    "clone": Term("clone", {**_always("dense_alpha"), "clone": "alpha"}, needs_teacher=True,
+                  of_activations=clone_term),
+}
+TOKEN_TERMS = {name: term.of_tokens for name, term in TERMS.items() if term.of_tokens}
+ACTIVATION_TERMS = {name: term.of_activations for name, term in TERMS.items() if term.of_activations}
+
+
+@dataclass
+class Losses:
+    """`total` is weighted and has gradients. `parts`: every term of TERMS, unweighted, as a detached 0-d tensor."""
+
+    total: torch.Tensor
+    parts: dict[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, token_loss: torch.Tensor, token_terms: torch.Tensor, activation_terms: torch.Tensor,
+           objective: Objective) -> Losses:
+        """`token_loss` is weighted, the terms of tokens and of activations are in the order of their tables."""
+        total = token_loss
+        for name, value in zip(ACTIVATION_TERMS, activation_terms, strict=True):
+            total = total + objective.weight(name) * value
+        found = dict(zip([*TOKEN_TERMS, *ACTIVATION_TERMS], [*token_terms, *activation_terms.detach()], strict=True))
+        return cls(total, {name: found[name] for name in TERMS})
+
+
+def token_losses(student_NV: torch.Tensor, teacher_NV: torch.Tensor | None, labels_N: torch.Tensor,
+                 objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the terms of TOKEN_TERMS, the gradient (N, V) of their weighted sum to the student's logits).
+
+    Terms are sums over the tokens that have a label, in nats, from float32 logits. Gradients are in closed form.
     """
     mask_N1 = (labels_N != NO_LABEL)[:, None]
-    label_N1 = labels_N.clamp(min=0)[:, None]
-    log_q = F.log_softmax(student_NV, dim=-1)
-    lm = -(log_q.gather(1, label_N1) * mask_N1).sum()
-    grad = log_q.exp() * objective.lm
-    grad.scatter_add_(1, label_N1, torch.full_like(label_N1, -objective.lm, dtype=grad.dtype))
-    kl = torch.zeros_like(lm)
-    if teacher_NV is not None:
-        t = objective.temperature
-        if t != 1.0:
-            log_q = F.log_softmax(student_NV / t, dim=-1)
-        log_p = F.log_softmax(teacher_NV / t, dim=-1)
-        p = log_p.exp()
-        kl = ((p * (log_p - log_q)).sum(1, keepdim=True) * mask_N1).sum() * t**2
-        grad += (log_q.exp() - p) * (t * objective.kl)
-    return lm, kl, grad * mask_N1
+    log_q = F.log_softmax(student_NV, dim=-1) if objective.temperature == 1.0 else None
+    tokens = Tokens(student_NV, teacher_NV, log_q, labels_N.clamp(min=0)[:, None], mask_N1)
+    sums: list[torch.Tensor] = []
+    grad = None
+    for name, of_tokens in TOKEN_TERMS.items():
+        if teacher_NV is None and TERMS[name].needs_teacher:
+            sums.append(student_NV.new_zeros(()))
+            continue
+        loss, part = of_tokens(tokens, objective)
+        sums.append(loss)
+        grad = part if grad is None else grad.add_(part)
+    assert grad is not None
+    return torch.stack(sums), grad * mask_N1
 
 
-TokenLosses = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor, Objective],
-                       tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+TokenLosses = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor, Objective], tuple[torch.Tensor, torch.Tensor]]
 
 
 class _HeadLosses(torch.autograd.Function):
@@ -78,12 +173,11 @@ class _HeadLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student_ND: torch.Tensor, student_head_VD: torch.Tensor, teacher_ND: torch.Tensor | None,
                 teacher_head_VD: torch.Tensor | None, labels_N: torch.Tensor, n_labels: torch.Tensor,
-                objective: Objective, with_grad: bool, per_token: TokenLosses
-                ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+                objective: Objective, with_grad: bool, per_token: TokenLosses) -> tuple[torch.Tensor, torch.Tensor]:
         kind = student_ND.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else student_ND.dtype
         head = student_head_VD.to(dtype)
-        lm = kl = student_ND.new_zeros((), dtype=torch.float32)
+        sums = student_ND.new_zeros(len(TOKEN_TERMS), dtype=torch.float32)
         if with_grad:
             ctx.grad_hidden = torch.empty_like(student_ND)
             ctx.grad_head = torch.zeros_like(student_head_VD)
@@ -94,16 +188,19 @@ class _HeadLosses(torch.autograd.Function):
             if teacher_ND is not None and teacher_head_VD is not None:
                 target = F.linear(teacher_ND[part].to(teacher_head_VD.dtype), teacher_head_VD).float()
             logits = F.linear(hidden, head).float()
-            part_lm, part_kl, grad = per_token(logits, target, labels_N[part], objective)
-            lm, kl = lm + part_lm, kl + part_kl
+            part_sums, grad = per_token(logits, target, labels_N[part], objective)
+            sums = sums + part_sums
             del logits, target
             if with_grad:
                 grad = (grad / n_labels).to(dtype)
                 ctx.grad_hidden[part] = grad @ head
                 ctx.grad_head += grad.T @ hidden
-        lm, kl = lm / n_labels, kl / n_labels
-        ctx.mark_non_differentiable(lm, kl)
-        return objective.lm * lm + objective.kl * kl, lm, kl
+        means = sums / n_labels
+        ctx.mark_non_differentiable(means)
+        total = student_ND.new_zeros((), dtype=torch.float32)
+        for name, mean in zip(TOKEN_TERMS, means, strict=True):
+            total = total + objective.weight(name) * mean
+        return total, means
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -114,16 +211,16 @@ class _HeadLosses(torch.autograd.Function):
 def head_losses(student_ND: torch.Tensor, student_head_VD: torch.Tensor, teacher_ND: torch.Tensor | None,
                 teacher_head_VD: torch.Tensor | None, labels_N: torch.Tensor, objective: Objective,
                 n_labels: torch.Tensor | None = None, per_token: TokenLosses = token_losses
-                ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(lm * cross entropy + kl * KL, cross entropy, KL) of hidden states, heads included; only the first has gradients.
+                ) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weighted sum, the terms of TOKEN_TERMS) of hidden states, heads included; only the first has gradients.
 
     Means over `n_labels` tokens (default: those of `labels_N` that have a label): a step of several batches divides
     each by the step's count. Without a teacher the KL is 0. No tensor of N x V exists: CHUNK_TOKENS x V at most.
-    `per_token` is `token_losses` or that compiled.
+    `per_token` is `token_losses`, compiled or not.
     """
     if n_labels is None:
         n_labels = (labels_N != NO_LABEL).sum().clamp(min=1)
-    total: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _HeadLosses.apply(
+    total: tuple[torch.Tensor, torch.Tensor] = _HeadLosses.apply(
         student_ND, student_head_VD, teacher_ND, teacher_head_VD, labels_N, n_labels, objective,
         torch.is_grad_enabled(), per_token)
     return total

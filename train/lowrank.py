@@ -1,14 +1,14 @@
-"""Projections: their initial values, and the gradient that a composed weight hands back to them.
+"""Projections: their initial values, and their gradient from that of a composed weight.
 
 Shapes: T teacher width, S student width, O out, I in. P_TS is a projection; a composed weight is W_OT P_TS or
-P_TS^T W_TI (lrc_edge.roles.compose).
+P_TS^T W_TI (lrc_edge.lineage.compose).
 """
 from __future__ import annotations
 
 import torch
 from torch.distributed.tensor import DTensor
 
-from lrc_edge.roles import Role
+from lrc_edge.families import Role
 
 GAUSSIAN_STD = 0.02  # arXiv 2505.12781, appendix: every P ~ N(0, 0.02)
 
@@ -30,20 +30,20 @@ def identity(width: int) -> torch.Tensor:
 
 
 def pull_back(role: Role, teacher: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """dL/dP_TS from the gradient of the composed weight.
+    """dL/dP_TS from the gradient of the composed weight, whose one projected axis is the residual width.
 
     W = W_OT P_TS gives W_OT^T dW_OS; W = P_TS^T W_TI gives W_TI dW_SI^T.
     """
-    return teacher.T @ grad if role.kind == "project_in" else teacher @ grad.T
+    return teacher @ grad.T if role.writes_stream else teacher.T @ grad
 
 
 def placed_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Where parameters are sharded over processes, a product of shards is put as `like` lies; else itself."""
+    """A product of shards, if parameters are sharded over processes, redistributed as `like` is; else the tensor."""
     if isinstance(tensor, DTensor) and isinstance(like, DTensor):
         return tensor.redistribute(placements=like.placements)
     return tensor
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's rows of a sharded tensor; else itself."""
+    """This process's rows of a sharded tensor; else the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

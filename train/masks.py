@@ -1,4 +1,4 @@
-"""What a position may see, and where it stands: causal order, sliding windows, document boundaries.
+"""Attention masks and positions: causal order, sliding windows, document boundaries.
 
 Shapes: B rows, L positions.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
+from lrc_edge.families import family_of
 
 
 def positions_of(input_ids: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor:
@@ -21,14 +23,13 @@ def positions_of(input_ids: torch.Tensor, documents: torch.Tensor | None) -> tor
 
 def attention_mask(config: Any, layer: int, input_ids: torch.Tensor, documents: torch.Tensor | None
                    ) -> torch.Tensor | None:
-    """True where a query (row) may look at a key (column): (1 or B, 1, L, L).
+    """Whether a query (row) may attend to a key (column): (1 or B, 1, L, L).
 
-    None where causal order is all there is: SDPA then takes its fast path.
+    None if causal order is the only rule: SDPA then uses its fast path. `config`: transformers' object.
     """
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
+    window = family_of(config.model_type).window_of_layer(config, layer)
     length = input_ids.shape[1]
-    if window is not None and (window >= length or (kinds and kinds[layer] != "sliding_attention")):
+    if window is not None and window >= length:
         window = None
     if window is None and documents is None:
         return None

@@ -15,13 +15,10 @@ from lrc_edge.errors import UserError
 from lrc_edge.export.audit.gguf_tensors import audit_tensors
 from lrc_edge.export.audit.gguf_vocabulary import audit_vocabulary
 from lrc_edge.export.gguf.metadata import check_rope, yarn_attention_factor
+from lrc_edge.families import ARCHITECTURES, family_of
 from lrc_edge.finding import Finding, differs
 from lrc_edge.gguf_header import GgufHeader, read_header
 
-# The architectures under which llama.cpp computes what a family does, and whether their files have the
-# rows of q and k permuted.
-ARCHITECTURES = {"llama": ("llama",), "mistral": ("llama",), "qwen2": ("qwen2", "llama"), "qwen3": ("qwen3",)}
-_PERMUTED = {"llama": True, "qwen2": False, "qwen3": False}
 DEFAULT_ROPE_BASE = 10000.0
 # Keys of an architecture that change what is computed, and the value with which they do not.
 _NEUTRAL = {"attention.causal": True, "expert_count": 0, "expert_used_count": 0, "nextn_predict_layers": 0,
@@ -39,9 +36,9 @@ def audit_gguf(path: Path, checkpoint: DenseCheckpoint) -> list[Finding]:
     parts = header.metadata.get("split.count", 0)
     if isinstance(parts, int) and parts > 1:
         raise UserError(f"{path}: one of {parts} parts of a model; join them with llama-gguf-split --merge")
-    permuted = _PERMUTED.get(_architecture(header), checkpoint.shape.family in ("llama", "mistral"))
+    graph = ARCHITECTURES.get(_architecture(header), family_of(checkpoint.shape.family).gguf[0])
     return [*_audit_hyperparameters(header, checkpoint), *audit_vocabulary(header, checkpoint),
-            *audit_tensors(header, checkpoint, permuted), *_audit_identity(header, checkpoint)]
+            *audit_tensors(header, checkpoint, graph.permutes_qk), *_audit_identity(header, checkpoint)]
 
 
 def _architecture(header: GgufHeader) -> str:
@@ -50,11 +47,11 @@ def _architecture(header: GgufHeader) -> str:
 
 def _audit_hyperparameters(header: GgufHeader, checkpoint: DenseCheckpoint) -> Iterator[Finding]:
     shape, arch = checkpoint.shape, _architecture(header)
-    possible = ARCHITECTURES[shape.family]
+    possible = [graph.name for graph in family_of(shape.family).gguf]
     if arch not in possible:
         yield differs("architecture", arch, " or ".join(possible))
-    if arch == "qwen2" and shape.q_size != shape.hidden_size:
-        yield differs("architecture", arch, "llama", "llama.cpp's qwen2 needs heads * head size = hidden size")
+    if arch in ARCHITECTURES and ARCHITECTURES[arch].square_attention and shape.q_size != shape.hidden_size:
+        yield differs("architecture", arch, "llama", f"llama.cpp's {arch} needs heads * head size = hidden size")
     values = _Values(header, arch)
     heads = values.number("attention.head_count", None)
     width = values.number("embedding_length", None)
@@ -122,7 +119,7 @@ def _audit_rope_scaling(values: _Values, checkpoint: DenseCheckpoint) -> Iterato
     elif kind == "yarn":
         expected = _yarn(scaling["factor"], scaling["original_max_position_embeddings"],
                          yarn_attention_factor(scaling))
-    elif kind == "llama3" and values.arch != "llama":
+    elif kind == "llama3" and not (values.arch in ARCHITECTURES and ARCHITECTURES[values.arch].llama3_rope):
         yield differs("rope scaling", f"architecture {values.arch}", "llama",
                       "llama.cpp scales RoPE as llama3 does in that architecture only")
     if found != expected:

@@ -18,9 +18,9 @@ from lrc_edge.export.audit.values import relative_error, rounded_before, sample_
 from lrc_edge.export.gguf.metadata import llama3_rope_factors
 from lrc_edge.export.gguf.to_gguf import ROPE_FACTORS, gguf_name, interleave_rotary
 from lrc_edge.export.quantize.encodings import dequantize
+from lrc_edge.families import EMBEDDING, HEAD, Weight
 from lrc_edge.finding import SHOWN, Finding, Severity
 from lrc_edge.gguf_header import GgufHeader, StoredTensor
-from lrc_edge.roles import EMBEDDING, HEAD, Weight
 
 QType = GGMLQuantizationType
 

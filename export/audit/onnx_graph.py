@@ -18,9 +18,9 @@ from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError, one_line
 from lrc_edge.export.audit.values import relative_error, rounded_before, sample_rows
 from lrc_edge.export.onnx.graph import rope_tables
+from lrc_edge.families import Weight, family_of
 from lrc_edge.finding import Finding, differs
 from lrc_edge.inspect.onnx_files import all_nodes, check_data_files, load_model
-from lrc_edge.roles import Weight
 
 DEFAULT_NAMES = {"input_ids": "input_ids", "attention_mask": "attention_mask", "position_ids": "position_ids",
                  "past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value",
@@ -94,12 +94,12 @@ class _Graph:
 
     def _attention(self) -> Iterator[Finding]:
         """Compare GroupQueryAttention's attributes, which are equal in all layers of a correct file."""
-        window = self.checkpoint.sliding_window if self.shape.family != "llama" else None
+        window = self.checkpoint.sliding_window
         expected = {"num_heads": ("attention heads", self.shape.num_attention_heads),
                     "kv_num_heads": ("key/value heads", self.shape.num_key_value_heads),
                     "scale": ("attention scale", 1 / math.sqrt(self.shape.head_dim)),
                     "softcap": ("softcap", 0.0)}
-        if window is None or self.shape.family == "mistral":  # qwen2 and qwen3 may have one in some layers only
+        if window is None or family_of(self.shape.family).window == "all":  # others may have one in some layers only
             expected["local_window_size"] = ("sliding window", window or -1)
         seen = set()
         for node in (node for node in self.nodes if node.op_type == "GroupQueryAttention"):

@@ -6,13 +6,14 @@ import re
 from typing import Any
 
 import torch
-from gguf import GGML_QUANT_VERSION, MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, RopeScalingType, size_label
+from gguf import GGML_QUANT_VERSION, GGUFWriter, RopeScalingType, size_label
 
 import lrc_edge
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
 from lrc_edge.export.gguf.vocabulary import Vocabulary
 from lrc_edge.export.quantize.encodings import Encoding
+from lrc_edge.families import Architecture, family_of
 
 # rope_type -> its fields; all except attention_factor are required. Any other field would be dropped silently.
 _ROPE_FIELDS = {
@@ -26,22 +27,18 @@ _SAMPLING = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p":
              "repetition_penalty": "penalty_repeat"}  # generation_config.json -> GGUFWriter.add_sampling_*
 
 
-def architecture(checkpoint: DenseCheckpoint) -> MODEL_ARCH:
-    """llama.cpp's graph for the checkpoint. Raises UserError when none computes it.
+def architecture(checkpoint: DenseCheckpoint) -> Architecture:
+    """llama.cpp's graph for the checkpoint: the first of its family that computes it. Raises UserError if none does.
 
-    llama.cpp's qwen2 takes head_dim for hidden_size / heads (its attn_output is square) and knows no frequency
-    factors; a narrowed qwen2 therefore goes to the llama graph, which is the same arithmetic: it takes q/k/v biases.
+    A narrowed qwen2 gets the llama graph, since attention is square in llama.cpp's qwen2. The arithmetic is the same.
     """
     shape, scaling = checkpoint.shape, checkpoint.rope.scaling or {}
     llama3_rope = scaling.get("rope_type") == "llama3"
-    if shape.family == "qwen3":
-        if llama3_rope:
-            raise UserError(f"{checkpoint.path}: llama.cpp has no llama3 RoPE scaling for qwen3; "
-                            "leave gguf out of --formats")
-        return MODEL_ARCH.QWEN3
-    if shape.family == "qwen2" and shape.q_size == shape.hidden_size and not llama3_rope:
-        return MODEL_ARCH.QWEN2
-    return MODEL_ARCH.LLAMA
+    for graph in family_of(shape.family).gguf:
+        if (graph.llama3_rope or not llama3_rope) and (not graph.square_attention or shape.q_size == shape.hidden_size):
+            return graph
+    raise UserError(f"{checkpoint.path}: llama.cpp has no llama3 RoPE scaling for {shape.family}; "
+                    "leave gguf out of --formats")
 
 
 def check_rope(checkpoint: DenseCheckpoint) -> None:
@@ -209,7 +206,3 @@ def write_metadata(writer: GGUFWriter, checkpoint: DenseCheckpoint, vocabulary: 
     write_hyperparameters(writer, checkpoint, encoding)
     write_identity(writer, checkpoint)
     write_vocabulary(writer, vocabulary)
-
-
-def architecture_name(checkpoint: DenseCheckpoint) -> str:
-    return str(MODEL_ARCH_NAMES[architecture(checkpoint)])

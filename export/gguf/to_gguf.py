@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from gguf import (
     GGML_QUANT_SIZES,
-    MODEL_ARCH,
     MODEL_TENSOR,
     TENSOR_NAMES,
     GGMLQuantizationType,
@@ -30,7 +29,6 @@ from lrc_edge.console import QUIET, Listener
 from lrc_edge.errors import UserError
 from lrc_edge.export.gguf.metadata import (
     architecture,
-    architecture_name,
     check_rope,
     llama3_rope_factors,
     model_size,
@@ -49,10 +47,10 @@ from lrc_edge.export.quantize.encodings import (
 )
 from lrc_edge.export.quantize.imatrix import check_importance, measured_weights
 from lrc_edge.export.quantize.mixed_precision import Allocation
+from lrc_edge.families import Weight
 from lrc_edge.formats import FORMATS, mixed_encoding
-from lrc_edge.roles import Weight
 
-# Role -> (GGUF tensor, suffix). Total over roles.py: a role that is missing here is an error, not a skipped tensor.
+# Role -> (GGUF tensor, suffix). Total over families.py: a role that is missing here is an error, not a skipped tensor.
 GGUF_NAMES: dict[str, tuple[MODEL_TENSOR, str]] = {
     "token_embd": (MODEL_TENSOR.TOKEN_EMBD, ".weight"),
     "output": (MODEL_TENSOR.OUTPUT, ".weight"),
@@ -144,7 +142,7 @@ def _passes(checkpoint: DenseCheckpoint, files: dict[Encoding, Path], n_from_gri
 def identical_blocks(file: Path, checkpoint: DenseCheckpoint) -> float:
     """Share of the file's quantized blocks that decode to exactly the checkpoint's weights."""
     tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
-    permuted = architecture(checkpoint) == MODEL_ARCH.LLAMA
+    permuted = architecture(checkpoint).permutes_qk
     n_blocks = n_identical = 0
     for weight in checkpoint.weights():
         tensor = tensors[gguf_name(weight)]
@@ -238,7 +236,7 @@ def _lossless(checkpoint: DenseCheckpoint) -> tuple[Encoding, Encoding]:
 
 def _write(checkpoint: DenseCheckpoint, vocabulary: Vocabulary, encoding: Encoding, path: Path, passes: Passes) -> str:
     """Write an F32, F16 or BF16 file and return its hash. Vectors (norms, biases) stay F32, as llama.cpp requires."""
-    writer = GGUFWriter(path, architecture_name(checkpoint))
+    writer = GGUFWriter(path, architecture(checkpoint).name)
     write_metadata(writer, checkpoint, vocabulary, encoding)
     weights = list(checkpoint.weights())
     for weight in weights:
@@ -254,7 +252,7 @@ def _write(checkpoint: DenseCheckpoint, vocabulary: Vocabulary, encoding: Encodi
         writer.write_ti_data_to_file()
     finally:
         writer.close()
-    permuted = architecture(checkpoint) == MODEL_ARCH.LLAMA
+    permuted = architecture(checkpoint).permutes_qk
     with HashedFile(path) as file:
         for weight in weights:
             passes.at(gguf_name(weight))

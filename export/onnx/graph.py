@@ -1,4 +1,4 @@
-"""The decoder as an ONNX graph with a KV cache: llama, mistral, qwen2 and qwen3, from the tables of roles.py.
+"""The decoder as an ONNX graph with a KV cache: every family, from the tables of families.py.
 
 Every weight is placed by its role, never by its shape, and each exactly once. Values are named after the module that
 makes them. Rows of a batch may be padded on the right only: GroupQueryAttention counts a row's tokens from its start.
@@ -21,6 +21,7 @@ from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
 from lrc_edge.export.onnx.file import MICROSOFT, OnnxFile
 from lrc_edge.export.onnx.weights import array_of
+from lrc_edge.families import family_of
 
 INT64, FLOAT = TensorProto.INT64, TensorProto.FLOAT
 ROPE_TABLES = ("rope.cos", "rope.sin")
@@ -228,9 +229,4 @@ class DecoderGraph:
 
     def _window(self, layer: int) -> int:
         """Tokens that a query sees, itself included; -1 for all."""
-        if self.shape.family == "llama":  # ignores the field, should its config hold one
-            return -1
-        kinds = getattr(self.config, "layer_types", None)  # mistral's layers are all of one kind
-        if kinds is not None and kinds[layer] != "sliding_attention":
-            return -1
-        return self.config.sliding_window or -1
+        return family_of(self.shape.family).window_of_layer(self.config, layer) or -1

@@ -15,8 +15,8 @@ from torch import nn
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.console import QUIET, Listener
+from lrc_edge.families import EMBEDDING, HEAD, Weight
 from lrc_edge.machine import multiplies_bfloat16
-from lrc_edge.roles import EMBEDDING, HEAD, Weight
 
 FLOOR = 1e-6  # of the mean: a channel that never fired on this text may fire on another, and zeros make garbage
 SILENT = 1e-20  # mean square of a linear that never fired; further down the quantizer's products leave float32's range
@@ -56,13 +56,13 @@ def collect(checkpoint: DenseCheckpoint, rows_BL: np.ndarray, progress: Listener
 
     for weight in weights:
         if weight.layer is not None and _input_of(weight) == (weight.role.name, weight.layer):
-            module = model.get_submodule(weight.name.removesuffix(".weight"))
+            module = model.get_submodule(weight.module)
             module.register_forward_pre_hook(adding_to(sums[_input_of(weight)]))
     done = 0
     progress.update("", done)
     for ids_BL in torch.from_numpy(rows_BL.astype(np.int64)).split(max(1, BATCH_TOKENS // row_len)):
         # Without the head: of its product only the input is wanted.
-        _add(sums[HEAD.name, None], model.model(input_ids=ids_BL, use_cache=False).last_hidden_state)
+        _add(sums[HEAD.name, None], model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state)
         done += len(ids_BL)
         progress.update(f"row {done} of {n_rows}", done * row_len)
     means = {key: _never_zero((sum_I / rows_BL.size).numpy()) for key, sum_I in sums.items()}

@@ -14,7 +14,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from lrc_edge.errors import UserError
-from lrc_edge.roles import Weight
+from lrc_edge.families import Weight
 
 QType = GGMLQuantizationType
 

@@ -18,7 +18,7 @@ from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.console import QUIET, Listener
 from lrc_edge.export.quantize.encodings import quantize_matrix
 from lrc_edge.export.quantize.mixed_precision import candidates
-from lrc_edge.roles import EMBEDDING, HEAD, Weight
+from lrc_edge.families import EMBEDDING, HEAD, Weight, parts_of
 
 PROBE = GGMLQuantizationType.Q4_0  # its error has the size that matters, and it fits every row of blocks of 32
 SAMPLE = (2, 128)  # calibration rows, and tokens of each, that the model runs on; more change little (docs/LOG.md)
@@ -72,6 +72,7 @@ class _Sample:
 
     def __init__(self, checkpoint: DenseCheckpoint, rows_BL: np.ndarray):
         self.checkpoint, self.model = checkpoint, checkpoint.model()
+        self.parts = parts_of(self.model)
         self.ids_BL = torch.from_numpy(rows_BL.astype(np.int64))
         self._entering: list[torch.Tensor] = []
         self._arguments: list[dict[str, Any]] = []  # of each layer's call: positions, mask
@@ -80,7 +81,7 @@ class _Sample:
             self._entering.append(inputs[0])
             self._arguments.append(arguments)
 
-        hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in self.model.model.layers]
+        hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in self.parts.layers]
         self._log_p_BLV = self.model(input_ids=self.ids_BL, use_cache=False).logits.log_softmax(-1)
         for hook in hooks:
             hook.remove()
@@ -88,7 +89,7 @@ class _Sample:
 
     def _run(self, hidden_BLD: torch.Tensor, first_layer: int) -> torch.Tensor:
         """Map the inputs of `first_layer` to the outputs of the last layer."""
-        for layer, arguments in zip(self.model.model.layers[first_layer:], self._arguments[first_layer:], strict=True):
+        for layer, arguments in zip(self.parts.layers[first_layer:], self._arguments[first_layer:], strict=True):
             out = layer(hidden_BLD, **arguments)
             hidden_BLD = out[0] if isinstance(out, tuple) else out  # a tuple in older transformers
         return hidden_BLD
@@ -100,11 +101,11 @@ class _Sample:
         parameter.data.copy_(changed_OI)
         try:
             first = _first_layer(self.checkpoint, weight)
-            embedded = self.model.model.embed_tokens(self.ids_BL) if weight.role is EMBEDDING else self._entering[first]
-            hidden_BLD = self.model.model.norm(self._run(embedded, first))
+            embedded = self.parts.embedding(self.ids_BL) if weight.role is EMBEDDING else self._entering[first]
+            hidden_BLD = self.parts.norm(self._run(embedded, first))
             total = 0.0
             for log_p_LV, hidden_LD in zip(self._log_p_BLV, hidden_BLD, strict=True):  # row by row: less memory
-                log_q_LV = self.model.lm_head(hidden_LD).log_softmax(-1)
+                log_q_LV = self.parts.head(hidden_LD).log_softmax(-1)
                 total += float((log_p_LV.exp() * (log_p_LV - log_q_LV)).sum(-1, dtype=torch.float64).mean())
             return max(0.0, total / len(self.ids_BL))
         finally:
@@ -114,14 +115,13 @@ class _Sample:
         """The inputs of the matrix, (N, I); None for an embedding that is not also the head."""
         if weight.role is EMBEDDING and not self.checkpoint.shape.tied:
             return None
-        user = HEAD.weight if weight.role is EMBEDDING else weight.name
-        if user == HEAD.weight:
-            return self.model.model.norm(self._entering[-1]).flatten(0, -2)
+        if weight.role in (EMBEDDING, HEAD):
+            return self.parts.norm(self._entering[-1]).flatten(0, -2)
         seen: list[torch.Tensor] = []
-        module = self.model.get_submodule(user.removesuffix(".weight"))
+        module = self.model.get_submodule(weight.module)
         hook = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, -2)))
         layer = _first_layer(self.checkpoint, weight)
-        self.model.model.layers[layer](self._entering[layer], **self._arguments[layer])
+        self.parts.layers[layer](self._entering[layer], **self._arguments[layer])
         hook.remove()
         return seen[0]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from lrc_edge.config_file import PROVENANCE_FILE, front_matter, read_optional, read_provenance, read_table
 from lrc_edge.errors import UserError, one_line
-from lrc_edge.roles import FAMILIES
+from lrc_edge.families import FAMILIES
 from lrc_edge.shape import ModelShape
 
 SHORT_ARRAY = 8  # longer arrays are shown as length and type

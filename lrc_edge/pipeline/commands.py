@@ -90,9 +90,7 @@ def _check_rows_divide(plan: Plan, world: int) -> None:
     """Check, before there is data, a step's share of each process if the recipe states it. Raises UserError."""
     from lrc_edge.train.loop.schedule import Schedule
 
-    recipe, teacher = plan.recipe, plan.source.checkpoint
-    schedule = Schedule.of(recipe.train, teacher.shape.max_position_embeddings, 0, plan.student.hidden_size)
-    schedule.rows_of_process(world, recipe.train.micro_batch)
+    Schedule.of(plan.recipe.train, plan.student, 0).rows_of_process(world, plan.recipe.train.micro_batch)
 
 
 def export(source: str, out: Path, recipe: Recipe, console: Console) -> ExitStatus:

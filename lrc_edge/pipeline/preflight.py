@@ -5,11 +5,11 @@ from pathlib import Path
 
 from lrc_edge.corpus.sources import SELF, WANTED, looks_local
 from lrc_edge.errors import UserError
+from lrc_edge.families import weights_of
 from lrc_edge.figures import human_bytes
 from lrc_edge.formats import FORMATS
 from lrc_edge.pipeline.plan import Plan
 from lrc_edge.recipe import Recipe
-from lrc_edge.roles import weights_of
 from lrc_edge.targets.fit import check_fit
 from lrc_edge.workspace import free_bytes
 

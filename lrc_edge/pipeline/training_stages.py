@@ -12,6 +12,7 @@ from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.console import Task
 from lrc_edge.corpus.held_out import HeldOut
 from lrc_edge.corpus.sources import SELF, local_files
+from lrc_edge.lineage import Lineage
 from lrc_edge.parity import gates_of_copy
 from lrc_edge.pipeline import texts
 from lrc_edge.pipeline.stage import ON_GRID, STUDENT, Build, Done, Inputs, gate_tables, named
@@ -97,11 +98,11 @@ def fold_identity(teacher: DenseCheckpoint, folder: Path) -> DenseCheckpoint:
 
     from lrc_edge.export.fold import fold
 
-    width = teacher.shape.hidden_size
+    lineage, identity = Lineage.of(teacher.shape, teacher.shape), torch.eye(teacher.shape.hidden_size).bfloat16()
     folder.mkdir(parents=True)
-    tensors = {w.name: teacher.tensor(w.name).float() if w.role.kind == "norm" else torch.eye(width).bfloat16()
-               for w in teacher.weights() if w.role.kind != "copy"}
-    save_file(tensors, folder / "identity.safetensors")
+    tensors = {w.name: identity.clone() if lineage.is_composed(w.role) else teacher.tensor(w.name).float()
+               for w in teacher.weights() if not lineage.is_copied(w.role)}
+    save_file(tensors, folder / "identity.safetensors", lineage.metadata("projections"))
     return fold(teacher, folder / "identity.safetensors", folder / "student",
                 {"name": teacher.name, "teacher": teacher.name})
 
@@ -127,7 +128,7 @@ def train(build: Build, task: Task) -> Done:
     from lrc_edge.train.loop.stage import train as train_clone
 
     folder, corpus = build.out / "train", build.out / "data"
-    plan = TrainingPlan.of(build.recipe, build.teacher, build.plan.student.hidden_size, corpus)
+    plan = TrainingPlan.of(build.recipe, build.teacher, build.plan.student, corpus)
     task.expect(plan.schedule.tokens)
     if build.leads:
         claim(folder, train_inputs(build))
@@ -147,8 +148,10 @@ def train_finished(build: Build) -> None:
 
 
 def _show_training(task: Task, row: dict[str, float]) -> None:
+    from lrc_edge.train.losses import TERMS
+
     if "loss" in row:
-        parts = ", ".join(f"{name} {row[name]:.3f}" for name in ("lm", "kl", "clone") if row[name])
+        parts = ", ".join(f"{name} {row[name]:.3f}" for name in TERMS if row[name])
         task.update(f"step {row['step']:.0f}  loss {row['loss']:.3f} = {parts}  {row['tokens_per_second']:,.0f} tok/s",
                     int(row["tokens"]))
 
@@ -165,14 +168,14 @@ def fold_inputs(build: Build) -> Inputs:
 def fold(build: Build, task: Task) -> Done:
     from lrc_edge.export.fold import fold as fold_student
     from lrc_edge.targets.proof.reference import Reference, compare_models
-    from lrc_edge.train.loop.stage import TRAINED_FILE, load_clone
+    from lrc_edge.train.loop.stage import TRAINED_FILE, load_trained
 
     teacher, recipe, trained = build.teacher, build.recipe, build.out / "train" / TRAINED_FILE
     provenance = _provenance(build)
     with build.workspace.partial(STUDENT) as partial:
         student = fold_student(teacher, trained, partial, provenance, task.update)
         task.update("folded vs clone")
-        clone = load_clone(teacher, build.plan.student.hidden_size, trained=trained)
+        clone = load_trained(teacher, trained)
         reference, rows = Reference(clone.student), texts.held_out_rows(build.held_out, recipe, teacher)
         rounding = reference.rounding(rows)
         metrics = compare_models(reference, Reference(student.model()), rows, recipe.parity.near_tie)
@@ -214,7 +217,7 @@ def _method(training: dict[str, Any]) -> str:
 def quantize_inputs(build: Build) -> Inputs:
     from lrc_edge.train.loop.quantized_stage import own_settings
 
-    own = own_settings(build.recipe, build.student.shape.hidden_size)
+    own = own_settings(build.recipe, build.student.shape)
     return {**named("train", build.recipe.train, leave_out=(*RUN_SETTINGS, *own)),
             **{f"quantize.{key}": value for key, value in own.items()}, **named("quantize", build.recipe.quantize),
             "student": build.digest(build.student), "teacher": build.digest(_quantize_teacher(build)),

@@ -19,13 +19,15 @@ BINS = 120  # points of one loss curve; longer ones are averaged
 
 def loss_charts(report: Report) -> list[dict[str, Any]]:
     """Return two charts: cross entropy on training and held-out text, and the parts of the loss."""
-    curve = (report["student"].get("training") or {}).get("curve") or []
+    training = report["student"].get("training") or {}
+    curve = training.get("curve") or []
     of_teacher: Any = ((report.get("teacher") or {}).get("held_out") or {}).get("loss")
     level = ("teacher, held-out", float(of_teacher)) if is_number(of_teacher) else None
     entropy = [_series(curve, "lm", "training (LM loss)", "c1"),
                _series(curve, "held_out_loss", "held-out", "c2", dots=True)]
-    parts = [_series(curve, key, name, css) for key, name, css in (
-        ("loss", "total", "c4 thick"), ("lm", "LM", "c1"), ("kl", "KL", "c2"), ("clone", "clone", "c3"))]
+    terms: dict[str, str] = training.get("terms") or {}
+    parts = [_series(curve, "loss", "total", "c4 thick"),
+             *(_series(curve, key, label, f"c{1 + i % 3}") for i, (key, label) in enumerate(terms.items()))]
     charts = []
     if any(s.points for s in entropy):
         charts.append({"title": "Cross entropy", "note": "nats per token", "svg": Markup(line_chart(

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lrc_edge.families import parts_of
 from lrc_edge.parity import Comparison, Metrics, next_ids
 
 ROUNDING_ROWS, ROUNDING_TOKENS = 2, 64  # what PyTorch's own rounding is measured on
@@ -86,7 +87,8 @@ def _use_onednn(model: nn.Module) -> None:
 @contextmanager
 def _in_float64(model: PreTrainedModel) -> Iterator[None]:
     """Keep each part of the model in float64 only while it computes, which costs memory for one layer."""
-    parts = [model.get_input_embeddings(), *model.model.layers, model.model.norm, model.lm_head]
+    found = parts_of(model)
+    parts = [found.embedding, *found.layers, found.norm, found.head]
 
     def widen(module: nn.Module, _: Any) -> None:
         module.double()

@@ -9,8 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from lrc_edge.train.data.shards import shard_count, shard_file
-
-IGNORED = -100  # the label that no loss looks at
+from lrc_edge.train.losses import NO_LABEL
 
 
 class _Shard:
@@ -22,11 +21,11 @@ class _Shard:
 
 
 class PackedRows(Dataset[dict[str, torch.Tensor]]):
-    """Rows of L = seq_len tokens cut from the stream that the shards make; the rest at its end is left out.
+    """Rows of L = seq_len tokens, cut from the stream that the shards form; an incomplete last row is left out.
 
-    A row: `input_ids` (L,) int64; `labels` (L,) int64, the NEXT token where the loss looks at that token and -100
-    elsewhere and at the end; with `isolate` also `documents` (L,) int32, which document of the row (0, 1, 2, ...) a
-    token belongs to, and no label across documents.
+    A row has `input_ids` (L,) int64 and `labels` (L,) int64: the NEXT token if the loss includes it, -100 if not and at
+    the end. With `isolate` it also has `documents` (L,) int32, the number of each token's document within the row
+    (0, 1, 2, ...), and no label crosses documents.
     """
 
     def __init__(self, folder: Path, seq_len: int, isolate: bool = False):
@@ -36,7 +35,7 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
         self.n_tokens = int(self._ends[-1]) if self._shards else 0
 
     def __reduce__(self) -> tuple[type, tuple[Path, int, bool]]:
-        """A worker process opens the files itself: pickle would send it whole shards."""
+        """A worker process opens the files itself: pickle would send it complete shards."""
         return PackedRows, (self.folder, self.seq_len, self.isolate)
 
     def __len__(self) -> int:
@@ -49,18 +48,18 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
         ids = np.concatenate([shard.tokens[a:b] for shard, a, b in pieces]).astype(np.int64)
         counts = np.concatenate([np.ones(b - a, dtype=bool) if shard.counts is None else shard.counts[a:b]
                                  for shard, a, b in pieces])
-        labels = np.full_like(ids, IGNORED)
-        labels[:-1] = np.where(counts[1:], ids[1:], IGNORED)
+        labels = np.full_like(ids, NO_LABEL)
+        labels[:-1] = np.where(counts[1:], ids[1:], NO_LABEL)
         row = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
         if self.isolate:
             begins = np.concatenate([_begins(*piece) for piece in pieces])
-            begins[0] = False  # the row's first document is number 0, whether it begins here or goes on
-            labels[:-1][begins[1:]] = IGNORED
+            begins[0] = False  # the row's first document is number 0, whether or not it begins here
+            labels[:-1][begins[1:]] = NO_LABEL
             row["documents"] = torch.from_numpy(np.cumsum(begins, dtype=np.int32))
         return row
 
     def _pieces(self, begin: int) -> Iterator[tuple[_Shard, int, int]]:
-        """The shards' slices that make the row at `begin` of the stream: one, or more where it crosses shards."""
+        """The slices of shards that form the row at `begin` of the stream: several if it crosses shards."""
         end = begin + self.seq_len
         i = int(np.searchsorted(self._ends, begin, side="right"))
         while begin < end:

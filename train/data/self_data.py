@@ -1,4 +1,4 @@
-"""`--data self`: the corpus is what the teacher itself says, sampled at temperature 1, kept as jsonl batch by batch."""
+"""`--data self`: the corpus is text sampled from the teacher at temperature 1, kept as jsonl batch by batch."""
 from __future__ import annotations
 
 import hashlib
@@ -20,10 +20,10 @@ MAX_BATCH = {"cuda": 512, "cpu": 16}
 
 def self_documents(teacher: DenseCheckpoint, file: Path, *, max_length: int, seed: int, device: torch.device,
                    dtype: torch.dtype, batch: int = 0) -> Iterator[str]:
-    """The teacher's samples without end: first those that `file` holds, then new ones, appended before they are told.
+    """An endless stream of the teacher's samples: first those in `file`, then new ones, which are appended first.
 
-    Each batch has its own seed, so that a file that was cut continues as if it had not been. Raises UserError on a
-    teacher that cannot begin, or says nothing.
+    Each batch has its own seed, so a file that was cut off continues as if it had not been. Raises UserError if the
+    teacher has no token to begin with, or samples no text.
     """
     batch = batch or batch_size(teacher.shape, max_length, device, dtype)
     n_done = _keep_whole_batches(file, batch)
@@ -45,7 +45,7 @@ def self_documents(teacher: DenseCheckpoint, file: Path, *, max_length: int, see
 
 
 def batch_size(shape: ModelShape, max_length: int, device: torch.device, dtype: torch.dtype) -> int:
-    """As many sequences as leave three quarters of the GPU's memory to all but the KV cache."""
+    """The number of sequences whose KV cache fills at most a quarter of the GPU's memory."""
     if device.type == "cpu":
         return MAX_BATCH["cpu"]
     kv_bytes = shape.kv_elements_per_token * max_length * dtype.itemsize
@@ -54,12 +54,12 @@ def batch_size(shape: ModelShape, max_length: int, device: torch.device, dtype: 
 
 
 def _seed_of_batch(seed: int, n_done: int) -> int:
-    """Spread by a hash: torch's CPU generator looks at 32 bits of a seed only."""
+    """A hash spreads the bits: torch's CPU generator uses only 32 bits of a seed."""
     return int.from_bytes(hashlib.sha256(f"{seed} {n_done}".encode()).digest()[:7], "big")
 
 
 def _keep_whole_batches(file: Path, batch: int) -> int:
-    """Cut off what a kill left of a batch; the number of documents that stay."""
+    """Cut off an incomplete last batch, which a kill left; return the number of documents that remain."""
     if not file.exists():
         return 0
     n = kept = offset = end = 0
@@ -75,7 +75,7 @@ def _keep_whole_batches(file: Path, batch: int) -> int:
 
 
 class _Sampler:
-    """The teacher on its device, with a generation config of ours: its own may hold a penalty or a top-p."""
+    """The teacher on its device, with our own generation config: the teacher's may hold a penalty or a top-p."""
 
     def __init__(self, teacher: DenseCheckpoint, max_length: int, device: torch.device, dtype: torch.dtype):
         self.tokenizer = teacher.tokenizer()
@@ -100,5 +100,5 @@ class _Sampler:
                                            clean_up_tokenization_spaces=False)
 
     def _to_end(self, row: list[int]) -> list[int]:
-        """Without the padding behind the first end."""
+        """The row without the padding after the first stop token."""
         return row[:next((i for i, token in enumerate(row) if token in self.ends), len(row))]

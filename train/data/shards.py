@@ -1,8 +1,8 @@
-"""Tokens on disk: shards of one long stream, each whole documents, written once and memory-mapped by training.
+"""Tokens on disk: shards of one long stream, made of complete documents, written once and memory-mapped by training.
 
-tokens-NNNNN.npy  (N,) uint16, or uint32 where the vocabulary needs it
+tokens-NNNNN.npy  (N,) uint16, or uint32 if the vocabulary needs it
 starts-NNNNN.npy  (documents,) uint64: where in the shard each document begins; the first is 0
-loss-NNNNN.npy    (N,) bool: whether the loss looks at the token; absent where it looks at all of them
+loss-NNNNN.npy    (N,) bool: whether the loss includes the token; absent if it includes all of them
 """
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def shard_count(folder: Path) -> int:
 
 
 class ShardWriter:
-    """Collects documents in memory and writes them as a shard when told to."""
+    """Collects documents in memory and writes them as one shard on `close_shard`."""
 
     def __init__(self, folder: Path, vocab_size: int, n_shards: int = 0):
-        """`n_shards`: what an earlier process has written for good; files behind them are written again."""
+        """`n_shards`: shards that an earlier process has finished; later files are written again."""
         self.folder, self.n_shards = folder, n_shards
         for index in range(n_shards, shard_count(folder)):
             shard_file(folder, "tokens", index).unlink()

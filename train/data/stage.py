@@ -1,4 +1,4 @@
-"""The data stage as a build runs it: the recipe's sources, the teacher's own samples among them, and the cache."""
+"""The data stage of a build: tokenize the recipe's sources, which may include the teacher itself, or use the cache."""
 from __future__ import annotations
 
 import os
@@ -14,11 +14,11 @@ from lrc_edge.train.data.self_data import SELF_FILE, self_documents
 from lrc_edge.train.data.token_cache import make_or_link, make_resumable
 from lrc_edge.train.data.tokenize import check_enough, describe, prepare, read_summary
 
-Progress = Callable[[str, int], None]  # gets a line and the tokens so far
+Progress = Callable[[str, int], None]  # gets a status line and the number of tokens so far
 
 
 def tokenize_corpus(teacher: DenseCheckpoint, recipe: Recipe, folder: Path, key: str, progress: Progress) -> str:
-    """Leave the corpus that `key` stands for in `folder`, from the cache if it is there. Returns what to tell of it."""
+    """Put the corpus of this key into `folder`, from the cache if it is there. Returns facts for the stage's line."""
     seq_len = row_length(recipe, teacher)
 
     def make(work: Path) -> None:
@@ -53,7 +53,7 @@ def _documents(source: str, teacher: DenseCheckpoint, recipe: Recipe, work: Path
 
 
 def _with_speed(progress: Progress) -> Callable[[int], None]:
-    """The first call says what there is to begin with: what a killed run had made."""
+    """Add the speed to the status line. The first call gets the tokens that a killed run had made."""
     began: list[tuple[float, int]] = []
 
     def tell(n_tokens: int) -> None:
@@ -68,7 +68,7 @@ def _with_speed(progress: Progress) -> Callable[[int], None]:
 
 @contextmanager
 def _all_processors() -> Iterator[None]:
-    """The tokenizer on every processor; off again afterwards, as the command line sets it, because workers fork."""
+    """Let the tokenizer use all processors, and restore the setting afterwards: it is off because workers fork."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     try:

@@ -1,4 +1,4 @@
-"""Where a tokenized corpus is made and kept: a folder that survives a kill, and a cache that builds share."""
+"""Folders for a tokenized corpus: one that survives a kill, and a cache that several builds share."""
 from __future__ import annotations
 
 import os
@@ -11,13 +11,14 @@ from lrc_edge.errors import UserError
 from lrc_edge.workspace import replace_tree, write_atomically
 
 UNFINISHED = ".unfinished"
-KEY = ".key"  # beside a folder: what it holds, or its unfinished one holds the beginning of
+KEY = ".key"  # next to a folder: the key of its contents, or of its unfinished copy's
 
 
 def make_resumable(folder: Path, key: str, make: Callable[[Path], None]) -> None:
-    """Let `make` fill a folder beside `folder`, then rename it. After a kill it finds what it left of this key.
+    """Let `make` fill a folder next to `folder`, then rename it. After a kill, `make` finds what it wrote for this key.
 
-    The key stays until `forget_key`: a caller that is killed before it has noted the finished folder finds it made.
+    The key stays until `forget_key`: a caller that is killed before it has recorded the finished folder does not make
+    it again.
     """
     work, mark = folder.with_name(folder.name + UNFINISHED), _key_file(folder)
     if not mark.exists() or mark.read_text() != key:
@@ -32,7 +33,7 @@ def make_resumable(folder: Path, key: str, make: Callable[[Path], None]) -> None
 
 
 def forget_key(folder: Path) -> None:
-    """`folder` is noted as finished; from here on the note says whether its files are still what they were."""
+    """Call this once `folder` is recorded as finished: the record then shows whether its files are unchanged."""
     _key_file(folder).unlink(missing_ok=True)
 
 
@@ -41,7 +42,7 @@ def _key_file(folder: Path) -> Path:
 
 
 def make_or_link(cache: Path, key: str, folder: Path, make: Callable[[Path], None]) -> None:
-    """Fill `folder` with links to the cache's corpus of this key, which `make` makes where there is none."""
+    """Fill `folder` with links to the cache's corpus of this key; `make` makes that corpus if the cache has none."""
     entry = cache / key
     with _only_one(cache, key):
         if not entry.exists():
@@ -55,7 +56,7 @@ def make_or_link(cache: Path, key: str, folder: Path, make: Callable[[Path], Non
 
 @contextmanager
 def _only_one(cache: Path, key: str) -> Iterator[None]:
-    """Two builds at once would write the same files: the second waits, and finds them made."""
+    """Two builds at once would write the same files, so the second waits and uses those of the first."""
     import fcntl
 
     try:

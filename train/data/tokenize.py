@@ -1,4 +1,4 @@
-"""The data stage: documents of all sources tokenized once, in the shares that the weights ask for, into shards."""
+"""Tokenize the documents of all sources once, in the shares that the weights give, into shards."""
 from __future__ import annotations
 
 import json
@@ -20,23 +20,23 @@ from lrc_edge.workspace import write_atomically
 __all__ = ["HELD_OUT_FILE", "SUMMARY_FILE", "PackedRows", "Tally", "check_enough", "prepare", "read_summary"]
 
 BATCH_DOCUMENTS, BATCH_CHARS = 512, 32_000  # tokenized in one call: whichever comes first
-LOOK_ON_CHARS, LOOK_ON_DOCUMENTS = 20_000, 512  # enough held out for a proof, or enough looked at for it
+LOOK_ON_CHARS, LOOK_ON_DOCUMENTS = 20_000, 512  # stop looking for held-out text after these
 HELD_OUT_FILE, SUMMARY_FILE = "held_out.npz", "data.json"
-STATE_FILE = "state.json"  # while the stage runs: where a killed one continues
+STATE_FILE = "state.json"  # while the stage runs: where to resume after a kill
 
 
 @dataclass
 class Tally:
-    """What was taken of one source."""
+    """The counts of one source."""
 
     source: str
     documents: int = 0  # trained on
     tokens: int = 0
     held_out_documents: int = 0
-    skipped_conversations: int = 0  # refused by the chat template, or without an answer that the loss could look at
-    missed_answers: int = 0  # of the other conversations: without loss (lrc_edge/encode.py says why)
+    skipped_conversations: int = 0  # refused by the chat template, or without an answer to learn
+    missed_answers: int = 0  # answers of the others without loss (lrc_edge/corpus/encode.py has the reason)
     ran_out: bool = False
-    read: int = 0  # documents taken off the stream, blank ones too: where to continue
+    read: int = 0  # documents read from the stream, including blank ones: where to resume
 
 
 @dataclass
@@ -62,13 +62,13 @@ class _State:
         return sum(tally.tokens for tally in self.tallies)
 
     def hold_out(self, document: Document) -> None:
-        """Keep it for evaluation and proof, as long as they have not enough."""
+        """Keep the document for evaluation and verification, unless they have enough."""
         if self.held_out_chars < HELD_OUT_TOKENS * 8:
             self.held_out.append(document)
             self.held_out_chars += _size(document)
 
     def next_source(self, weights: Sequence[float]) -> int | None:
-        """The source that is furthest behind its weight; without weights the first that has not run out."""
+        """The source that is furthest below its weight; without weights, the first that has not run out."""
         left = [i for i, tally in enumerate(self.tallies) if not tally.ran_out]
         return min(left, key=lambda i: self.tallies[i].tokens / weights[i] if weights else i, default=None)
 
@@ -78,9 +78,9 @@ def prepare(sources: Sequence[tuple[str, Iterable[Document]]], tokenizer: PreTra
             progress: Callable[[int], None], shard_tokens: int = SHARD_TOKENS) -> int:
     """Write shards (about max_tokens, or all), held_out.npz and data.json into `folder`; return the training tokens.
 
-    `sources` are (name, documents). A source that runs out leaves the mixture, and the others go on: data.json holds
-    the shares that came of it. Where a killed call worked on the same sources in `folder`, goes on behind the last
-    shard that it closed. Raises UserError when there is no text, or too little to fill one row and hold some out.
+    `sources` are (name, documents). When a source runs out, the others continue; data.json holds the resulting shares.
+    If a killed call worked on the same sources in `folder`, resumes after the last shard that it closed. Raises
+    UserError if there is no text, or too little to fill one row and hold some out.
     """
     state = _State.load(folder, (name for name, _ in sources))
     writer = ShardWriter(folder, len(tokenizer), state.n_shards)
@@ -106,7 +106,7 @@ def prepare(sources: Sequence[tuple[str, Iterable[Document]]], tokenizer: PreTra
 
 def _mixture(state: _State, streams: Sequence[Iterator[list[Document]]], weights: Sequence[float],
              max_tokens: int | None) -> Iterator[tuple[Tally, list[Document]]]:
-    """Batches in the order that the weights ask for, until the tokens that came of them are enough."""
+    """Batches in the order that the weights give, until there are enough tokens."""
     while max_tokens is None or state.n_tokens < max_tokens:
         i = state.next_source(weights)
         if i is None:
@@ -119,7 +119,7 @@ def _mixture(state: _State, streams: Sequence[Iterator[list[Document]]], weights
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Small enough that the shares of a mixture come out within some ten thousand tokens."""
+    """Batches so small that the shares of a mixture are exact to some ten thousand tokens."""
     batch: list[Document] = []
     size = 0
     for document in documents:
@@ -133,13 +133,13 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _size(document: Document) -> int:
-    """Characters of its text."""
+    """Characters of the document's text."""
     return len(document) if isinstance(document, str) else sum(len(message["content"]) for message in document)
 
 
 def _take(batch: list[Document], state: _State, tally: Tally, held_out_share: float,
           tokenizer: PreTrainedTokenizerBase, writer: ShardWriter) -> None:
-    """Tokenize what of a batch is trained on."""
+    """Tokenize the training documents of a batch."""
     for encoded in encode(tokenizer, _split(batch, state, tally, held_out_share)):
         if encoded is None:
             tally.skipped_conversations += 1
@@ -151,7 +151,7 @@ def _take(batch: list[Document], state: _State, tally: Tally, held_out_share: fl
 
 
 def _split(batch: list[Document], state: _State, tally: Tally, held_out_share: float) -> list[Document]:
-    """What of a batch is trained on; the rest is held out."""
+    """The training documents of a batch; the others are held out."""
     kept: list[Document] = []
     for document in batch:
         if isinstance(document, str) and not document.strip():
@@ -166,7 +166,7 @@ def _split(batch: list[Document], state: _State, tally: Tally, held_out_share: f
 
 
 def _look_on(state: _State, streams: Sequence[Iterator[list[Document]]], held_out_share: float) -> None:
-    """A small budget ends before much is held out: the documents that follow have more of it; none is trained on."""
+    """Hold out some of the documents that follow: a small budget ends before much is held out. None is trained on."""
     n_seen = 0
     for tally, stream in zip(state.tallies, streams, strict=True):
         while state.held_out_chars < LOOK_ON_CHARS and n_seen < LOOK_ON_DOCUMENTS and (batch := next(stream, None)):
@@ -181,13 +181,13 @@ def _write_summary(folder: Path, state: _State) -> None:
 
 
 def read_summary(folder: Path) -> list[Tally]:
-    """What prepare took of each source, from data.json."""
+    """The counts of each source that `prepare` wrote to data.json."""
     rows = json.loads((folder / SUMMARY_FILE).read_text())["sources"]
     return [Tally(**{key: value for key, value in row.items() if key != "share"}) for row in rows]
 
 
 def describe(tallies: list[Tally]) -> str:
-    """The realised shares and what was left out, for the stage's line; empty where there is nothing to tell."""
+    """The resulting shares and what was left out, for the stage's line; empty if there is nothing to report."""
     total = sum(tally.tokens for tally in tallies)
     parts = [f"{tally.source} {tally.tokens / total:.1%}" + ", ran out" * tally.ran_out for tally in tallies]
     told = "; ".join(parts) if len(tallies) > 1 else ""
@@ -198,7 +198,7 @@ def describe(tallies: list[Tally]) -> str:
 
 
 def check_enough(tallies: list[Tally], seq_len: int, held_out_share: float) -> None:
-    """Raises UserError when there is no row to train on, or nothing held out."""
+    """Raise UserError if there is no row to train on, or nothing held out."""
     n_held_out = sum(tally.held_out_documents for tally in tallies)
     n_documents = sum(tally.documents for tally in tallies) + n_held_out
     n_tokens = sum(tally.tokens for tally in tallies)

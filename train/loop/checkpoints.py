@@ -1,8 +1,9 @@
-"""Training checkpoints: written beside, then renamed, so that a kill leaves the previous one whole; pruned to a number.
+"""Training checkpoints. Each is written under another name, then renamed: a kill leaves the previous one intact.
 
-One is a folder `step-NNNNNNNN` with `state.safetensors` (trained tensors, both Adam moments, the guard's averages) and
-`state.json`. Tensors are whole, whatever number of processes wrote them: any number continues them. The order of the
-data follows from the step, and a step draws no random numbers, so there is nothing else to keep.
+A checkpoint is a folder `step-NNNNNNNN` with `state.safetensors` (trained tensors, both Adam moments, the guard's
+averages) and `state.json` (step, phase, seconds). Tensors are complete, however many processes wrote them, and any
+number can resume. The order of the data follows from the step, and a step draws no random numbers, so nothing else is
+needed.
 """
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ def claim(run: Path, inputs: dict[str, Any]) -> None:
 
 
 def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any], keep: int) -> None:
-    """Write checkpoint `step` below `folder` and keep the newest `keep`. Raises UserError when the disk is full."""
+    """Write checkpoint `step` in `folder` and keep the newest `keep`. Raises UserError if the disk is full."""
     partial = folder / PARTIAL
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -82,14 +83,14 @@ def _all(folder: Path) -> list[Path]:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint; what a kill cut off has not got this name yet."""
+    """The newest checkpoint. An incomplete one does not have this name yet."""
     return (_all(folder) or [None])[-1]  # type: ignore[list-item]
 
 
 def load(path: Path) -> tuple[Any, dict[str, Any]]:
-    """(an open safetensors file, the facts). The file's get_tensor(name) reads one tensor: no process holds them all.
+    """(an open safetensors file, the facts). Its get_tensor(name) reads one tensor, so that no process holds them all.
 
-    Raises UserError when a file was damaged after it was written.
+    Raises UserError if a file was damaged after it was written.
     """
     try:
         return safe_open(path / STATE_FILE, framework="pt"), json.loads((path / FACTS_FILE).read_text())

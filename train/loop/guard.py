@@ -1,7 +1,7 @@
-"""The guard: a batch whose loss is not finite, or far above its average, never reaches the weights.
+"""The guard: a batch whose loss is not finite, or far above its average, never changes the weights.
 
-It decides on the device, where the optimizer's own `found_inf` skips the update, so that a step waits for nothing;
-the host hears of it with the next log row.
+It decides on the device, where the optimizer's own `found_inf` skips the update, so that no step waits; the host learns
+of it with the next log row.
 """
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-TERMS = ("lm loss", "kl loss", "clone loss", "gradient norm")
+from lrc_edge.train.losses import TERMS
+
+WATCHED = (*(f"{name} loss" for name in TERMS), "gradient norm")
+N_LOSSES = len(TERMS)
 DECAY = 0.9  # of the running average that a spike is measured against
 MOST_SKIPPED = 10  # bad batches in a row: no bad batch, but a run that has diverged
 
@@ -30,23 +33,23 @@ class BadBatch:
 
 
 class Guard:
-    """Judges each step's terms: (4,) lm, kl, clone, gradient norm, on the device."""
+    """Judges each step's values of WATCHED, a tensor on the device: the loss terms and the gradient's norm."""
 
     def __init__(self, device: torch.device, spike_factor: float):
         """`spike_factor`: how far above its running average a loss may be; 0: any finite value passes."""
         self.spike_factor = spike_factor
-        self.average = torch.zeros(len(TERMS), device=device)
+        self.average = torch.zeros(len(WATCHED), device=device)
         self._seen: list[tuple[int, torch.Tensor]] = []
         self._bad_in_a_row = 0
 
     def judge(self, step: int, terms: torch.Tensor) -> torch.Tensor:
         """1.0 (0-d) where the step's update must be skipped, else 0.0. No synchronization."""
         fine = terms.isfinite().all()
-        started = self.average > 0  # a term that has been nothing so far has no average to be measured against
+        started = self.average > 0  # a term that has been 0 so far has no average to compare with
         if self.spike_factor:
             limits = self.average * self.spike_factor
             # The gradient's norm may jump: clipping is there for that.
-            fine &= ((terms <= limits) | ~started)[:3].all()
+            fine &= ((terms <= limits) | ~started)[:N_LOSSES].all()
         self._seen.append((step, torch.cat([terms, self.average, fine[None].float()])))
         # The first value is the average; afterwards it decays. A bad batch leaves no trace in it.
         updated = torch.where(started, DECAY * self.average + (1 - DECAY) * terms, terms)
@@ -58,7 +61,7 @@ class Guard:
         steps = [step for step, _ in self._seen]
         rows = torch.stack([row for _, row in self._seen]).tolist() if self._seen else []
         self._seen = []
-        good = [row[:len(TERMS)] for row in rows if row[-1]]
+        good = [row[:len(WATCHED)] for row in rows if row[-1]]
         means = [sum(column) / len(good) for column in zip(*good, strict=True)] if good else None
         bad: list[BadBatch] = []
         for step, row in zip(steps, rows, strict=True):
@@ -68,8 +71,8 @@ class Guard:
         return means, bad
 
     def _describe(self, step: int, row: list[float]) -> BadBatch:
-        terms, averages = row[:len(TERMS)], row[len(TERMS):-1]
-        named = list(zip(TERMS, terms, averages, strict=True))
+        terms, averages = row[:len(WATCHED)], row[len(WATCHED):-1]
+        named = list(zip(WATCHED, terms, averages, strict=True))
         term, value, average = next((n for n in named if not math.isfinite(n[1])),
-                                    max(named[:3], key=lambda n: n[1] / max(n[2], 1e-30)))
+                                    max(named[:N_LOSSES], key=lambda n: n[1] / max(n[2], 1e-30)))
         return BadBatch(step, term, value, average, self._bad_in_a_row)

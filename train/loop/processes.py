@@ -24,7 +24,8 @@ TIMEOUT = timedelta(days=2)
 
 
 def join(device: torch.device) -> PartialState:
-    """This process among its peers; alone where nothing started it as one of several. Later calls return the same."""
+    """This process's rank among all that train together; the only one unless a launcher started several. Later calls
+    return the same."""
     joined = bool(PartialState._shared_state)
     state = PartialState(cpu=device.type == "cpu", timeout=TIMEOUT)
     if state.num_processes > 1 and not joined:
@@ -33,8 +34,8 @@ def join(device: torch.device) -> PartialState:
 
 
 def leave(state: PartialState) -> None:
-    """End this process when all have come here. Without teardown: a collective library's threads abort it now and then,
-    after all work is done, and the launcher would call the run failed."""
+    """End this process when all have arrived here. Without teardown: a collective library's threads sometimes abort it
+    after all work is done, and the launcher would report a failed run."""
     if state.num_processes > 1:
         state.wait_for_everyone()
         sys.stdout.flush()
@@ -43,8 +44,8 @@ def leave(state: PartialState) -> None:
 
 
 def shard(clone: Clone, state: PartialState) -> None:
-    """Spread every parameter over the processes (FSDP2): a unit for each pair of layers, one for the ends, one for the
-    projections that no forward pass reads. Starts from the first process's values. Nothing to do for one process."""
+    """Spread every parameter over the processes (FSDP2): one unit per pair of layers, one for the ends, one for the
+    trained tensors that no forward pass reads. Starts from the first process's values. No-op for one process."""
     if state.num_processes == 1:
         return
     for parameter in clone.parameters():
@@ -55,17 +56,16 @@ def shard(clone: Clone, state: PartialState) -> None:
         if clone.compute_dtype == torch.bfloat16 else MixedPrecisionPolicy()
     for pair in clone.pairs:
         fully_shard(pair, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    for unread in (clone.projections, clone.latents):
-        if len(unread):
-            fully_shard(unread, mesh=mesh)
+    if len(clone.unread):
+        fully_shard(clone.unread, mesh=mesh)
     # Resharded after its forward pass, too: compose_ writes into the shards, and gathered copies would stay old.
     fully_shard(clone, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     clone.bind()
 
 
 def gathered(tensors: Iterable[tuple[str, torch.Tensor]], state: PartialState) -> dict[str, torch.Tensor]:
-    """Shards as whole tensors, by name: float32 on the first process's CPU, nothing on the others. All must ask, for
-    the same in the same order."""
+    """Shards as complete tensors, by name: float32 on the first process's CPU, nothing on the others. Every process
+    must call it with the same names in the same order."""
     found: dict[str, torch.Tensor] = {}
     for name, tensor in tensors:
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -75,7 +75,7 @@ def gathered(tensors: Iterable[tuple[str, torch.Tensor]], state: PartialState) -
 
 
 def agreed(value: T, state: PartialState) -> T:
-    """The first process's `value`, on all: what each reads of a shared file system may be of different ages."""
+    """The first process's `value`, on all of them: a shared file system may show each a different state."""
     if state.num_processes == 1:
         return value
     box = [value]
@@ -84,7 +84,7 @@ def agreed(value: T, state: PartialState) -> T:
 
 
 def put(values: torch.Tensor, into: torch.Tensor) -> None:
-    """Copy a whole tensor into a parameter or a shard of one."""
+    """Copy a complete tensor into a parameter or a shard of one."""
     if isinstance(into, DTensor):
         values = distribute_tensor(values.to(into.device, into.dtype), into.device_mesh, into.placements,
                                    src_data_rank=None)

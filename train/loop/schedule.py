@@ -8,11 +8,12 @@ import torch
 
 from lrc_edge import recipe as recipes
 from lrc_edge.errors import UserError
+from lrc_edge.shape import ModelShape
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """`dense_from` is the first step (counted from 0) of the dense phase; `steps` when there is none."""
+    """`dense_from` is the first step (counted from 0) of the dense phase, or `steps` if there is none."""
 
     seq_len: int
     rows: int  # of an optimizer step, over all processes and batches
@@ -23,14 +24,14 @@ class Schedule:
     dense_rate: float
 
     @classmethod
-    def of(cls, train: recipes.Train, max_position_embeddings: int, n_tokens: int, student_width: int) -> Schedule:
-        """`n_tokens`: what the data holds, which is the budget when the recipe names none."""
-        seq_len = min(train.seq_len, max_position_embeddings)
+    def of(cls, train: recipes.Train, student: ModelShape, n_tokens: int) -> Schedule:
+        """`n_tokens`: the tokens of the data, which are the budget if the recipe has none."""
+        seq_len = min(train.seq_len, student.max_position_embeddings)
         budget = train.tokens or n_tokens
         batch_tokens = train.batch_tokens or min(32_768, max(4_096, budget // 400))
         rows = max(1, round(batch_tokens / seq_len))
         steps = max(1, round(budget / (rows * seq_len)))
-        rate = min(recipes.MAX_RATE, recipes.PEAK_RATE / student_width)
+        rate = min(recipes.MAX_RATE, recipes.PEAK_RATE / student.hidden_size)
         return cls(seq_len, rows, steps, round(steps * (1 - train.dense_share)),
                    math.ceil(train.warmup_share * steps), train.learning_rate or rate,
                    train.dense_learning_rate or rate)
@@ -55,19 +56,19 @@ class Schedule:
     def rows_of_process(self, world: int, micro_batch: int) -> tuple[int, int]:
         """(rows of one process, rows of one forward pass): the largest divisor that is at most `micro_batch`.
 
-        Raises UserError when the step's rows do not divide among `world` processes.
+        Raises UserError if the step's rows do not divide among `world` processes.
         """
         if self.rows % world:
             raise UserError(f"train.batch_tokens: a step of {self.rows} rows of {self.seq_len} does not divide among "
                             f"{world} processes; take {math.ceil(self.rows / world) * world * self.seq_len}")
-        mine = self.rows // world
-        return mine, next(n for n in range(min(mine, micro_batch), 0, -1) if mine % n == 0)
+        rows = self.rows // world
+        return rows, next(n for n in range(min(rows, micro_batch), 0, -1) if rows % n == 0)
 
 
 class RowOrder:
-    """Which rows of the data each step reads: every row once an epoch, in an order that the seed decides.
+    """Which rows of the data each step reads: every row once per epoch, in an order that depends on the seed.
 
-    A function of the step alone, so that a continued run, on however many processes, reads on where it stopped.
+    A function of the step alone, so that a resumed run, on any number of processes, reads on from where it stopped.
     """
 
     def __init__(self, n_rows: int, rows_per_step: int, seed: int):
@@ -87,7 +88,7 @@ class RowOrder:
 
 
 class ProcessBatches(torch.utils.data.Sampler[list[int]]):
-    """The rows that one of `world` processes reads, a list a step: a DataLoader's batch_sampler."""
+    """The rows that one of `world` processes reads, one list per step: a DataLoader's batch_sampler."""
 
     def __init__(self, order: RowOrder, steps: range, rank: int, world: int):
         self.order, self.steps, self.rank, self.world = order, steps, rank, world

@@ -1,4 +1,4 @@
-"""The training stage: teacher checkpoint and prepared tokens in, trained.safetensors and metrics.jsonl out."""
+"""The training stage: reads a teacher checkpoint and prepared tokens, writes trained.safetensors and metrics.jsonl."""
 from __future__ import annotations
 
 import json
@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -16,10 +15,12 @@ from lrc_edge import recipe as recipes
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.corpus.held_out import HeldOut
 from lrc_edge.errors import UserError
+from lrc_edge.lineage import Lineage, read_metadata
 from lrc_edge.recipe import Recipe
-from lrc_edge.train import initialize
+from lrc_edge.shape import ModelShape
 from lrc_edge.train.clone import Clone
 from lrc_edge.train.data.tokenize import HELD_OUT_FILE, PackedRows
+from lrc_edge.train.initialize import CALIBRATION_ROWS, INITS
 from lrc_edge.train.loop import processes
 from lrc_edge.train.loop.checkpoints import latest
 from lrc_edge.train.loop.schedule import Schedule
@@ -35,45 +36,52 @@ from lrc_edge.train.loop.trainer import (
     read_metrics,
     save_trained,
 )
+from lrc_edge.train.losses import TERMS
+from lrc_edge.train.phases import DENSE
 
 SUMMARY_FILE = "training.json"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What training will do, known before it starts."""
+    """The settings of a training run that follow from its recipe, teacher, data and machine."""
 
-    hidden_size: int
+    lineage: Lineage
     schedule: Schedule
     device: torch.device
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, recipe: Recipe, teacher: DenseCheckpoint, hidden_size: int, data: Path) -> Plan:
+    def of(cls, recipe: Recipe, teacher: DenseCheckpoint, student: ModelShape, data: Path) -> Plan:
         device = choose_device(recipe.train.device)
         n_tokens = PackedRows(data, recipe.train.seq_len).n_tokens
-        schedule = Schedule.of(recipe.train, teacher.shape.max_position_embeddings, n_tokens, hidden_size)
-        return cls(hidden_size, schedule, device, choose_precision(recipe.train.precision, device))
+        return cls(Lineage.of(teacher.shape, student), Schedule.of(recipe.train, student, n_tokens), device,
+                   choose_precision(recipe.train.precision, device))
 
 
-def load_clone(teacher: DenseCheckpoint, hidden_size: int, *, dtype: torch.dtype = torch.float32,
-               device: torch.device | None = None, trained: Path | None = None, recompute: bool = False) -> Clone:
-    """A clone on `device`, with the tensors of the file `trained` if given (else P = 0: initialize it)."""
-    # The teacher is stored in the type it computes in: at bf16 that halves its memory.
+def load_clone(teacher: DenseCheckpoint, lineage: Lineage, *, dtype: torch.dtype = torch.float32,
+               device: torch.device | None = None, recompute: bool = False) -> Clone:
+    """A clone on `device`, its projections 0: initialize it."""
+    # The teacher is stored in the type it computes in: bf16 halves its memory.
     model: PreTrainedModel = teacher.model(dtype).to(device or torch.device("cpu"))  # type: ignore[arg-type]
-    clone = Clone(model, teacher.shape, hidden_size, dtype, recompute).to(device or torch.device("cpu"))
-    if trained is not None:
-        with safe_open(trained, framework="pt") as file:
-            if (file.metadata() or {}).get("kind") == "weights":
-                clone.start_dense_phase()
-            clone.initialize({name: file.get_tensor(name) for name in file.keys()})
+    return Clone(model, lineage, dtype, recompute).to(device or torch.device("cpu"))
+
+
+def load_trained(teacher: DenseCheckpoint, trained: Path) -> Clone:
+    """The clone whose tensors `save_trained` wrote to the file. Raises UserError for a file without a lineage."""
+    with safe_open(trained, framework="pt") as file:
+        lineage, holds = read_metadata(file.metadata(), trained)
+        clone = load_clone(teacher, lineage)
+        if holds == DENSE.holds:
+            clone.start(DENSE)
+        clone.initialize({name: file.get_tensor(name) for name in file.keys()})
     return clone
 
 
 def train(teacher: DenseCheckpoint, recipe: Recipe, plan: Plan, data: Path, folder: Path, progress: Progress) -> None:
-    """Train in `folder`; continues from its last checkpoint. Leaves the trained tensors, metrics and a summary there.
+    """Train in `folder`, from its last checkpoint if there is one. Leaves trained tensors, metrics and a summary there.
 
-    Under torchrun every process calls it, with the same arguments. Raises UserError when the GPU's memory is too small.
+    Under torchrun every process calls it with the same arguments. Raises UserError if the GPU's memory is too small.
     """
     with out_of_memory_told(plan.device, recipe.train.micro_batch):
         _train(teacher, recipe, plan, data, folder, progress)
@@ -81,7 +89,7 @@ def train(teacher: DenseCheckpoint, recipe: Recipe, plan: Plan, data: Path, fold
 
 @contextmanager
 def out_of_memory_told(device: torch.device, micro_batch: int) -> Iterator[None]:
-    """Raise UserError for a GPU that is too small."""
+    """Raise UserError if the GPU's memory is too small."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -92,24 +100,23 @@ def out_of_memory_told(device: torch.device, micro_batch: int) -> Iterator[None]
 
 def _train(teacher: DenseCheckpoint, recipe: Recipe, plan: Plan, data: Path, folder: Path, progress: Progress) -> None:
     settings = recipe.train
-    peers = processes.join(plan.device)
-    peers.wait_for_everyone()
+    ranks = processes.join(plan.device)
+    ranks.wait_for_everyone()
     torch.manual_seed(settings.seed)
-    clone = load_clone(teacher, plan.hidden_size, dtype=plan.dtype, device=plan.device,
+    clone = load_clone(teacher, plan.lineage, dtype=plan.dtype, device=plan.device,
                        recompute=settings.gradient_checkpointing)
     rows = PackedRows(data, plan.schedule.seq_len, recipe.data.isolate_documents)
-    if processes.agreed(latest(folder / "checkpoints"), peers) is None:
+    if processes.agreed(latest(folder / "checkpoints"), ranks) is None:
         _initialize(clone, settings.init, rows, settings.seed)
     run(clone, teacher, settings, plan, rows, data, folder, progress)
 
 
 def run(clone: Clone, teacher: DenseCheckpoint, settings: recipes.Train, plan: Plan, rows: PackedRows, data: Path,
         folder: Path, progress: Progress) -> None:
-    """Train a clone that is ready to start, from the folder's last checkpoint if there is one, and leave its files."""
+    """Train a clone that is ready to start, from the folder's last checkpoint if there is one, and write its files."""
     schedule = plan.schedule
     held_out = HeldOut.load(data / HELD_OUT_FILE)
-    held_out_BL = held_out.rows(min(schedule.seq_len, len(held_out.ids) // 2), EVAL_TOKENS,
-                                teacher.config.get("bos_token_id") if _adds_bos(teacher) else None)
+    held_out_BL = held_out.rows(min(schedule.seq_len, len(held_out.ids) // 2), EVAL_TOKENS, teacher.bos())
     with clone.untapped() as whole_teacher:
         teacher_loss = held_out_loss(whole_teacher, held_out_BL, plan.dtype)
     trainer = Trainer(clone, settings, schedule, rows, held_out_BL, folder, progress)
@@ -124,21 +131,13 @@ def run(clone: Clone, teacher: DenseCheckpoint, settings: recipes.Train, plan: P
         "seconds": round(trainer.clock.seconds, 1), "device": plan.device.type,
         "processes": trainer.processes.num_processes,
         "precision": "bf16" if plan.dtype == torch.bfloat16 else "fp32", "init": settings.init,
+        "terms": {name: term.label for name, term in TERMS.items()},
         "skipped_batches": sum("skipped" in row for row in curve),
         "teacher_held_out_loss": teacher_loss, "first_held_out_loss": losses[0], "student_held_out_loss": losses[-1],
         "bytes_per_token": held_out.bytes_per_token}, indent=1))
 
 
 def _initialize(clone: Clone, init: str, rows: PackedRows, seed: int) -> None:
-    if init == "gaussian":
-        clone.initialize(initialize.gaussian_values(clone, seed))
-        return
-    picked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[: initialize.CALIBRATION_ROWS]
+    picked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[: CALIBRATION_ROWS]
     sample = torch.stack([rows[int(i)]["input_ids"] for i in picked]).to(next(clone.parameters()).device)
-    values = initialize.pca_values if init == "pca" else initialize.selection_values
-    clone.initialize(values(clone, sample))
-
-
-def _adds_bos(teacher: DenseCheckpoint) -> bool:
-    ids: Any = teacher.tokenizer()("a")["input_ids"]
-    return ids[0] == teacher.config.get("bos_token_id")
+    clone.initialize(INITS[init](clone, sample, seed))

@@ -1,8 +1,8 @@
-"""Training: the steps of both phases, what is logged, what is kept, and how a killed run goes on.
+"""The training loop: its steps, logging, evaluation and checkpoints.
 
-A loop of our own on accelerate's processes, torch's FSDP2, AdamW and DataLoader, and not the HF Trainer: the trained
-tensors change between the phases, weights are composed once a step, a bad batch is skipped on the device, and a
-continued run ends with the same bits (docs/LOG.md).
+This is our own loop on accelerate's processes, torch's FSDP2, AdamW and DataLoader, instead of the HF Trainer: the
+trained tensors change between the phases, weights are composed once per step, a bad batch is skipped on the device, and
+a resumed run ends with the same bits (docs/LOG.md).
 """
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ from lrc_edge.train.loop import checkpoints, processes
 from lrc_edge.train.loop.guard import MOST_SKIPPED, BadBatch, Guard
 from lrc_edge.train.loop.preemption import sigterms
 from lrc_edge.train.loop.schedule import ProcessBatches, RowOrder, Schedule
-from lrc_edge.train.losses import NO_LABEL, Objective
+from lrc_edge.train.losses import NO_LABEL, TERMS, Objective
+from lrc_edge.train.phases import CLONE, DENSE, PHASES
 from lrc_edge.workspace import write_atomically
 
-TRAINED_FILE = "trained.safetensors"  # every trained tensor by its weight's name; its metadata says which kind
+TRAINED_FILE = "trained.safetensors"  # every trained tensor by its weight's name; the lineage in its metadata
 METRICS_FILE = "metrics.jsonl"
 EVAL_TOKENS = 32_768
 
@@ -45,18 +46,13 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
-    """`auto` is bf16 on a GPU and on processors that multiply in it (AVX512-BF16 or AMX); elsewhere it is slower."""
+    """The type to compute in. `auto` is bf16 on a GPU and on processors that multiply in it (AVX512-BF16 or AMX); on
+    others bf16 is slower."""
     if wanted != "auto":
         return torch.bfloat16 if wanted == "bf16" else torch.float32
     if device.type == "cuda":
         return torch.bfloat16
     return torch.bfloat16 if multiplies_bfloat16() else torch.float32
-
-
-def objective_of(train: recipes.Train, dense: bool) -> Objective:
-    """What one of the two phases minimizes."""
-    return Objective(train.lm_weight, train.kl_weight, train.dense_alpha if dense else train.alpha,
-                     train.kl_temperature, train.clone_terms == "relative")
 
 
 @torch.inference_mode()
@@ -75,7 +71,7 @@ def held_out_loss(model: nn.Module, rows_BL: np.ndarray, dtype: torch.dtype) -> 
 
 @dataclass
 class Clock:
-    """Seconds spent in steps, by this process and those that it continues; evaluations and checkpoints do not count."""
+    """Seconds spent in steps, by this process and those that it resumes; evaluations and checkpoints do not count."""
 
     seconds: float = 0.0
     tokens: int = 0
@@ -95,7 +91,7 @@ class Clock:
 
 
 class Trainer:
-    """Trains a Clone over a Schedule. `run` continues from the folder's last checkpoint."""
+    """Trains a Clone over a Schedule. `run` resumes from the folder's last checkpoint."""
 
     def __init__(self, clone: Clone, settings: recipes.Train, schedule: Schedule, rows: PackedRows,
                  held_out_BL: np.ndarray, folder: Path, progress: Progress):
@@ -112,13 +108,13 @@ class Trainer:
         self.optimizer = self._new_optimizer()
 
     def _new_optimizer(self) -> torch.optim.AdamW:
-        # Fused: one kernel on either device, and it is the one that knows how to skip a step without being asked.
+        # Fused: one kernel on either device, and the only one that skips a step when `found_inf` is set.
         return torch.optim.AdamW(self.clone.trainable().values(), lr=0.0, betas=(0.9, 0.999), weight_decay=0.0,
                                  fused=True)
 
     @property
     def objective(self) -> Objective:
-        return objective_of(self.settings, self.clone.is_dense)
+        return Objective.of(self.settings, self.clone.phase.name)
 
     @property
     def is_main(self) -> bool:
@@ -135,9 +131,9 @@ class Trainer:
         self.clock.resume()
         with sigterms(alone=self.processes.num_processes == 1) as stops:
             for batch in self._batches(step):
-                if step == self.schedule.dense_from and not self.clone.is_dense:
+                if step == self.schedule.dense_from and self.clone.phase is CLONE:
                     self._report(step)  # no row mixes two objectives
-                    self.clone.start_dense_phase()
+                    self.clone.start(DENSE)
                     self.optimizer = self._new_optimizer()
                 self._step(step, batch)
                 step += 1
@@ -156,20 +152,20 @@ class Trainer:
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def _step(self, step: int, batch: dict[str, torch.Tensor]) -> None:
-        """One optimizer step: its batches forward and backward, gradients back to the projections, the update."""
+        """One optimizer step: forward and backward passes of its batches, gradients of trained tensors, the update."""
         batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
         world = self.processes.num_processes
         n_labels = (batch["labels"] != NO_LABEL).sum()
         if world > 1:
             dist.all_reduce(n_labels)
         n_labels = n_labels.clamp(min=1)
-        terms = torch.zeros(3, device=self.device)
+        terms = torch.zeros(len(TERMS), device=self.device)
         for start in range(0, self.rows_here, self.micro_batch):
             part = {name: tensor[start:start + self.micro_batch] for name, tensor in batch.items()}
             losses = self.clone(**part, objective=self.objective, n_labels=n_labels,
                                 share=self.micro_batch / self.schedule.rows)
             (losses.total * world).backward()  # FSDP takes the mean over processes where the step wants the sum
-            terms += torch.stack([losses.lm, losses.kl, losses.clone])
+            terms += torch.stack([*losses.parts.values()])
         if world > 1:
             dist.all_reduce(terms)
         self.clone.pull_back_()
@@ -188,13 +184,13 @@ class Trainer:
     # -- between steps -------------------------------------------------------------------------------------------------
 
     def _after(self, step: int, stopping: bool) -> None:
-        """What is due when `step` steps are done; `stopping`: this process makes no more of them."""
+        """Report, evaluate and save as is due after `step` steps; `stopping`: this process ends here."""
         s, last = self.settings, step == self.schedule.steps
         saves = stopping or (step % s.checkpoint_every == 0 and not last)
         evaluates = last or step % s.eval_every == 0
         reports = saves or last or step % s.log_every == 0
         if self.device.type == "cuda" and (reports or evaluates):
-            torch.cuda.synchronize(self.device)  # the steps that were queued are part of what the clock says
+            torch.cuda.synchronize(self.device)  # the clock must include the steps that were queued
         self.clock.stop(self.schedule.tokens_per_step)
         if reports:
             self._report(step)
@@ -205,13 +201,13 @@ class Trainer:
         self.clock.resume()
 
     def _report(self, step: int) -> None:
-        """Log the means since the last row; stop for a bad batch, or tell of it. The one place that waits."""
+        """Log the means since the last row; stop at a bad batch, or log it. Only here the host waits for the device."""
         means, bad = self.guard.report()
         if means is not None:
-            lm, kl, clone, norm = means
-            o = self.objective
-            self.row({"step": step, "tokens": step * self.schedule.tokens_per_step,
-                      "loss": o.lm * lm + o.kl * kl + o.alpha * clone, "lm": lm, "kl": kl, "clone": clone,
+            *values, norm = means
+            terms = dict(zip(TERMS, values, strict=True))
+            loss = sum(self.objective.weight(name) * value for name, value in terms.items())
+            self.row({"step": step, "tokens": step * self.schedule.tokens_per_step, "loss": loss, **terms,
                       "grad_norm": norm, "lr": self.schedule.learning_rate(step - 1),
                       "tokens_per_second": self.clock.rate})
         for batch in bad:
@@ -230,7 +226,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, step: int) -> float:
-        """Held-out loss of the student, in nats a token; every process takes its part of the rows."""
+        """Held-out loss of the student, in nats per token; every process evaluates its part of the rows."""
         world, rank = self.processes.num_processes, self.processes.process_index
         rows = torch.from_numpy(self.held_out_BL)
         n = len(rows)
@@ -239,11 +235,11 @@ class Trainer:
         labels = nn.functional.pad(rows[:, 1:], (0, 1), value=NO_LABEL)
         labels[n:] = NO_LABEL
         total = torch.zeros(2, device=self.device)
-        alone = Objective(lm=1.0, kl=0.0, alpha=0.0)
+        alone = Objective(lm=1.0, kl=0.0, clone=0.0)
         for ids, wanted in zip(rows[rank::world].split(4), labels[rank::world].split(4), strict=True):
             count = (wanted != NO_LABEL).sum().to(self.device)
             part = self.clone(ids.to(self.device), wanted.to(self.device), objective=alone)
-            total += torch.stack([part.lm * count, count])
+            total += torch.stack([part.parts["lm"] * count, count])
         if world > 1:
             dist.all_reduce(total)
         loss = (total[0] / total[1]).item()
@@ -259,32 +255,35 @@ class Trainer:
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """All that a checkpoint holds, by its name there."""
+        """The tensors of a checkpoint, by their names in it."""
         for name, parameter in self.clone.trainable().items():
             yield f"trained.{name}", parameter
             for key, value in self.optimizer.state[parameter].items():
                 yield f"{key}.{name}", value
-        if self.clone.is_dense and self.settings.dense_alpha:
-            for name, parameter in self.clone.writer_projections().items():
-                yield f"writer.{name}", parameter
+        if self.objective.compares_activations:
+            for name, parameter in self.clone.phase.kept(self.clone).items():
+                yield f"kept.{name}", parameter
         yield "guard.average", self.guard.average
 
     def _save(self, step: int) -> None:
         tensors = processes.gathered(self._tensors(), self.processes)
         if self.is_main:
-            facts = {"dense": self.clone.is_dense, "seconds": self.clock.seconds}
+            facts = {"phase": self.clone.phase.name, "seconds": self.clock.seconds}
             checkpoints.save(self.folder / "checkpoints", step, tensors, facts, self.settings.keep_checkpoints)
         self.processes.wait_for_everyone()
 
     def _continue_from(self, checkpoint: Path) -> int:
-        """Restore every tensor of a checkpoint; returns the steps that are done."""
+        """Restore every tensor of a checkpoint; return the number of steps that are done."""
         file, facts = checkpoints.load(checkpoint)
         tensor = file.get_tensor
-        if facts["dense"] and not self.clone.is_dense:
-            for name, p in self.clone.writer_projections().items():
-                if self.settings.dense_alpha:
-                    p.data.copy_(tensor(f"writer.{name}"))
-            self.clone.start_dense_phase()
+        if facts.get("phase") not in PHASES:
+            raise UserError(f"{checkpoint}: another version of lrc-edge wrote this checkpoint; remove {self.folder} "
+                            "to start again")
+        if facts["phase"] != self.clone.phase.name:
+            self.clone.start(PHASES[facts["phase"]])
+        if self.objective.compares_activations:
+            for name, p in self.clone.phase.kept(self.clone).items():
+                p.data.copy_(tensor(f"kept.{name}"))
         processes.shard(self.clone, self.processes)
         self.optimizer = self._new_optimizer()
         for name, parameter in self.clone.trainable().items():
@@ -301,7 +300,7 @@ class Trainer:
         return int(facts["step"])
 
     def _forget_metrics(self, step: int) -> None:
-        """A killed run logged past its last checkpoint; the continued one logs those steps again."""
+        """Drop the rows after `step`: a killed run logged past its last checkpoint, and logs those steps again."""
         file = self.folder / METRICS_FILE
         if self.is_main and file.exists():
             kept = [row for row in read_metrics(file) if row["step"] <= step]
@@ -309,19 +308,15 @@ class Trainer:
 
 
 def save_trained(clone: Clone, path: Path) -> None:
-    """Write what was trained: projections, or, after a dense phase, weights, on their grid after a quantized one.
-
-    Every process must call it.
-    """
-    made = clone.student_weights if clone.is_dense else clone.trainable()
+    """Write the result of the clone's phase, with the lineage in the metadata. Every process must call it."""
     state = processes.join(next(clone.parameters()).device)
-    tensors = processes.gathered(((name, made[name]) for name in clone.trainable()), state)
+    tensors = processes.gathered(clone.phase.result(clone).items(), state)
     if state.is_main_process:
-        save_file(tensors, path, metadata={"kind": "weights" if clone.is_dense else "projections"})
+        save_file(tensors, path, metadata=clone.lineage.metadata(clone.phase.holds))
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:
-    """The rows; a last line that a kill cut off is left out."""
+    """The rows; without a last line that a kill cut off."""
     lines = file.read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 

@@ -1,0 +1,149 @@
+"""The three phases of training: what stands behind the student's matrices, and so what the optimizer trains.
+
+clone      projections P. The matrices are W = f(teacher's W, P), composed once per optimizer step, however many batches
+           it has; the gradients that the batches leave on them are pulled back to P.
+dense      the matrices themselves, as those of a folded student would be (Train What You Deploy, arXiv 2609.02006).
+quantized  latent matrices. Those of the model are the latent ones, rounded to the grid of the 4-bit files; gradients
+           pass the rounding unchanged (straight-through, Bengio et al., arXiv 1308.3432).
+
+The gains of the student's norms are trained directly in each of them. A clone begins in the first phase;
+`Clone.start` begins another.
+"""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import nn
+
+from lrc_edge.families import RESIDUAL, Weight
+from lrc_edge.lineage import Holds, compose
+from lrc_edge.train import lowrank
+from lrc_edge.train.grids import on_grid
+
+if TYPE_CHECKING:
+    from lrc_edge.train.clone import Clone
+
+
+class Phase:
+    """What the optimizer trains while the phase lasts. It has no state: that is in the clone."""
+
+    name: ClassVar[str]
+    holds: ClassVar[Holds] = "weights"  # what a file of trained tensors has for each matrix
+
+    def begin(self, clone: Clone) -> None:
+        """Prepare the clone's tensors; its previous phase is still in force."""
+        raise NotImplementedError
+
+    def master(self, clone: Clone, weight: Weight) -> nn.Parameter:
+        """The trained tensor behind one of the student's matrices."""
+        raise NotImplementedError
+
+    def compose_(self, clone: Clone, dtype: torch.dtype) -> None:
+        """Write the matrices that the trained tensors make; `dtype` is the type to multiply in."""
+
+    def pull_back_(self, clone: Clone, dtype: torch.dtype) -> None:
+        """Map the gradients of the matrices to the trained tensors, add them there, and clear the originals."""
+
+    def kept(self, clone: Clone) -> dict[str, nn.Parameter]:
+        """Tensors, by weight name, that are no longer trained, but that a resumed run needs."""
+        return {}
+
+    def result(self, clone: Clone) -> dict[str, nn.Parameter]:
+        """The tensors of a trained file, by weight name."""
+        return {name: clone.student_weights[name] for name in clone.trainable()}
+
+
+class ClonePhase(Phase):
+    """Trains projections. Those that write into the stream belong to the layers, which compare outputs through them."""
+
+    name, holds = "clone", "projections"
+
+    def begin(self, clone: Clone) -> None:
+        sizes = clone.lineage.teacher.hidden_size, clone.lineage.student.hidden_size
+        clone.unread.update({key(weight.name): nn.Parameter(torch.zeros(sizes)) for weight, _ in clone.composed()
+                             if not weight.role.writes_stream})
+
+    def master(self, clone: Clone, weight: Weight) -> nn.Parameter:
+        return clone.writer(weight) if weight.role.writes_stream else clone.unread[key(weight.name)]
+
+    @torch.no_grad()
+    def compose_(self, clone: Clone, dtype: torch.dtype) -> None:
+        for weight, matrix in clone.composed():
+            maps = {RESIDUAL: self.master(clone, weight).to(dtype)}
+            composed = compose(weight, clone.teacher_of(weight).to(dtype), maps)
+            matrix.copy_(lowrank.placed_as(composed, matrix))
+
+    @torch.no_grad()
+    def pull_back_(self, clone: Clone, dtype: torch.dtype) -> None:
+        for weight, matrix in clone.composed():
+            if matrix.grad is not None:
+                p = self.master(clone, weight)
+                grad = lowrank.pull_back(weight.role, clone.teacher_of(weight).to(dtype), matrix.grad.to(dtype))
+                _move(lowrank.placed_as(grad, p).float(), matrix, p)
+
+    def result(self, clone: Clone) -> dict[str, nn.Parameter]:
+        return clone.trainable()
+
+
+class DensePhase(Phase):
+    """Trains the matrices. The projections that the clone loss compares outputs through remain, fixed."""
+
+    name = "dense"
+
+    def begin(self, clone: Clone) -> None:
+        clone.phase.compose_(clone, torch.float32)  # the first dense weights must not be rounded to the compute type
+        clone.unread.clear()
+        for p in clone.writers().values():
+            p.requires_grad_(False)
+            p.grad = None
+
+    def master(self, clone: Clone, weight: Weight) -> nn.Parameter:
+        return clone.student_weights[weight.name]
+
+    def kept(self, clone: Clone) -> dict[str, nn.Parameter]:
+        return clone.writers()
+
+
+class QuantizedPhase(Phase):
+    """Trains latent matrices. The teacher is the unquantized student, of the same width, or there is no clone loss: no
+    output is compared through a projection."""
+
+    name = "quantized"
+
+    def begin(self, clone: Clone) -> None:
+        clone.unread.update({key(weight.name): nn.Parameter(matrix.detach().clone())
+                             for weight, matrix in clone.composed()})
+        for pair in clone.layer_pairs():
+            pair.projections.clear()
+        self.compose_(clone, torch.float32)
+
+    def master(self, clone: Clone, weight: Weight) -> nn.Parameter:
+        return clone.unread[key(weight.name)]
+
+    @torch.no_grad()
+    def compose_(self, clone: Clone, dtype: torch.dtype) -> None:
+        """Round the latent matrices. Blocks lie within a row, and shards hold complete rows."""
+        for weight, matrix in clone.composed():
+            lowrank.local(matrix).copy_(on_grid(weight, lowrank.local(self.master(clone, weight))))
+
+    @torch.no_grad()
+    def pull_back_(self, clone: Clone, dtype: torch.dtype) -> None:
+        for weight, matrix in clone.composed():
+            if matrix.grad is not None:
+                _move(matrix.grad, matrix, self.master(clone, weight))
+
+
+CLONE, DENSE, QUANTIZED = ClonePhase(), DensePhase(), QuantizedPhase()
+PHASES: dict[str, Phase] = {phase.name: phase for phase in (CLONE, DENSE, QUANTIZED)}
+
+
+def _move(grad: torch.Tensor, matrix: nn.Parameter, master: nn.Parameter) -> None:
+    """Add `grad` to the master's gradient, and clear the matrix's."""
+    master.grad = grad if master.grad is None else master.grad.add_(grad)
+    matrix.grad = None
+
+
+def key(name: str) -> str:
+    """The name of a weight or module as a key of a ParameterDict, which may hold no dot."""
+    return name.replace(".", "|")
