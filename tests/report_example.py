@@ -41,7 +41,7 @@ def kl_gate(made: dict[str, Any], mode: str, limit: float) -> dict[str, Any]:
 
 
 def example_report() -> dict[str, Any]:
-    """A clone of a 10M teacher, six artifacts, everything passed."""
+    """A clone of a 10M teacher with six artifacts, whose gates all passed."""
     artifacts = [artifact(*row[:4]) for row in ENCODINGS]
     artifacts[2]["fallbacks"] = [
         {"tensor": f"blk.{i}.attn_k.weight", "wanted": "Q4_K", "got": "Q5_0",
@@ -96,7 +96,7 @@ def _curve(steps: int) -> list[dict[str, float]]:
 
 
 def many_artifacts(n: int = 20) -> dict[str, Any]:
-    """An export of a foreign checkpoint: no teacher, no training, n encodings, a long name."""
+    """An export of a third-party checkpoint: no teacher, no training, n encodings, a long name."""
     report = example_report()
     name = "Some-Organisation-With-A-Long-Name-Model-3.2-Instruct-Preview-2026-11"
     kinds = ["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1",
@@ -112,7 +112,7 @@ def many_artifacts(n: int = 20) -> dict[str, Any]:
 
 
 def failed_report() -> dict[str, Any]:
-    """Two gates missed, ids and a template that differ."""
+    """Two failed gates; token ids and a template that differ."""
     report = example_report()
     q4 = report["artifacts"][3]
     q4["parity"]["prefill"], q4["parity"]["decode"] = metrics(0.31), metrics(0.33)

@@ -1,4 +1,4 @@
-"""A report's page, parsed as a browser would; its charts as XML."""
+"""A parsed report page, with its charts as XML."""
 from __future__ import annotations
 
 import re

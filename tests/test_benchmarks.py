@@ -1,4 +1,4 @@
-"""The benchmarks of speed run, in small; what they print is measured."""
+"""Small runs of the speed benchmarks, whose printed figures are checked."""
 from __future__ import annotations
 
 import ast
@@ -121,7 +121,7 @@ sys.exit(1)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_real_size_measures_every_process_of_the_command(tmp_path: Path) -> None:
-    """Of a command in the place of lrc-edge, whose child takes the memory; a second run of the label replaces it."""
+    """Measures a stand-in for lrc-edge whose child process uses the memory. A second run replaces the first."""
     command = tmp_path / "lrc-edge"
     command.write_text(f"#!{sys.executable}\n{FAKE_EXPORT}")
     command.chmod(0o755)

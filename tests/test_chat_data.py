@@ -39,7 +39,7 @@ def write(file: Path, *rows: Any) -> str:
 
 
 def learnt_by_walking(ids: list[int], tokenizer: Any, header: str, end: str) -> list[bool]:
-    """An independent reading: from behind each assistant header to its end token, as the ids themselves show it."""
+    """An independent method: from after each assistant header to its end token, found in the ids."""
     start: list[int] = tokenizer(header, add_special_tokens=False)["input_ids"]
     stop = tokenizer.convert_tokens_to_ids(end)
     inside, learnt = False, []
@@ -93,7 +93,7 @@ def test_a_conversation_without_an_answer_to_learn_is_none(chat: Messages) -> No
 
 
 def test_labels_of_texts_and_chats_in_one_stream(tmp_path: Path) -> None:
-    """Independent of the packing: each document is encoded alone, and its labels are laid end to end."""
+    """Independent of the packing: each document is encoded alone, and the labels are concatenated."""
     tokenizer = make_tokenizer("llama3")
     documents: list[Document] = []
     for i in range(60):

@@ -1,4 +1,4 @@
-"""Every way in which a model directory can be wrong is one UserError that names file, finding and remedy."""
+"""Every fault of a model directory is one UserError that names the file, the fault and the remedy."""
 from __future__ import annotations
 
 import json
@@ -53,7 +53,7 @@ def test_a_whole_checkpoint_opens(tiny_llama: Path) -> None:
 @pytest.mark.parametrize("settings", FAMILIES.values(), ids=FAMILIES)
 def test_a_model_is_the_one_that_transformers_loads(settings: dict[str, Any], stored: torch.dtype, tmp_path: Path
                                                     ) -> None:
-    """To the bit, also where the weights are converted one by one. RoPE's frequencies stay float32."""
+    """Bit for bit, also if the weights are converted one by one. RoPE's frequencies stay float32."""
     checkpoint = DenseCheckpoint.open(make_tiny(tmp_path / "model", dtype=stored, **settings))
     for dtype in (torch.float32, torch.bfloat16):
         expected = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype, attn_implementation="sdpa")

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: separate processes, their output, their exit status, what they leave behind."""
+"""The command line as users run it: separate processes, their output, exit status and files."""
 from __future__ import annotations
 
 import io
@@ -38,7 +38,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def refused(result: subprocess.CompletedProcess[str], out: Path, *parts: str) -> None:
-    """One line on stderr, nothing else, status 2, nothing left behind."""
+    """Check for one line on stderr, nothing else, status 2 and no output directory."""
     assert result.returncode == 2, result.stdout + result.stderr
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("lrc-edge: "), result.stderr
     for part in parts:
@@ -72,7 +72,7 @@ def test_recipe_prints_toml_that_it_reads(tmp_path: Path) -> None:
 
 
 def test_mistakes_in_the_teacher(llama_copy: Path, text: Path, tmp_path: Path) -> None:
-    """Each through the whole command once; tests/test_checkpoint.py has every case."""
+    """Each kind of mistake once, through the command line; tests/test_checkpoint.py has every case."""
     out = tmp_path / "out"
     refused(run("build", tmp_path / "nowhere", "--out", out, "--data", text), out, "nowhere", "not a directory")
     weights = llama_copy / "model.safetensors"

@@ -14,7 +14,7 @@ from lrc_edge.console import PLAIN_EVERY, running, stage_line
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Seconds pass when the test says so."""
+    """A clock that the test advances."""
     now = [100.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
 
@@ -25,7 +25,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 def log() -> tuple[Console, Callable[[], list[str]]]:
-    """A console whose output is no terminal, and its lines so far."""
+    """A console that is not a terminal, and its lines so far."""
     file = io.StringIO()
     return Console(file=file, width=60), lambda: file.getvalue().splitlines()
 

@@ -1,4 +1,4 @@
-"""Texts from every kind of source; the split by hash; rows for the proof."""
+"""Texts from every kind of source, the split by hash, and sequences for verification."""
 from __future__ import annotations
 
 import hashlib
@@ -89,7 +89,7 @@ def test_a_folder_that_datasets_wrote(tmp_path: Path) -> None:
 
 
 def test_a_parquet_file_of_texts_that_are_not_utf8(tmp_path: Path) -> None:
-    """Parquet does not check what it calls a string."""
+    """Parquet does not check that strings are UTF-8."""
     offsets, data = pyarrow.py_buffer(bytes([0, 0, 0, 0, 2, 0, 0, 0])), pyarrow.py_buffer(b"a\xff")
     column = pyarrow.StringArray.from_buffers(1, offsets, data)
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
@@ -113,7 +113,7 @@ def test_a_parquet_file_that_is_cut(tmp_path: Path) -> None:
 ])
 def test_a_hub_dataset_is_streamed(source: str, asked: tuple[str, str | None, str],
                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    """A real streaming dataset; only the download is not."""
+    """A real streaming dataset; only the download is simulated."""
     def load(name: str, config: str | None, *, split: str, streaming: bool) -> datasets.IterableDataset:
         assert (name, config, split) == asked and streaming
         return datasets.IterableDataset.from_generator(lambda: iter([{"text": "One."}, {"text": "Two."}]))

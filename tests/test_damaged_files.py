@@ -1,4 +1,4 @@
-"""Damaged files beside the weights: whatever is in them, one line and no traceback."""
+"""Damaged files next to the weights give one line and no traceback, whatever they contain."""
 from __future__ import annotations
 
 import copy
@@ -27,7 +27,7 @@ ODD = [None, True, -1, 0, 1.5, 10**30, 1e308, float("nan"), float("inf"), "", "x
 
 @pytest.fixture(scope="session")
 def whole(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with every file that is read beside the weights, which are in two shards; and a finished build."""
+    """A checkpoint with weights in two shards and every other file that is read; and a finished build."""
     folder = tmp_path_factory.mktemp("whole")
     path = Path(shutil.copytree(tiny_llama, folder / "checkpoint"))
     DenseCheckpoint.open(tiny_llama).model().save_pretrained(folder / "sharded", max_shard_size="200KB")
@@ -56,7 +56,7 @@ def inspect(path: Path) -> str:
 
 
 def inspected(path: Path) -> str:
-    """The same, or the line that is printed instead."""
+    """Return the description, or the error line that is printed instead."""
     try:
         return inspect(path)
     except UserError as error:
@@ -64,7 +64,7 @@ def inspected(path: Path) -> str:
 
 
 def load(path: Path) -> None:
-    """What every command does with a model before it works."""
+    """Do what every command does with a model first."""
     if path.name == "build":
         return
     checkpoint = DenseCheckpoint.open(path)
@@ -73,7 +73,7 @@ def load(path: Path) -> None:
 
 
 def errors(path: Path) -> list[str]:
-    """A line from each step that refuses the folder. Anything but a UserError passes through."""
+    """Return the error line of each step that refuses the folder. Only UserError is caught."""
     found = []
     steps: tuple[Callable[[Path], object], ...] = (inspect, load)
     for step in steps:
@@ -86,7 +86,7 @@ def errors(path: Path) -> list[str]:
 
 
 def mutate(data: bytes, is_json: bool, rng: random.Random) -> bytes:
-    """Cut, flip, overwrite or repeat bytes; of JSON as often change a value or remove a key."""
+    """Cut, flip, overwrite or repeat bytes; in JSON, half of the time change a value or remove a key."""
     kind = rng.randrange(8 if is_json else 4)
     at = rng.randrange(len(data))
     if kind == 0:
@@ -109,7 +109,7 @@ def mutate(data: bytes, is_json: bool, rng: random.Random) -> bytes:
 
 
 def places(table: Any, depth: int = 0) -> Any:
-    """Every (holder, key) in a table; of long lists and tables only some."""
+    """Return every (container, key) in a table; of long lists and tables only some."""
     entries = list(table.items() if isinstance(table, dict) else enumerate(table) if isinstance(table, list) else ())
     for key, value in entries[:40]:
         yield table, key
@@ -204,7 +204,7 @@ def test_odd_values(name: str, field: str, value: Any, wanted: str, checkpoint: 
 
 
 def test_a_subword_prefix_that_merges_have_not(checkpoint: Path) -> None:
-    """The tokenizers library aborts the process where it cuts such a prefix off in the middle of a character."""
+    """The tokenizers library aborts the process if removing the prefix splits a character."""
     file = checkpoint / "tokenizer.json"
     table = json.loads(file.read_text())
     table["model"]["continuing_subword_prefix"] = "o"
@@ -214,7 +214,7 @@ def test_a_subword_prefix_that_merges_have_not(checkpoint: Path) -> None:
 
 
 def test_no_limit_on_the_length_of_a_text(checkpoint: Path) -> None:
-    """As transformers writes it: int(1e30)."""
+    """transformers writes it as int(1e30)."""
     file = checkpoint / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": int(1e30)}))
     assert errors(checkpoint) == []

@@ -1,4 +1,4 @@
-"""A full disk and too little memory, as each library reports them, are one line; anything else stays a traceback."""
+"""A full disk and too little memory are one line, whichever library reports them; other errors keep their traceback."""
 from __future__ import annotations
 
 import contextlib
@@ -28,7 +28,7 @@ def write_array(file: Path) -> None:
     lambda file: file.write_text("x" * 10**6), lambda file: np.zeros(10**6).tofile(file), write_array,
     lambda file: np.savez(file, x=np.zeros(10**6)), lambda file: save_file({"x": torch.zeros(10**6)}, file)])
 def test_a_full_disk(write: Callable[[Path], None], tmp_path: Path) -> None:
-    """The system itself refuses to write past a limit on the size of files, as it does on a full disk."""
+    """The system refuses to write past a limit on the file size, as it does on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
@@ -62,7 +62,7 @@ def test_a_cause_counts_and_a_bug_does_not() -> None:
 
 
 def test_the_command_line_prints_one_line(tmp_path: Path) -> None:
-    """The whole command, where 2 GiB of memory have to do."""
+    """The command line with a memory limit of 2 GiB."""
     code = ("import resource; resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))\n"
             "from lrc_edge import cli\n"
             "cli.app = lambda: bytearray(2**32)\n"

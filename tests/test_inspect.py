@@ -1,4 +1,4 @@
-"""`describe` and `print_description` against real files: what the writers say must be what is read back."""
+"""`describe` and `print_description` on real files: they must read back what the writers reported."""
 from __future__ import annotations
 
 import io
@@ -80,7 +80,7 @@ def test_gguf_printed(gguf_file: Path) -> None:
 
 @pytest.mark.parametrize("keep", [3, 20, 0.3, 0.9, -1])
 def test_truncated_gguf(gguf_file: Path, keep: float) -> None:
-    """At any place: inside the magic, the header, the tokens, the tensor table, the last tensor."""
+    """Truncated anywhere: inside the magic, the header, the tokens, the tensor table or the last tensor."""
     data = gguf_file.read_bytes()
     gguf_file.write_bytes(data[:keep if isinstance(keep, int) else int(keep * len(data))])
     with pytest.raises(UserError, match=r"m\.gguf: (not a GGUF file|truncated)") as raised:
@@ -117,7 +117,7 @@ def test_onnx_plain(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("bits", "expected"), [(4, (10 * 2 * 16 + 80) * 8 / 640), (8, (10 * 2 * 32 + 80) * 8 / 640)])
 def test_onnx_matmul_nbits(tmp_path: Path, bits: int, expected: float) -> None:
-    """10 x 64 in two blocks of 32 a row: 4 or 8 bits each, and a float32 scale a block."""
+    """10 x 64 in two blocks of 32 per row, of 4 or 8 bits, with one float32 scale per block."""
     packed = numpy_helper.from_array(np.zeros((10, 2, 32 * bits // 8), np.uint8), "w")
     scales = numpy_helper.from_array(np.ones((10, 2), np.float32), "s")
     node = helper.make_node("MatMulNBits", ["x", "w", "s"], ["y"], domain="com.microsoft", N=10, K=64, bits=bits,
@@ -172,7 +172,7 @@ def test_onnx_corrupt(tmp_path: Path, content: bytes) -> None:
 
 @pytest.mark.parametrize(("family", "tied"), [("llama", True), ("qwen2", False)])
 def test_exported_files_are_read_back_as_their_writers_count(tmp_path: Path, family: str, tied: bool) -> None:
-    """Bits a weight and parameters, through packed matrices, shared or gathered embeddings, and RoPE tables."""
+    """Bits per weight and parameters are right for packed matrices, shared or gathered embeddings, and RoPE tables."""
     from lrc_edge.export.gguf.to_gguf import export_gguf
 
     checkpoint = DenseCheckpoint.open(make_tiny(tmp_path / "m", family, tied=tied))

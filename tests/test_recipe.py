@@ -96,7 +96,7 @@ def test_nothing_to_train() -> None:
 
 
 def test_every_key_is_explained() -> None:
-    """The printed recipe has a comment above each section and each key, and is the same recipe."""
+    """The printed recipe has a comment with the help text above each section and each key."""
     lines = to_toml(Recipe()).splitlines()
     sections = {f.name: dataclasses.fields(getattr(Recipe(), f.name)) for f in dataclasses.fields(Recipe)}
     explained = [line.split(" = ")[0] for above, line in itertools.pairwise(lines)

@@ -112,7 +112,7 @@ def test_page_serves_both_colour_schemes_phone_and_paper() -> None:
 
 
 def hostile(value: Any, key: str = "") -> Any:
-    """Every text of a report made hostile, but for those that choose how it is judged."""
+    """Make every text of a report hostile, except those that select how it is evaluated."""
     if isinstance(value, dict):
         return {k: hostile(v, k) for k, v in value.items()}
     if isinstance(value, list):
@@ -199,7 +199,7 @@ def test_split_at_difference(text: str, reference: str, expected: tuple[str, str
 
 
 def test_least_report() -> None:
-    """Every optional key away."""
+    """Without any optional key."""
     report = example_report()
     least = {key: report[key] for key in ("lrc_edge", "created", "versions", "artifacts", "gates", "student")}
     least["student"] = {key: report["student"][key] for key in ("name", "path", "family", "shape", "n_params")}
@@ -285,7 +285,7 @@ def test_figures() -> None:
 
 
 def test_a_damaged_report_is_one_line_and_a_whole_one_is_read(tmp_path: Path) -> None:
-    """Values and keys that are gone, or of another type: read as a report, or refused."""
+    """A report with missing or mistyped values is either read as a report or refused."""
     whole = json.loads(json.dumps(many_artifacts()))
     refused = 0
     for damaged in _damaged(whole):

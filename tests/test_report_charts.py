@@ -54,7 +54,7 @@ def test_kl_chart() -> None:
 
 
 def test_quantization_is_reported() -> None:
-    """Calibration, training on the grid and a mixed precision; none of it where there was none."""
+    """Calibration, quantization-aware training and mixed precision are shown if they happened, and only then."""
     report = example_report()
     assert "quantization" not in Page(render_report(report)).text
     grid = next(a for a in report["artifacts"] if a["encoding"] == "q4_0")

@@ -67,8 +67,8 @@ Answer = tuple[str, str] | None  # the text before the answer (with the generati
 
 def _renderings(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[str, list[Answer]] | None:
     """Render the conversation and its answers; an answer is None if the template refuses the text around it."""
-    whole = render(tokenizer, messages)
-    if whole is None:
+    conversation = render(tokenizer, messages)
+    if conversation is None:
         return None
     answers: list[Answer] = []
     for i, message in enumerate(messages):
@@ -76,22 +76,22 @@ def _renderings(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple
             before = render(tokenizer, messages[:i], answer_next=True) if i else None  # templates refuse an empty list
             after = render(tokenizer, messages[:i + 1])
             answers.append(None if before is None or after is None else (before, after))
-    return whole, answers
+    return conversation, answers
 
 
-def _texts(whole: str, answers: list[Answer]) -> Iterator[str]:
-    yield whole
+def _texts(conversation: str, answers: list[Answer]) -> Iterator[str]:
+    yield conversation
     for answer in answers:
         yield from answer or ()
 
 
-def _encoded_chat(ids_of: dict[str, list[int]], whole: str, answers: list[Answer]) -> Encoded | None:
+def _encoded_chat(ids_of: dict[str, list[int]], conversation: str, answers: list[Answer]) -> Encoded | None:
     """Mark each answer whose ids, with all ids before it, are a prefix of the conversation's ids.
 
     Not every answer is: Qwen3's template shows only the last answer's thinking, so earlier answers are rendered
     differently once another follows. Such an answer is left out of the loss.
     """
-    ids = ids_of[whole]
+    ids = ids_of[conversation]
     counts = np.zeros(len(ids), dtype=bool)
     n_missed = 0
     for answer in answers:

@@ -11,7 +11,7 @@ from lrc_edge.errors import UserError, one_line
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 SELF = "self"  # the teacher's own samples (train/data/self_data.py)
-WANTED = ("pass a .txt, .jsonl or .parquet file, a folder of them, or a hub dataset id "
+WANTED = ("give a .txt, .jsonl or .parquet file, a folder of them, or a hub dataset id "
           "(name, name:config or name:config:split)")
 PASSAGE_CHARS = 4_000  # a .txt file is cut at blank lines into documents of about this size
 LONGEST_PASSAGE = 64_000  # without blank lines: cut at the next line end

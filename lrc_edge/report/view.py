@@ -49,17 +49,17 @@ def gate_cells(gate: dict[str, Any], names: Names) -> dict[str, Any]:
     why = visible(gate.get("why") or "")
     return {"passed": passed, "name": visible(gate["name"]), "artifact": names(gate["artifact"]),
             "path": visible(gate["artifact"]), "metric": METRIC_NAMES.get(metric, visible(metric)),
-            "value": "none" if gate["value"] is None and why else _judged(metric, gate["value"]), "why": why,
+            "value": "none" if gate["value"] is None and why else _metric_text(metric, gate["value"]), "why": why,
             "exact": visible(gate["value"]), "asked": asked,
-            "relation": asked if passed else missed, "limit": _judged(metric, gate["limit"], whole=True)}
+            "relation": asked if passed else missed, "limit": _metric_text(metric, gate["limit"], exact=True)}
 
 
-def _judged(metric: str, value: Any, whole: bool = False) -> str:
+def _metric_text(metric: str, value: Any, exact: bool = False) -> str:
     if value is None:
         return "not a number"
     if metric not in SHARES:
         return figure(value, 4)
-    return f"{100 * value:.10g} %" if whole else percent(value)
+    return f"{100 * value:.10g} %" if exact else percent(value)
 
 
 # -- header ------------------------------------------------------------------------------------------------------------
@@ -82,9 +82,9 @@ def tiles(report: Report, names: Names) -> list[dict[str, str]]:
                       "note": f"teacher: {figure(of_teacher['perplexity'])}" if of_teacher else "student"})
     elif (perplexity := student_perplexity(report)) is not None:
         found.append({"name": "Perplexity", "value": figure(perplexity), "note": "student, on the held-out text"})
-    judged = [(kl, a["path"]) for a in artifacts if (kl := worst_kl(a)) is not None]
-    if judged:
-        kl, path = max(judged)
+    measured = [(kl, a["path"]) for a in artifacts if (kl := worst_kl(a)) is not None]
+    if measured:
+        kl, path = max(measured)
         found.append({"name": "Largest KL", "value": figure(kl), "note": f"nats per token, {names(path)}"})
     return found
 
