@@ -23,8 +23,8 @@ TYPES = {
     "Q5_K": (256, 176), "Q6_K": (256, 210), "IQ1_S": (256, 50), "IQ1_M": (256, 56), "IQ2_XXS": (256, 66),
     "IQ2_XS": (256, 74), "IQ2_S": (256, 82), "IQ3_XXS": (256, 98), "IQ3_S": (256, 110), "IQ4_XS": (256, 136),
     "IQ4_NL": (32, 18), "TQ1_0": (256, 54), "TQ2_0": (256, 66), "Q1_0": (128, 18)}
-# Types that have the limits of quantized files and no encoding of their name: those of mixtures, and those that only
-# others write. `verify` names a third-party GGUF after the type of most of its bytes.
+# Types with the limits of quantized files that are not names of encodings: types of mixtures, and types that are not
+# written here. `verify` names a third-party GGUF after the type of most of its bytes.
 QUANTIZED_TYPES = ("q3_k", "q4_k", "q5_k", "mxfp4", "nvfp4")
 _LONGER_SCALES = {"gguf": 0, "onnx": 2}  # bytes per block beyond TYPES: float32 scales instead of float16
 _MIXED = re.compile(r"[\d.]+bpw")
@@ -39,10 +39,10 @@ class Format:
     type: str  # of most matrices: a key of TYPES
     ends: str | None  # type of embedding and head; None: a mixture, whose types llama.cpp chooses
     file: str  # "{model}-Q4_K_M.gguf"; of ONNX the path in its folder, "onnx/model_q4.onnx"
-    kl_gate: str = "quantized_kl"
-    device_kl_gate: str = "quantized_kl"  # on a device
-    top1_gate: str = "quantized_top1"  # on a device
-    also_judged: tuple[str, ...] = ()  # metrics of the comparison with the student that are gates beside the KL
+    kl_gate: str
+    device_kl_gate: str  # on a device
+    top1_gate: str  # on a device
+    also_judged: tuple[str, ...] = ()  # further metrics of the comparison with the student that are gates
     needs_imatrix: bool = False  # llama.cpp refuses to write it without an importance matrix
     trained_on_grid: bool = False  # written from the student that was trained on the Q4_0 grid, if there is one
     in_profiles: bool = False  # a device's profile may name it; targets/memory.py predicts its memory
@@ -68,52 +68,57 @@ class Format:
 
     @property
     def bytes_per_weight(self) -> float:
-        """Of most matrices, GGUF's scales counted."""
+        """Bytes per weight of most matrices, with GGUF's scales."""
         block, n_bytes = TYPES[self.type]
         return n_bytes / block
 
 
-def _gguf(encoding: str, type: str, **facts: Any) -> Format:
-    return Format(kind="gguf", encoding=encoding, type=type, file=f"{{model}}-{encoding.upper()}.gguf",
-                  **{"ends": None, **facts})
+def _gates(kl: str, top1: str, device_kl: str = "") -> dict[str, Any]:
+    return {"kl_gate": kl, "device_kl_gate": device_kl or kl, "top1_gate": top1}
 
 
-_UNQUANTIZED: dict[str, Any] = {"device_kl_gate": "gguf_f16_kl", "top1_gate": "unquantized_top1"}
+def _gguf(encoding: str, type: str, ends: str | None, **facts: Any) -> Format:
+    return Format(kind="gguf", encoding=encoding, type=type, ends=ends,
+                  file=f"{{model}}-{encoding.upper()}.gguf", **facts)
+
+
+def _mixture(encoding: str, type: str, needs_imatrix: bool = False) -> Format:
+    """A quantized GGUF in which llama.cpp chooses the types of some tensors."""
+    return _gguf(encoding, type, None, needs_imatrix=needs_imatrix, **_QUANTIZED)
+
+
+_QUANTIZED = _gates("quantized_kl", "quantized_top1")
 _ROWS = (
     # In the order of llama.cpp's numbers.
-    _gguf("f32", "F32", ends="F32", kl_gate="gguf_f32_kl", also_judged=("top1",), **_UNQUANTIZED),
-    _gguf("f16", "F16", ends="F16", kl_gate="gguf_f16_kl", in_profiles=True, **_UNQUANTIZED),
+    _gguf("f32", "F32", "F32", also_judged=("top1",), **_gates("gguf_f32_kl", "unquantized_top1", "gguf_f16_kl")),
+    _gguf("f16", "F16", "F16", in_profiles=True, **_gates("gguf_f16_kl", "unquantized_top1")),
     # Embedding and head in Q8_0 is our choice, so that ONNX can hold the same blocks. llama.cpp's own Q4_0 gives the
     # head Q6_K and, with an importance matrix, some of ffn_down Q4_1.
-    _gguf("q4_0", "Q4_0", ends="Q8_0", trained_on_grid=True, in_profiles=True),
-    _gguf("q4_1", "Q4_1"),
-    _gguf("q8_0", "Q8_0", ends="Q8_0", kl_gate="gguf_q8_0_kl", device_kl_gate="gguf_q8_0_kl", top1_gate="q8_top1",
-          in_profiles=True),
-    _gguf("q5_0", "Q5_0"), _gguf("q5_1", "Q5_1"), _gguf("q2_k", "Q2_K"),
-    _gguf("q3_k_s", "Q3_K"), _gguf("q3_k_m", "Q3_K"), _gguf("q3_k_l", "Q3_K"),
-    _gguf("q4_k_s", "Q4_K"), _gguf("q4_k_m", "Q4_K"), _gguf("q5_k_s", "Q5_K"), _gguf("q5_k_m", "Q5_K"),
-    _gguf("q6_k", "Q6_K"),
+    _gguf("q4_0", "Q4_0", "Q8_0", trained_on_grid=True, in_profiles=True, **_QUANTIZED),
+    _mixture("q4_1", "Q4_1"),
+    _gguf("q8_0", "Q8_0", "Q8_0", in_profiles=True, **_gates("gguf_q8_0_kl", "q8_top1")),
+    _mixture("q5_0", "Q5_0"), _mixture("q5_1", "Q5_1"), _mixture("q2_k", "Q2_K"), _mixture("q3_k_s", "Q3_K"),
+    _mixture("q3_k_m", "Q3_K"), _mixture("q3_k_l", "Q3_K"), _mixture("q4_k_s", "Q4_K"), _mixture("q4_k_m", "Q4_K"),
+    _mixture("q5_k_s", "Q5_K"), _mixture("q5_k_m", "Q5_K"), _mixture("q6_k", "Q6_K"),
     # An importance matrix is needed where the model, or part of the mixture, has types that are garbage without one.
     # Source: tensor_requires_imatrix in llama.cpp's src/llama-quant.cpp.
-    _gguf("iq2_xxs", "IQ2_XXS", needs_imatrix=True), _gguf("iq2_xs", "IQ2_XS", needs_imatrix=True),
-    _gguf("q2_k_s", "Q2_K", needs_imatrix=True), _gguf("iq3_xs", "IQ3_S", needs_imatrix=True),
-    _gguf("iq3_xxs", "IQ3_XXS", needs_imatrix=True), _gguf("iq1_s", "IQ1_S", needs_imatrix=True),
-    _gguf("iq4_nl", "IQ4_NL"), _gguf("iq3_s", "IQ3_S"), _gguf("iq3_m", "IQ3_S"),
-    _gguf("iq2_s", "IQ2_XS", needs_imatrix=True), _gguf("iq2_m", "IQ2_S", needs_imatrix=True),
-    _gguf("iq4_xs", "IQ4_XS"), _gguf("iq1_m", "IQ1_M", needs_imatrix=True),
-    _gguf("bf16", "BF16", ends="BF16", kl_gate="gguf_bf16_kl", device_kl_gate="gguf_bf16_kl",
-          top1_gate="unquantized_top1"),
-    _gguf("tq1_0", "TQ1_0"), _gguf("tq2_0", "TQ2_0"), _gguf("q1_0", "Q1_0"),
-    # The largest first; transformers.js's names of files.
+    _mixture("iq2_xxs", "IQ2_XXS", needs_imatrix=True), _mixture("iq2_xs", "IQ2_XS", needs_imatrix=True),
+    _mixture("q2_k_s", "Q2_K", needs_imatrix=True), _mixture("iq3_xs", "IQ3_S", needs_imatrix=True),
+    _mixture("iq3_xxs", "IQ3_XXS", needs_imatrix=True), _mixture("iq1_s", "IQ1_S", needs_imatrix=True),
+    _mixture("iq4_nl", "IQ4_NL"), _mixture("iq3_s", "IQ3_S"), _mixture("iq3_m", "IQ3_S"),
+    _mixture("iq2_s", "IQ2_XS", needs_imatrix=True), _mixture("iq2_m", "IQ2_S", needs_imatrix=True),
+    _mixture("iq4_xs", "IQ4_XS"), _mixture("iq1_m", "IQ1_M", needs_imatrix=True),
+    _gguf("bf16", "BF16", "BF16", **_gates("gguf_bf16_kl", "unquantized_top1")),
+    _mixture("tq1_0", "TQ1_0"), _mixture("tq2_0", "TQ2_0"), _mixture("q1_0", "Q1_0"),
+    # The largest first. The names of the files are transformers.js's.
     Format(kind="onnx", encoding="fp32", type="F32", ends="F32", file="onnx/model.onnx", least_bits=24,
-           kl_gate="onnx_fp32_kl", also_judged=("max_abs",), **_UNQUANTIZED),
+           also_judged=("max_abs",), **_gates("onnx_fp32_kl", "unquantized_top1", "gguf_f16_kl")),
     Format(kind="onnx", encoding="fp16", type="F16", ends="F16", file="onnx/model_fp16.onnx", least_bits=12,
-           kl_gate="onnx_fp16_kl", device_kl_gate="onnx_fp16_kl", top1_gate="unquantized_top1"),
+           **_gates("onnx_fp16_kl", "unquantized_top1")),
     Format(kind="onnx", encoding="q8", type="Q8_0", ends="Q8_0", file="onnx/model_quantized.onnx", least_bits=7,
-           kl_gate="onnx_q8_kl", device_kl_gate="onnx_q8_kl", top1_gate="q8_top1", in_profiles=True),
+           in_profiles=True, **_gates("onnx_q8_kl", "q8_top1")),
     Format(kind="onnx", encoding="q4", type="Q4_0", ends="Q8_0", file="onnx/model_q4.onnx", trained_on_grid=True,
-           in_profiles=True),
-)
+           in_profiles=True, **_QUANTIZED))
 FORMATS = {row.name: row for row in _ROWS}
 
 

@@ -61,7 +61,7 @@ def test_known_encodings() -> None:
 
 
 @pytest.mark.parametrize("text, message", [
-    ("q4_km", "did you mean q4_k_m?"), ("int4", "is unknown"), ("q8", "did you mean q8_0?")])
+    ("q4_km", "did you mean gguf:q4_k_m?"), ("int4", "is unknown"), ("q8", "did you mean gguf:q8_0?")])
 def test_encodings_that_are_refused(text: str, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         parse_encoding(text)
