@@ -9,7 +9,7 @@ from families import FAMILIES
 from tiny_models import make_tiny
 
 from lrc_edge.checkpoint import DenseCheckpoint
-from lrc_edge.pipeline.training import fold_identity
+from lrc_edge.pipeline.training_stages import fold_identity
 from lrc_edge.recipe import Gates
 from lrc_edge.targets.proof.reference import Reference
 
