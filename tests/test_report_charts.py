@@ -89,7 +89,7 @@ def test_the_terms_of_the_loss_are_those_that_training_names() -> None:
     training = report["student"]["training"]
     training["terms"]["router"] = "router balance"
     training["curve"] = [{**row, "router": 0.5} if "loss" in row else row for row in training["curve"]]
-    svg = chart(report, "Parts of the training objective")
+    svg = chart(report, "Parts of the training loss")
     drawn = {element.text for element in svg.iterfind("s:text", SVG)}
     assert {"total", "LM", "KL", "clone", "router balance"} <= drawn
 
