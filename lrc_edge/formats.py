@@ -9,11 +9,12 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lrc_edge.errors import UserError
 
 Kind = Literal["gguf", "onnx"]
+KINDS: tuple[Kind, ...] = get_args(Kind)  # each also names the stage that writes it, and its folder
 BLOCK = 32  # weights that share a scale in Q4_0 and Q8_0
 
 # ggml's type of a matrix -> weights per block, bytes per block. Source: GGML_QUANT_SIZES.

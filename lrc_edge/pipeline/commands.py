@@ -14,6 +14,7 @@ from rich.console import Console
 from lrc_edge.artifact import smallest_gguf
 from lrc_edge.errors import UserError
 from lrc_edge.exit_status import ExitStatus
+from lrc_edge.formats import KINDS
 from lrc_edge.machine import processors
 from lrc_edge.pipeline import check_stages, preflight, texts
 from lrc_edge.pipeline.device_checks import check_targets
@@ -144,7 +145,7 @@ def check(out: Path, console: Console) -> ExitStatus:
     """Verify the artifacts of a build again, from the files, whatever was verified before."""
     run = _reopen(out, console)
     recorded = run.workspace.manifest["stages"]
-    if not recorded.keys() & {"gguf", "onnx"}:
+    if not recorded.keys() & set(KINDS):
         raise UserError(f"{out}: no artifacts to check; run lrc-edge build or export first")
     for artifact in run.artifacts:
         if not (out / artifact.path).exists():

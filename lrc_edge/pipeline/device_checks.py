@@ -17,6 +17,7 @@ from lrc_edge.console import Task, running
 from lrc_edge.errors import UserError
 from lrc_edge.exit_status import ExitStatus
 from lrc_edge.figures import NONE, figure, percent, visible
+from lrc_edge.formats import KINDS
 from lrc_edge.machine import architecture, threads_for
 from lrc_edge.parity import CHANGES
 from lrc_edge.recipe import recorded_recipe
@@ -49,7 +50,7 @@ class BuildFacts:
         if job is None:
             raise UserError(f"{out}: no build here (no build.json); give the --out folder of a build or an export")
         try:
-            artifacts = tuple(Artifact.from_dict(table) for name in ("gguf", "onnx") if name in stages
+            artifacts = tuple(Artifact.from_dict(table) for name in KINDS if name in stages
                               for table in stages[name]["result"])
             recipe = recorded_recipe(job["recipe"], out)
         except (KeyError, TypeError, AttributeError) as error:
@@ -59,7 +60,7 @@ class BuildFacts:
 
     def artifacts_for(self, profile: Profile) -> list[Artifact]:
         """Those that the profile runs. Raises UserError when there are none, or when one is not where it was."""
-        wanted = [a for a in self.artifacts if _kind(a) in profile.format_names]
+        wanted = [a for a in self.artifacts if a.name in profile.format_names]
         if not wanted:
             raise UserError(f"{self.out}: holds none of what {profile.name} runs ({', '.join(profile.format_names)}); "
                             f"build it with --target {profile.name_or_path}")
@@ -68,10 +69,6 @@ class BuildFacts:
                 raise UserError(f"{self.out / artifact.path}: missing, though the build wrote it; copy it here or "
                                 "build again")
         return wanted
-
-
-def _kind(artifact: Artifact) -> str:
-    return f"{artifact.format}:{artifact.encoding}"
 
 
 def check_targets(out: Path, targets: Sequence[str], console: Console) -> ExitStatus:
@@ -102,7 +99,7 @@ def _check_target(facts: BuildFacts, artifacts: list[Artifact], profile: Profile
         rows = [check_artifact(artifact, runtime, profile, facts.check_input, task.update) for artifact in artifacts
                 for runtime in runtimes_of(profile) if runtime.row.reads == artifact.format]
         _add_speed(facts, profile, rows, task)
-    there = {_kind(artifact) for artifact in artifacts}
+    there = {artifact.name for artifact in artifacts}
     return {"target": profile.name, "description": profile.description,
             "absent": [name for name in profile.format_names if name not in there],
             "sha256": {artifact.path: artifact.sha256 for artifact in artifacts},

@@ -96,7 +96,7 @@ class Plan:
         """Whether the importance matrix changes any file of this kind."""
         if not self.recipe.export.calibration_tokens:
             return False
-        return self.writes("gguf") if kind == "gguf" else "q4" in self.encodings("onnx")
+        return {"gguf": self.writes("gguf"), "onnx": "q4" in self.encodings("onnx")}[kind]
 
     @property
     def trains_on_grid(self) -> bool:

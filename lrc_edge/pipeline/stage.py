@@ -16,6 +16,7 @@ from lrc_edge.artifact import Artifact
 from lrc_edge.checkpoint import TOKENIZER_PARTS, DenseCheckpoint
 from lrc_edge.console import Task, running, stage_line
 from lrc_edge.corpus.held_out import HeldOut
+from lrc_edge.formats import KINDS
 from lrc_edge.parity import Gate
 from lrc_edge.pipeline import texts
 from lrc_edge.pipeline.plan import Plan
@@ -59,7 +60,7 @@ class Build:
     @property
     def artifacts(self) -> list[Artifact]:
         """The files that the stages before have written."""
-        return [Artifact.from_dict(table) for kind in ("gguf", "onnx")
+        return [Artifact.from_dict(table) for kind in KINDS
                 if kind in self.workspace.manifest["stages"] for table in self.workspace.result(kind)]
 
     # -- parts of stages' inputs --

@@ -82,27 +82,38 @@ def _run_files(run: Build, artifacts: list[Artifact], text: ProofText) -> dict[s
 
 
 def _examine(file: Path, model: DenseCheckpoint) -> Subject:
-    """Audit the file. What cannot be read at all is a finding too, so that the other files are still verified."""
+    """Audit the file. A file that cannot be read is a finding too, so that the others are still verified."""
     subject = Subject(file)
     try:
-        if file.suffix == ".gguf":
-            from lrc_edge.export.audit.gguf_file import audit_gguf
-
-            subject.findings = audit_gguf(file, model)
-            subject.artifact = _gguf_artifact(file)
-        else:
-            from lrc_edge.export.audit.onnx_folder import audit_onnx, model_file
-
-            subject.findings = audit_onnx(file, model)
-            subject.path = model_file(file)
-            subject.artifact = _onnx_artifact(subject.path)
+        suffix = ".onnx" if file.is_dir() else file.suffix  # a folder with an ONNX model
+        if suffix not in EXAMINERS:
+            raise UserError(f"{file}: neither a .gguf file, nor an .onnx file or a folder with one")
+        EXAMINERS[suffix](subject, model)
     except UserError as error:
         subject.findings.append(Finding("readable", str(error)))
     return subject
 
 
+def _examine_gguf(subject: Subject, model: DenseCheckpoint) -> None:
+    from lrc_edge.export.audit.gguf_file import audit_gguf
+
+    subject.findings = audit_gguf(subject.path, model)
+    subject.artifact = _gguf_artifact(subject.path)
+
+
+def _examine_onnx(subject: Subject, model: DenseCheckpoint) -> None:
+    from lrc_edge.export.audit.onnx_folder import audit_onnx, model_file
+
+    subject.findings = audit_onnx(subject.path, model)
+    subject.path = model_file(subject.path)
+    subject.artifact = _onnx_artifact(subject.path)
+
+
+EXAMINERS = {".gguf": _examine_gguf, ".onnx": _examine_onnx}
+
+
 def _gguf_artifact(file: Path) -> Artifact:
-    """By the type of most of its bytes, whatever its metadata call it."""
+    """Describe the file, with the type of most of its bytes as encoding, whatever its metadata state."""
     found = describe_gguf(file)
     sizes: Counter[str] = Counter()
     for tensor in found["tensors"]:
