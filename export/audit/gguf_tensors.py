@@ -260,7 +260,7 @@ def _values(data: np.ndarray, type: GGMLQuantizationType | None) -> np.ndarray |
 
 
 def _grouped(problems: Iterator[_Problem]) -> list[Finding]:
-    """Yield one finding for equal problems of several layers."""
+    """Combine equal problems of several layers into one finding."""
     groups: dict[tuple[str, str, str, Severity], list[_Problem]] = {}
     for problem in problems:
         groups.setdefault((problem.name, problem.where, problem.text, problem.severity), []).append(problem)

@@ -152,7 +152,7 @@ class _Graph:
                 yield from (a.f for a in node.attribute if a.name == "epsilon")
 
     def _epsilon_constants(self, means: set[str]) -> Iterator[float]:
-        """Return the constants that are added to the mean of squares."""
+        """Yield the constants that are added to the mean of squares."""
         constants = {node.output[0]: a.t for node in self.nodes if node.op_type == "Constant" and node.output
                      for a in node.attribute if a.name == "value"}
         for node in self.nodes:
