@@ -13,8 +13,8 @@ OPTIMUM = .venv-optimum
 NODE = tests/node/node_modules
 DEMO_OUT ?= demo-out
 # What depends on the version of transformers: every family through every stage and format, and a whole build.
-FAMILY_TESTS = $(patsubst %,tests/test_%.py,checkpoint identity clone trainer fold tokenizer to_gguf to_onnx one_grid onnxrt \
-	optimum end_to_end)
+FAMILY_TESTS = $(foreach name,checkpoint families identity clone trainer fold tokenizer to_gguf to_onnx one_grid onnxrt optimum \
+	end_to_end,$(wildcard tests/*/test_$(name).py))
 
 # Every processor that is emulated, both browsers' runtimes, and this machine's own.
 TARGETS = android-low raspberry-pi-5 android-high browser-desktop laptop-$(if $(filter x86_64,$(shell uname -m)),x86,arm64)
@@ -41,7 +41,7 @@ test-targets: demo
 	$(BIN)/lrc-edge check $(DEMO_OUT) $(TARGETS:%=--target %)
 
 faults: $(VENV)/installed
-	PYTHONPATH=tests $(BIN)/python -m faults --same 2 --kills $(KILLS) --disk 30 --memory 45 --mutations $(MUTATIONS) \
+	PYTHONPATH=tests:tests/support $(BIN)/python -m faults --same 2 --kills $(KILLS) --disk 30 --memory 45 --mutations $(MUTATIONS) \
 		--seed $(SEED) --log build/faults.jsonl
 
 check: $(VENV)/installed

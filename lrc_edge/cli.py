@@ -10,8 +10,7 @@ import typer
 
 from lrc_edge import __version__
 from lrc_edge.errors import UserError, shortage
-
-INTERRUPTED = 130  # exit status that shells use for a command ended by Ctrl-C
+from lrc_edge.exit_status import ExitStatus
 
 app = typer.Typer(
     name="lrc-edge", no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False,
@@ -71,7 +70,7 @@ def build(teacher: Teacher, out: Out, recipe: RecipeFile = None, settings: Setti
     from lrc_edge.pipeline import commands
 
     job = _recipe(recipe, settings, data, formats, bits_per_weight, target)
-    _exit(commands.build(teacher, out, job, _console()))
+    raise typer.Exit(commands.build(teacher, out, job, _console()))
 
 
 @app.command()
@@ -83,7 +82,7 @@ def train(teacher: Teacher, out: Out, recipe: RecipeFile = None, settings: Setti
     """
     from lrc_edge.pipeline import commands
 
-    _exit(commands.build(teacher, out, _recipe(recipe, settings, data), _console(), last="train"))
+    raise typer.Exit(commands.build(teacher, out, _recipe(recipe, settings, data), _console(), last="train"))
 
 
 @app.command()
@@ -94,7 +93,7 @@ def fold(directory: Directory) -> None:
     """
     from lrc_edge.pipeline import commands
 
-    _exit(commands.fold(directory, _console()))
+    raise typer.Exit(commands.fold(directory, _console()))
 
 
 @app.command()
@@ -109,7 +108,7 @@ def export(model: Annotated[str, typer.Argument(
     from lrc_edge.pipeline import commands
 
     job = _recipe(recipe, settings, data, formats, bits_per_weight, target)
-    _exit(commands.export(model, out, job, _console()))
+    raise typer.Exit(commands.export(model, out, job, _console()))
 
 
 @app.command()
@@ -126,10 +125,10 @@ def check(directory: Directory, target: Annotated[list[str] | None, typer.Option
     if target:
         from lrc_edge.pipeline.device_checks import check_targets
 
-        _exit(check_targets(directory, target, _plain_console()))
+        raise typer.Exit(check_targets(directory, target, _plain_console()))
     from lrc_edge.pipeline import commands
 
-    _exit(commands.check(directory, _console()))
+    raise typer.Exit(commands.check(directory, _console()))
 
 
 @app.command()
@@ -149,7 +148,7 @@ def verify(model: Annotated[str, typer.Argument(
     """
     from lrc_edge.pipeline.verify import verify as verify_files
 
-    _exit(verify_files(model, files, out, _recipe(recipe, settings, data), _console()))
+    raise typer.Exit(verify_files(model, files, out, _recipe(recipe, settings, data), _console()))
 
 
 @app.command()
@@ -160,7 +159,7 @@ def report(directory: Directory) -> None:
     """
     from lrc_edge.pipeline import commands
 
-    _exit(commands.show_report(directory, _console()))
+    raise typer.Exit(commands.show_report(directory, _console()))
 
 
 @app.command()
@@ -257,7 +256,7 @@ def fit_target(model: Annotated[str, typer.Argument(help="A teacher (directory o
     """
     from lrc_edge.pipeline import target_commands
 
-    _exit(target_commands.fit(model, target, context, _recipe(recipe, settings), _plain_console()))
+    raise typer.Exit(target_commands.fit(model, target, context, _recipe(recipe, settings), _plain_console()))
 
 
 @targets_app.command("setup")
@@ -309,11 +308,6 @@ def _plain_console() -> Any:
     return Console()
 
 
-def _exit(status: bool | int) -> None:
-    """Exit with 0 or 1 for whether every gate passed, or with a status as it is."""
-    raise typer.Exit(int(not status) if isinstance(status, bool) else status)
-
-
 def main() -> None:
     """Run the command line. A user's mistake, a full disk or too little memory is one line and status 2. A bug keeps
     its traceback."""
@@ -323,19 +317,19 @@ def main() -> None:
         sys.exit(_complain(str(error)))
     except (KeyboardInterrupt, SystemExit) as ended:
         # Inside a command, typer turns KeyboardInterrupt into SystemExit(130).
-        if isinstance(ended, SystemExit) and ended.code != INTERRUPTED:
+        if isinstance(ended, SystemExit) and ended.code != ExitStatus.INTERRUPTED:
             raise
         print("\nlrc-edge: interrupted; run the same command to resume", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        sys.exit(ExitStatus.INTERRUPTED)
     except Exception as error:
         if (message := shortage(error)) is None:
             raise
         sys.exit(_complain(message))
 
 
-def _complain(text: str) -> int:
+def _complain(text: str) -> ExitStatus:
     print(f"lrc-edge: {' '.join(text.split())}", file=sys.stderr)
-    return 2
+    return ExitStatus.BAD_INPUT
 
 
 if __name__ == "__main__":

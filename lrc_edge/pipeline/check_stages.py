@@ -8,6 +8,7 @@ from lrc_edge.pipeline import texts
 from lrc_edge.pipeline.device_checks import add_results, kept_results
 from lrc_edge.pipeline.stage import Build, Done, Inputs, gate_tables
 from lrc_edge.report.report_file import REPORT, read_report, write_report
+from lrc_edge.report.schema import Report
 from lrc_edge.report.table import report_table
 from lrc_edge.targets.profile import all_profiles
 from lrc_edge.targets.proof.kv_advice import kv_cache_advice
@@ -48,7 +49,7 @@ def check(build: Build, task: Task) -> Done:
     return {**table, "gates": gates}, f"{sum(gate['passed'] for gate in gates)} of {len(gates)} gates passed"
 
 
-def report(build: Build) -> dict[str, Any]:
+def report(build: Build) -> Report:
     """Write report.json and report.html from the results of the stages, and return the report."""
     if not build.ran and (build.out / REPORT).exists() and (build.out / "report.html").exists():
         stage_line(build.console, "report", "unchanged, nothing to do")
@@ -59,7 +60,7 @@ def report(build: Build) -> dict[str, Any]:
     return table
 
 
-def report_of(build: Build, check: dict[str, Any]) -> dict[str, Any]:
+def report_of(build: Build, check: dict[str, Any]) -> Report:
     """Return the report of the check stage and of the stages before it."""
     stages = build.workspace.manifest["stages"]
     table = report_table({**stages, "check": {"result": check}}, build.student, build.plan.teacher, _curve(build))

@@ -22,6 +22,7 @@ from lrc_edge.parity import CHANGES
 from lrc_edge.recipe import recorded_recipe
 from lrc_edge.report.devices import failures, memory_text, speed_text, target_tables
 from lrc_edge.report.report_file import REPORT, damage_reported, read_report, write_report
+from lrc_edge.report.schema import ArtifactRow, Report
 from lrc_edge.report.view import Names, gate_cells
 from lrc_edge.stored_reference import REFERENCE_FILE, TEACHER_FILE, StoredReference
 from lrc_edge.targets import speed
@@ -112,14 +113,15 @@ def _check_target(facts: BuildFacts, artifacts: list[Artifact], profile: Profile
 
 
 def _add_speed(facts: BuildFacts, profile: Profile, rows: list[dict[str, Any]], task: Task) -> None:
-    """If the hardware is the target's own, measure tokens/s, also as a ratio to the teacher's."""
+    """Add tokens/s, and their ratio to the teacher's, where this machine has the device's processor."""
     runtimes = {runtime.name: runtime for runtime in runtimes_of(profile) if runtime.timed}
     timed = {f"{row['artifact']} in {row['runtime']}": row for row in rows
              if row["state"] == "passed" and row["runtime"] in runtimes}
     files = {name: (runtimes[row["runtime"]].start, facts.out / row["artifact"]) for name, row in timed.items()}
     teacher = facts.out / TEACHER_FILE
-    if timed and "llama.cpp" in runtimes and teacher.exists():
-        files = {"teacher": (runtimes["llama.cpp"].start, teacher), **files}
+    readers = [runtime for runtime in runtimes.values() if runtime.row.reads == "gguf"]
+    if timed and readers and teacher.exists():
+        files = {"teacher": (readers[0].start, teacher), **files}
     n_ctx = min(facts.check_input.reference.shape.max_position_embeddings, 2 * speed.DEPTH)
     prompt = facts.check_input.reference.long_prompt(n_ctx)
     try:
@@ -130,19 +132,19 @@ def _add_speed(facts: BuildFacts, profile: Profile, rows: list[dict[str, Any]], 
         return
     for name, row in timed.items():
         row["speed"] = found[name]
-        for mine, theirs in zip(found[name], found.get("teacher", []), strict=False):
-            mine |= {f"{key}_of_teacher": mine[key] / theirs[key] for key in ("prefill", "decode")
-                     if mine[key] and theirs[key]}
+        for rates, teacher_rates in zip(found[name], found.get("teacher", []), strict=False):
+            rates |= {f"{key}_of_teacher": rates[key] / teacher_rates[key] for key in ("prefill", "decode")
+                      if rates[key] and teacher_rates[key]}
 
 
-def kept_results(out: Path, artifacts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def kept_results(out: Path, artifacts: Sequence[ArtifactRow]) -> list[dict[str, Any]]:
     """Return earlier results whose artifacts have not changed. Raises UserError for a damaged result file."""
-    now, names = {artifact["path"]: artifact["sha256"] for artifact in artifacts}, Names({"artifacts": artifacts})
+    now, names = {artifact["path"]: artifact["sha256"] for artifact in artifacts}, Names(artifacts)
     kept = []
     for file in sorted((out / "check").glob("*.json")):
         with damage_reported(file, "delete it, then check that target again"):
             result = json.loads(file.read_text(encoding="utf-8"))
-            target_tables({"targets": [result]}, names)
+            target_tables([result], names)
             gates = [gate for row in result["rows"] for gate in row["gates"]]
             [gate_cells(gate, names) for gate in gates]
             changed = any(gate["metric"] == CHANGES and not gate["passed"] for gate in gates)
@@ -151,7 +153,7 @@ def kept_results(out: Path, artifacts: list[dict[str, Any]]) -> list[dict[str, A
     return kept
 
 
-def add_results(report: dict[str, Any], results: list[dict[str, Any]]) -> None:
+def add_results(report: Report, results: list[dict[str, Any]]) -> None:
     """Put the targets' results into the report, replacing older ones."""
     names = {result["target"] for result in results}
     report["targets"] = [old for old in report.get("targets", []) if old["target"] not in names] + results

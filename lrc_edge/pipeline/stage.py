@@ -87,7 +87,8 @@ def named(section: str, settings: Any, leave_out: Iterable[str] = ()) -> Inputs:
     return {f"{section}.{key}": value for key, value in asdict(settings).items() if key not in leave_out}
 
 
-def gate_tables(gates: list[Gate]) -> list[dict[str, Any]]:
+def gate_tables(gates: list[Gate]) -> list[Any]:
+    """The gates as report.json holds them."""
     return [gate.as_dict() for gate in gates]
 
 

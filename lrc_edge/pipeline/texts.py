@@ -27,27 +27,20 @@ def held_out_text(out: Path, recipe: Recipe, model: DenseCheckpoint) -> HeldOut:
     return HeldOut.from_texts(texts, model.tokenizer(), n_tokens)
 
 
-def bos_before(model: DenseCheckpoint) -> int | None:
-    """Return the id of BOS if the tokenizer writes it before a text."""
-    tokenizer = model.tokenizer()
-    adds_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-    return tokenizer.bos_token_id if adds_bos else None
-
-
 def row_length(recipe: Recipe, model: DenseCheckpoint) -> int:
     return min(recipe.parity.row_len, model.shape.max_position_embeddings)
 
 
 def held_out_rows(held_out: HeldOut, recipe: Recipe, model: DenseCheckpoint) -> np.ndarray:
     """Return (n, L) ids. Raises UserError if there is too little text."""
-    return held_out.rows(row_length(recipe, model), recipe.parity.positions, bos_before(model))
+    return held_out.rows(row_length(recipe, model), recipe.parity.positions, model.bos())
 
 
 def proof_text(held_out: HeldOut, recipe: Recipe, model: DenseCheckpoint) -> ProofText:
     """Return the sequences, longer ones up to the model's context, and prompts."""
     from lrc_edge.targets.proof.prove import ProofText
 
-    rows, longest, bos = held_out_rows(held_out, recipe, model), model.context_length, bos_before(model)
+    rows, longest, bos = held_out_rows(held_out, recipe, model), model.context_length, model.bos()
     lengths = sorted({min(wanted or longest, longest) for wanted in recipe.parity.long_rows})
     openings = held_out.openings[:2] if recipe.data.sources else ()
     return ProofText(rows, tuple(held_out.long_row(length, bos) for length in lengths if length > rows.shape[1]),

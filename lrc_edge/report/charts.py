@@ -9,8 +9,9 @@ from markupsafe import Markup
 
 from lrc_edge.figures import figure, human_bytes, human_count, is_number, tick, visible
 from lrc_edge.parity import AS_TRAINED
+from lrc_edge.report.schema import ArtifactRow, ModelRow, Report
 from lrc_edge.report.svg import Bar, Point, Series, bar_chart, line_chart, point_chart
-from lrc_edge.report.view import Names, Report, student_perplexity, worst_kl
+from lrc_edge.report.view import Names, student_perplexity, worst_kl
 
 # Color and radius of a format's dots. Files of the same blocks lie on the same spot, so one is larger.
 _DOTS = {"gguf": ("c1", 5.5), "onnx": ("c2", 3.6)}
@@ -21,7 +22,9 @@ def loss_charts(report: Report) -> list[dict[str, Any]]:
     """Return two charts: cross entropy on training and held-out text, and the parts of the loss."""
     training = report["student"].get("training") or {}
     curve = training.get("curve") or []
-    of_teacher: Any = ((report.get("teacher") or {}).get("held_out") or {}).get("loss")
+    teacher = report.get("teacher")
+    held_out: Any = teacher.get("held_out") if teacher else None
+    of_teacher: Any = held_out.get("loss") if held_out else None
     level = ("teacher, held-out", float(of_teacher)) if is_number(of_teacher) else None
     entropy = [_series(curve, "lm", "training (LM loss)", "c1"),
                _series(curve, "held_out_loss", "held-out", "c2", dots=True)]
@@ -82,7 +85,7 @@ def size_chart(report: Report, names: Names) -> dict[str, Any] | None:
     return {"against": against, "svg": Markup(svg), "with_teacher": points[-1].name == "teacher"}
 
 
-def _point(artifact: dict[str, Any], names: Names, y: float, note: str, error: float = 0.0) -> Point:
+def _point(artifact: ArtifactRow, names: Names, y: float, note: str, error: float = 0.0) -> Point:
     """Make the point of an artifact. The colour shows the format, so the label is the encoding only."""
     name = names(artifact["path"])
     label = name.rpartition("/")[2].removeprefix(f"{artifact['format']}:")
@@ -99,9 +102,9 @@ def _perplexity_points(report: Report, names: Names) -> Iterable[Point]:
         if m and is_number(m.get("ppl")):
             error = m["delta_ppl_se"] if is_number(m.get("delta_ppl_se")) else 0.0
             yield _point(a, names, m["ppl"], f"perplexity {figure(m['ppl'], 4)} ± {figure(error, 2)}", error)
-    teacher = report.get("teacher") or {}
-    models = [("student", "c4", report["student"], perplexity)]
-    if is_number(teacher.get("proof_perplexity")):
+    teacher = report.get("teacher")
+    models: list[tuple[str, str, ModelRow, Any]] = [("student", "c4", report["student"], perplexity)]
+    if teacher and is_number(teacher.get("proof_perplexity")):
         models.append(("teacher", "c3", teacher, teacher["proof_perplexity"]))
     for name, css, model, value in models:
         size = 2 * model["n_params"]

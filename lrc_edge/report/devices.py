@@ -1,17 +1,18 @@
 """The page's section on devices: one table per target, with the checked rows and the reasons for unchecked ones."""
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from lrc_edge.figures import NONE, figure, human_bytes, percent, visible
 from lrc_edge.parity import CHANGES
-from lrc_edge.report.view import Names, Report
+from lrc_edge.report.view import Names
 
 
-def target_tables(report: Report, names: Names) -> list[dict[str, Any]]:
+def target_tables(results: Iterable[dict[str, Any]], names: Names) -> list[dict[str, Any]]:
     return [{"name": visible(result["target"]), "description": visible(result["description"]),
              "absent": ", ".join(result.get("absent", [])),
-             "rows": [_row(row, names) for row in result["rows"]]} for result in report.get("targets") or []]
+             "rows": [_row(row, names) for row in result["rows"]]} for result in results]
 
 
 def _row(row: dict[str, Any], names: Names) -> dict[str, Any]:

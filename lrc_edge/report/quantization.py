@@ -5,7 +5,8 @@ from collections import Counter
 from typing import Any
 
 from lrc_edge.figures import duration, figure, is_number, percent, visible
-from lrc_edge.report.view import Names, Report
+from lrc_edge.report.schema import Report
+from lrc_edge.report.view import Names
 
 
 def quantization_facts(report: Report, names: Names) -> list[tuple[str, str]]:

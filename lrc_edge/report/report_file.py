@@ -21,7 +21,8 @@ from lrc_edge.figures import prose, visible
 from lrc_edge.report import charts, view
 from lrc_edge.report.devices import target_tables
 from lrc_edge.report.quantization import quantization_facts
-from lrc_edge.report.view import Names, Report, gate_cells, ordered_gates
+from lrc_edge.report.schema import Report
+from lrc_edge.report.view import Names, gate_cells, ordered_gates
 from lrc_edge.stored_reference import TOP
 from lrc_edge.workspace import write_atomically
 
@@ -31,7 +32,7 @@ NAMED_IN_VERDICT = 3  # failed gates, and unchecked rows; the tables have the ot
 
 def verdict(report: Report) -> str:
     """Return one line: "All 23 gates passed", or how many failed and which."""
-    gates, names = report["gates"], Names(report)
+    gates, names = report["gates"], Names(report["artifacts"])
     failed = [gate_cells(gate, names) for gate in gates if gate.get("passed") is not True]
     if not gates:
         return "No gate was evaluated: nothing is verified"
@@ -58,7 +59,7 @@ def gate_table(report: Report) -> Table:
     for name, justify in (("", "left"), ("artifact", "left"), ("gate", "left"), ("metric", "left"), ("value", "right"),
                           ("limit", "left")):
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    names = Names(report)
+    names = Names(report["artifacts"])
     for gate in ordered_gates(report):
         if "target" in gate and gate["passed"]:
             continue
@@ -73,7 +74,7 @@ def gate_table(report: Report) -> Table:
 
 def failure_lines(report: Report) -> list[str]:
     """Return why gates failed, if a reason is known beyond their values: one line per reason, with the file's name."""
-    names = Names(report)
+    names = Names(report["artifacts"])
     cells = (gate_cells(gate, names) for gate in ordered_gates(report) if "target" not in gate)
     return list(dict.fromkeys(f"{c['artifact']}: {c['why']}" for c in cells if c["why"] and not c["passed"]))
 
@@ -102,15 +103,17 @@ def show_verdict(report: Report, out: Path, console: Console) -> None:
 
 def render_report(report: Report) -> str:
     """Return one self-contained HTML page. Every text in it is escaped."""
-    names = Names(report)
+    names = Names(report["artifacts"])
+    teacher = report.get("teacher")
     state = "failed" if any(g.get("passed") is not True for g in report["gates"]) else "passed"
     return _template().render(
         css=Markup(_file("report.css")), report=report, verdict=verdict(report),
         state=state if report["gates"] else "unjudged", title=visible(report["student"]["name"]),
-        teacher=visible(report["teacher"]["name"]) if report.get("teacher") else "",
+        teacher=visible(teacher["name"]) if teacher else "",
         tiles=view.tiles(report, names), models=view.models(report), shape=view.shape_rows(report),
         training=view.training_facts(report), quantization=quantization_facts(report, names),
-        artifacts=view.artifact_rows(report, names), targets=target_tables(report, names), reference_top=TOP,
+        artifacts=view.artifact_rows(report, names), reference_top=TOP,
+        targets=target_tables(report.get("targets") or [], names),
         loss_charts=charts.loss_charts(report), kl_chart=charts.kl_chart(report, names),
         size_chart=charts.size_chart(report, names), samples=view.sample_rows(report, names),
         caches=view.cache_rows(report, names), cache_advice=view.cache_advice_rows(report, names),

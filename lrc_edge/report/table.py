@@ -10,10 +10,11 @@ from lrc_edge import __version__
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.formats import mixed_encoding
 from lrc_edge.machine import processors
+from lrc_edge.report.schema import ArtifactRow, HeldOutFigures, ModelRow, Report
 
 
 def report_table(stages: dict[str, Any], student: DenseCheckpoint, teacher: DenseCheckpoint | None,
-                 curve: list[dict[str, Any]]) -> dict[str, Any]:
+                 curve: list[dict[str, Any]]) -> Report:
     """Return the contents of report.json.
 
     stages: as recorded in build.json, including "check". curve: rows of metrics.jsonl; empty if nothing was trained.
@@ -21,7 +22,7 @@ def report_table(stages: dict[str, Any], student: DenseCheckpoint, teacher: Dens
     check = stages["check"]["result"]
     training = stages["train"]["result"] if "train" in stages else None
     gates = [gate for stage in ("identity", "fold") if stage in stages for gate in stages[stage]["result"]]
-    table: dict[str, Any] = {
+    table: Report = {
         "lrc_edge": __version__, "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "versions": {name: version(name) for name in ("torch", "transformers", "gguf", "llama-cpp-python", "onnx",
                                                       "onnxruntime", "onnxruntime-genai")},
@@ -37,25 +38,25 @@ def report_table(stages: dict[str, Any], student: DenseCheckpoint, teacher: Dens
         table["teacher"]["proof_perplexity"] = check["teacher_perplexity"]
     if training is not None:
         table["student"]["training"] = {**training, "curve": curve}
-        for who in ("teacher", "student"):
-            table[who]["held_out"] = _held_out_figures(training[f"{who}_held_out_loss"],
-                                                       training["bytes_per_token"])
+        for who, row in (("teacher", table["teacher"]), ("student", table["student"])):
+            if row:
+                row["held_out"] = _held_out_figures(training[f"{who}_held_out_loss"], training["bytes_per_token"])
     return table
 
 
-def _allocation(table: dict[str, Any], artifacts: list[dict[str, Any]]) -> dict[str, Any] | None:
+def _allocation(table: dict[str, Any], artifacts: list[ArtifactRow]) -> dict[str, Any] | None:
     """Return the planned mixed precision with what its file measured; None if the file is not written yet."""
     file = next((a for a in artifacts if a["encoding"] == mixed_encoding(table["bits_per_weight"])), None)
     return file and {**table, "measured_bits_per_weight": file["bits_per_weight"],
                      "measured_kl": file["parity"]["prefill"]["kl_mean"]}
 
 
-def _describe(model: DenseCheckpoint) -> dict[str, Any]:
+def _describe(model: DenseCheckpoint) -> ModelRow:
     shape = model.shape.as_dict()
     family = shape.pop("family")
     return {"name": model.name, "path": model.path.name, "family": family, "shape": shape,
             "n_params": model.shape.n_params, "license": model.card.get("license"), "provenance": model.provenance}
 
 
-def _held_out_figures(loss: float, bytes_per_token: float) -> dict[str, float]:
+def _held_out_figures(loss: float, bytes_per_token: float) -> HeldOutFigures:
     return {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": loss / math.log(2) / bytes_per_token}

@@ -4,12 +4,12 @@ Keys that a report may lack are handled here, so the template needs no condition
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from lrc_edge.figures import NONE, duration, figure, human_bytes, human_count, is_number, percent, prose, visible
+from lrc_edge.report.schema import ArtifactRow, GateRow, ModelRow, Report
 
-Report = dict[str, Any]
 SHAPE_NAMES = {
     "hidden_size": "residual width", "num_hidden_layers": "layers", "num_attention_heads": "query heads",
     "num_key_value_heads": "key/value heads", "head_dim": "head size", "intermediate_size": "FFN width",
@@ -23,9 +23,9 @@ RELATIONS = {"<=": ("≤", ">"), ">=": ("≥", "<"), "==": ("=", "≠")}  # of a
 class Names:
     """Short names of artifacts, as --formats writes them ("gguf:q8_0"); the path if two would share one."""
 
-    def __init__(self, report: Report):
+    def __init__(self, artifacts: Iterable[ArtifactRow]):
         paths: dict[str, list[str]] = {}
-        for artifact in report["artifacts"]:
+        for artifact in artifacts:
             paths.setdefault(f"{artifact['format']}:{artifact['encoding']}", []).append(artifact["path"])
         self._short = {path: name if len(group) == 1 else path for name, group in paths.items() for path in group}
 
@@ -38,12 +38,12 @@ class Names:
         return visible(text)
 
 
-def ordered_gates(report: Report) -> list[dict[str, Any]]:
+def ordered_gates(report: Report) -> list[GateRow]:
     """Return the gates, failed ones first, otherwise in their order. Only passed = true counts as passed."""
     return sorted(report["gates"], key=lambda gate: gate.get("passed") is True)
 
 
-def gate_cells(gate: dict[str, Any], names: Names) -> dict[str, Any]:
+def gate_cells(gate: GateRow, names: Names) -> dict[str, Any]:
     passed, metric = gate.get("passed") is True, str(gate["metric"])
     asked, missed = RELATIONS.get(gate["relation"], (visible(gate["relation"]),) * 2)
     why = visible(gate.get("why") or "")
@@ -77,7 +77,7 @@ def tiles(report: Report, names: Names) -> list[dict[str, str]]:
                       "value": human_bytes(smallest["bytes"]),
                       "note": f"{names(smallest['path'])}, {figure(smallest['bits_per_weight'])} bits per weight"})
     if student.get("held_out"):
-        of_teacher = (teacher or {}).get("held_out")
+        of_teacher = teacher.get("held_out") if teacher else None
         found.append({"name": "Held-out perplexity", "value": figure(student["held_out"]["perplexity"]),
                       "note": f"teacher: {figure(of_teacher['perplexity'])}" if of_teacher else "student"})
     elif (perplexity := student_perplexity(report)) is not None:
@@ -89,12 +89,12 @@ def tiles(report: Report, names: Names) -> list[dict[str, str]]:
     return found
 
 
-def _ratio_note(teacher: dict[str, Any], student: dict[str, Any]) -> str:
+def _ratio_note(teacher: ModelRow, student: ModelRow) -> str:
     ratio = teacher["n_params"] / student["n_params"]
     return f"{figure(ratio)}× fewer than the teacher's {human_count(teacher['n_params'])}"
 
 
-def worst_kl(artifact: dict[str, Any]) -> float | None:
+def worst_kl(artifact: ArtifactRow) -> float | None:
     """Return the larger mean KL of prefill and decode."""
     found = [m["kl_mean"] for m in (artifact.get("parity") or {}).values() if m and is_number(m.get("kl_mean"))]
     return max(found, default=None)
@@ -134,7 +134,8 @@ def shape_rows(report: Report) -> list[dict[str, str]]:
     rows.append(_row("parameters", student["n_params"], teacher["n_params"] if teacher else None, lambda n: f"{n:,}"))
     for key, name in (("loss", "held-out loss, nats per token"), ("perplexity", "held-out perplexity"),
                       ("bits_per_byte", "held-out bits per byte")):
-        of_student, of_teacher = (((m or {}).get("held_out") or {}).get(key) for m in (student, teacher))
+        held_out: list[Any] = [m.get("held_out") if m else None for m in (student, teacher)]
+        of_student, of_teacher = (figures.get(key) if figures else None for figures in held_out)
         if of_student is not None:
             rows.append({**_row(name, of_student, of_teacher, lambda x: figure(x, 4)), "ratio": ""})
     return rows

@@ -1,7 +1,7 @@
 """Recommend a type of llama.cpp's KV cache for a device, from the measured cost and the known size of each type."""
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lrc_edge.figures import figure, human_bytes
@@ -12,7 +12,7 @@ from lrc_edge.targets.profile import Profile
 DEFAULT = "f16"  # llama.cpp's own
 
 
-def kv_cache_advice(artifacts: Iterable[dict[str, Any]], shape: ModelShape, profiles: Iterable[Profile],
+def kv_cache_advice(artifacts: Iterable[Mapping[str, Any]], shape: ModelShape, profiles: Iterable[Profile],
                     most_added: float) -> list[dict[str, Any]]:
     """Return a row for each profile with its best GGUF: the largest cache type that fits, if it is precise enough.
 
@@ -28,7 +28,7 @@ def kv_cache_advice(artifacts: Iterable[dict[str, Any]], shape: ModelShape, prof
     return rows
 
 
-def _advise(artifact: dict[str, Any], name: str, shape: ModelShape, profile: Profile, most_added: float
+def _advise(artifact: Mapping[str, Any], name: str, shape: ModelShape, profile: Profile, most_added: float
             ) -> dict[str, Any]:
     context = min(shape.max_position_embeddings, profile.context)
     runtime = profile.runtime_of(name)

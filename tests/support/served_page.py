@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from paths import NODE, ROOT
+
 from lrc_edge.targets.devices.web_kits import CHROMIUM, PLAYWRIGHT
 from lrc_edge.targets.serve.command import page_server
 
-IMAGES = Path(__file__).parents[1] / "docs" / "images"
+IMAGES = ROOT / "docs" / "images"
 PHONE = {"width": 375, "height": 812}
 
 
@@ -23,7 +25,7 @@ def use(model: Path, host: str = "127.0.0.1", **asked: Any) -> dict[str, Any]:
     with page_server(model, "", "127.0.0.1" if host == "127.0.0.1" else "0.0.0.0", 0) as server:
         told = {"playwright": str(PLAYWRIGHT.module("playwright-core")), "chromium": str(CHROMIUM.program),
                 "host": host, "url": f"http://{host}:{server.port}/", **asked}
-        done = subprocess.run(["node", str(Path(__file__).parent / "node" / "page.mjs")], input=json.dumps(told),
+        done = subprocess.run(["node", str(NODE / "page.mjs")], input=json.dumps(told),
                               capture_output=True, text=True, timeout=300, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr)

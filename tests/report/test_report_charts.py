@@ -84,6 +84,16 @@ def test_quantization_is_reported() -> None:
     assert not any("as trained" in title or "limit 0.01" in title for title in drawn)
 
 
+def test_the_terms_of_the_loss_are_those_that_training_names() -> None:
+    report = example_report()
+    training = report["student"]["training"]
+    training["terms"]["router"] = "router balance"
+    training["curve"] = [{**row, "router": 0.5} if "loss" in row else row for row in training["curve"]]
+    svg = chart(report, "Parts of the training loss")
+    drawn = {element.text for element in svg.iterfind("s:text", SVG)}
+    assert {"total", "LM", "KL", "clone", "router balance"} <= drawn
+
+
 def test_kl_of_zero_everywhere() -> None:
     report = example_report()
     for made in report["artifacts"]:

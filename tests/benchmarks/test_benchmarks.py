@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import ROOT
 from tiny_models import TEXT
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 
 
 def run(script: str, work: Path, *arguments: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from paths import NODE
 from rounded import rounded_model
 from tiny_models import make_tiny
 
@@ -17,7 +18,6 @@ from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.export.onnx.to_onnx import FILES, export_onnx
 from lrc_edge.targets.proof.reference import Reference
 
-NODE = Path(__file__).parent / "node"
 TEXT = "Once upon a time, naïve 日本 😀\n\nthere were 3 cats."
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-tied": dict(family="llama"), "qwen2-untied": dict(family="qwen2", tied=False, tokenizer="qwen2"),

@@ -7,13 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from paths import ROOT
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrc_edge.errors import UserError
 from lrc_edge.families import FAMILIES, family_of, norm_before, parts_of, weights_of
 from lrc_edge.shape import ModelShape
 
-ROOT = Path(__file__).resolve().parent.parent
 # These files write Hugging Face's names into ONNX graphs, where they are names of nodes.
 NAME_NODES = {ROOT / "export/onnx/graph.py"}
 HUGGING_FACE_NAME = re.compile(r"self_attn|\w_proj\b|embed_tokens|lm_head|rotary_emb|layernorm|model\.norm")

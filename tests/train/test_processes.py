@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 from safetensors.torch import load_file
 from tiny_models import TEXT, tiny_data
 
@@ -21,7 +22,7 @@ from lrc_edge.train.loop.trainer import EVAL_TOKENS, METRICS_FILE, TRAINED_FILE,
 
 SETTINGS = ["train.precision=fp32", "train.dense_share=0.5", "train.micro_batch=1"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-RUN = str(Path(__file__).with_name("train_runs.py"))
+RUN = str(ROOT / "tests" / "support" / "train_runs.py")
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from train_runs import run
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.corpus.held_out import HeldOut
 from lrc_edge.errors import UserError
+from lrc_edge.train.loop import checkpoints
 from lrc_edge.train.loop.stage import load_trained
 from lrc_edge.train.loop.trainer import EVAL_TOKENS, TRAINED_FILE, choose_device, choose_precision, held_out_loss
 
@@ -76,3 +77,12 @@ def test_compiled_layers_learn_the_same(tiny_llama: Path, data: Path, tmp_path: 
     for a, b in zip(plain, compiled, strict=True):
         for key in {"lm", "kl", "clone", "held_out_loss"} & a.keys():
             assert b[key] == pytest.approx(a[key], rel=1e-5), key
+
+
+def test_a_checkpoint_of_another_version_is_refused_in_one_line(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
+    run(tiny_llama, data, tmp_path / "train", "train.tokens=2048")
+    facts = checkpoints.latest(tmp_path / "train" / "checkpoints") / checkpoints.FACTS_FILE  # type: ignore[operator]
+    assert json.loads(facts.read_text())["phase"] == "dense"
+    facts.write_text('{"step": 4, "dense": true, "seconds": 1.0}')
+    with pytest.raises(UserError, match=r"another version of lrc-edge wrote this checkpoint; remove .*train to start"):
+        run(tiny_llama, data, tmp_path / "train", "train.tokens=2048")

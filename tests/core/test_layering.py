@@ -6,8 +6,8 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 STAGES = {"train", "export", "targets"}
 JOINS_THE_STAGES = ROOT / "lrc_edge" / "pipeline"  # and nothing else may
 LONGEST_FUNCTION = 50  # lines

@@ -12,7 +12,7 @@ from tiny_models import make_tiny
 
 pytest.importorskip("optimum.onnxruntime")
 
-from support.optimum_ort import OptimumOrt
+from optimum_ort import OptimumOrt
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.export.onnx.to_onnx import FILES, export_onnx

@@ -11,6 +11,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
+from paths import ROOT
 from tiny_models import make_tiny
 
 from lrc_edge.checkpoint import DenseCheckpoint
@@ -161,7 +162,7 @@ def test_the_bindings_are_the_librarys(files: dict[str, Path]) -> None:
 
 
 def test_the_kit_has_the_versions_of_everything_else() -> None:
-    constraints = (Path(__file__).parent.parent / "constraints.txt").read_text().split("\n")
+    constraints = (ROOT / "constraints.txt").read_text().split("\n")
     for pin in (*emulation.WHEELS, f"llama_cpp_python=={emulation.LLAMA_CPP_PYTHON}"):
         assert pin in constraints
 

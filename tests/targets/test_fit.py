@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 from tiny_models import make_tiny
 
 from lrc_edge.checkpoint import DenseCheckpoint
@@ -21,7 +22,7 @@ from lrc_edge.targets.fit import bytes_read_per_token, check_fit, judge
 from lrc_edge.targets.memory import Memory, bytes_by_group, memory_of
 from lrc_edge.targets.profile import PROFILE_FORMATS, Figure, Profile, load_profile
 
-BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "fit.py"
+BENCHMARK = ROOT / "benchmarks" / "fit.py"
 # V 1000, h 64, f 160, q 96 (3 heads of 32), kv 32, one layer.
 SMALL = ModelShape("llama", 1000, 64, 160, 1, 3, 1, 32, 512, tied=False)
 

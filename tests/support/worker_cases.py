@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from paths import STORYTELLER
 from tiny_models import make_tiny
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.export.gguf.to_gguf import export_gguf
 from lrc_edge.targets.runtimes.worker import Command, Worker, WorkerFailed
 
-STORYTELLER = Path(__file__).parents[1] / "examples/demo/storyteller"
 N_CTX = 256
 TEXTS = ("Once upon a time", "", " ", "naïve 日本 😀\n\nthere were 3 cats.", "a a a a b a", "\x00\x01\u0301")
 

@@ -126,7 +126,7 @@ def test_a_changed_setting_is_named_and_refused_while_there_are_checkpoints(whol
         train(tiny_llama, text, out)
     kept = sorted((out / "train" / "checkpoints").iterdir())
     with pytest.raises(UserError, match=r"train: holds checkpoints of a run with other settings or data "
-                                        r"\(train.alpha was 0.2, is 0.3; train.seed was 0, is 1\); go back"):
+                                        r"\(train.alpha was 0.2, is 0.3; train.seed was 0, is 1\); restore"):
         train(tiny_llama, text, out, "train.alpha=0.3", "train.seed=1")
     assert sorted((out / "train" / "checkpoints").iterdir()) == kept
     train(tiny_llama, text, out, "train.micro_batch=1")  # how it runs may change

@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 from faults import mutate, mutations, runs
 from faults.bench import STAGES
+from paths import ROOT
 
 
 def faults(*options: object) -> str:
     """What `python -m faults` prints: a process of its own, for it forks before anything computes."""
     seed = os.environ.get("FAULTS_SEED", "1")  # `make faults` is for chance; a test that fails must fail again
     print(command := [sys.executable, "-m", "faults", "--seed", str(seed), *map(str, options)])
-    ended = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=1200)
+    ended = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True, timeout=1200,
+                           env={**os.environ, "PYTHONPATH": str(ROOT / "tests" / "support")})
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.stdout
 
