@@ -10,9 +10,9 @@ from lrc_edge.shape import ModelShape
 
 
 def model_card(teacher: DenseCheckpoint, shape: ModelShape, provenance: dict[str, str]) -> str:
-    """README.md: YAML front matter (license, base_model, tags), and how the student was made.
+    """Return README.md: YAML front matter (license, base_model, tags), and how the student was made.
 
-    `provenance` must have `name` and `teacher`. `method` (the phases that ran) and `init` are told if it has them.
+    `provenance` must have `name` and `teacher`. `method` (the phases that ran) and `init` are stated if present.
     """
     front: dict[str, Any] = {
         "base_model": provenance["teacher"], "base_model_relation": "finetune", "library_name": "transformers",
@@ -31,7 +31,7 @@ def model_card(teacher: DenseCheckpoint, shape: ModelShape, provenance: dict[str
 
 
 def quantized_section(provenance: dict[str, str]) -> str:
-    """What to add to the card of a student after quantization-aware training."""
+    """Return the section that quantization-aware training adds to the card of a student."""
     facts = "\n".join(f"| {key} | {_cell(provenance[key])} |" for key in ("grid", "grid_tokens", "grid_teacher")
                       if key in provenance)
     return ("\n## Quantization-aware training\n\nThe matrices were trained after the fold, rounded to a quantization "
@@ -54,5 +54,5 @@ def _facts(shape: ModelShape) -> dict[str, str]:
 
 
 def _cell(text: Any) -> str:
-    """One line without the characters that would break the table or smuggle in markup."""
+    """Return one line without characters that would break the table or inject markup."""
     return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")

@@ -32,9 +32,9 @@ def fold(teacher: DenseCheckpoint, trained_file: Path, folder: Path, provenance:
          progress: Callable[[str], None] | None = None) -> DenseCheckpoint:
     """Write the student to `folder` (which must not exist) and open it.
 
-    `trained_file`: safetensors with a lineage in its metadata, tensors named after the student's weights. Norms are
-    stored as they are; for each other weight with a projected axis the file holds P (teacher width x student width) or,
-    after a dense phase, the weight itself. Composed in float32, one weight at a time. Raises UserError.
+    `trained_file`: safetensors with a lineage in its metadata, tensors named after the student's weights. The file has
+    norms as they are. For each other weight with a projected axis it has P (teacher width x student width) or, after a
+    dense phase, the weight itself. Weights are composed in float32, one at a time. Raises UserError.
     """
     with safe_open(trained_file, framework="pt") as trained:
         lineage, holds = read_metadata(trained.metadata(), trained_file)
@@ -57,8 +57,8 @@ def with_weights(source: DenseCheckpoint, trained_file: Path, folder: Path, prov
                  ) -> DenseCheckpoint:
     """Write `source` with the weights of `trained_file` in float32 to `folder`, and open it.
 
-    Tokenizer and all other files are the source's; its card, if it has one, gets a section about the training. Raises
-    UserError if the file is of another student or holds projections.
+    Tokenizer and all other files are copied from the source. The card, if there is one, gets a section about QAT.
+    Raises UserError if the file is of another student or holds projections.
     """
     with safe_open(trained_file, framework="pt") as trained:
         lineage, holds = read_metadata(trained.metadata(), trained_file)
@@ -150,8 +150,8 @@ def _write_tables(source: DenseCheckpoint, shape: ModelShape, folder: Path, prov
 
 
 def student_config(config: dict[str, Any], shape: ModelShape, rope: Rope) -> dict[str, Any]:
-    """The teacher's config with the student's shape. transformers 4 and 5 read RoPE from one form each: both are
-    written."""
+    """Return the teacher's config with the student's shape. RoPE is written in two forms: transformers 4 reads one,
+    transformers 5 the other."""
     kept = {key: value for key, value in config.items() if key not in DROPPED_CONFIG}
     return kept | shape.as_config() | {
         "dtype": "float32",
@@ -163,8 +163,8 @@ def student_config(config: dict[str, Any], shape: ModelShape, rope: Rope) -> dic
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the tokenizer's files unmodified, but name the class that reads tokenizer.json literally in transformers 4
-    and 5."""
+    """Copy the tokenizer's files. The only change is the class name: one that reads tokenizer.json literally in
+    transformers 4 and 5."""
     for name in TOKENIZER_PARTS:
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)

@@ -1,4 +1,4 @@
-"""`python -m lrc_edge`, for torchrun and accelerate launch: they start modules."""
+"""`python -m lrc_edge`, for torchrun and accelerate launch, which start modules."""
 from lrc_edge.cli import main
 
 main()

@@ -1,4 +1,4 @@
-"""Artifact: one file that a writer made, as the report describes it."""
+"""Artifact: the description of one file that a writer made."""
 from __future__ import annotations
 
 import hashlib

@@ -1,6 +1,6 @@
 """DenseCheckpoint: a Hugging Face directory, checked when it is opened; tensors are read one at a time.
 
-Every model is opened here: teacher, student, third-party models. So later stages rely on names, shapes and files.
+Every model is opened here (teacher, student, third-party models), so later stages can rely on names, shapes and files.
 """
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class DenseCheckpoint:
             return torch.cat([view[row:row + 1].float() for row in rows])
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load the tokenizer from tokenizer.json; without that file, as transformers converts tokenizer.model.
+        """Load the tokenizer from tokenizer.json; without that file, convert tokenizer.model as transformers does.
 
         AutoTokenizer is avoided: the family classes of transformers 5 (LlamaTokenizer) replace parts of the file, so
         the ids would depend on the version and differ from those of runtimes that read the file. Raises UserError.
@@ -195,7 +195,7 @@ class DenseCheckpoint:
             return handle.get_tensor(name)
 
     def check_config(self) -> PretrainedConfig:
-        """Return transformers' config. Raises UserError if it refuses a value. Imports more of it than `open` does."""
+        """Return transformers' config. Raises UserError if it refuses a value. Imports more than `open`."""
         from transformers import AutoConfig
 
         try:

@@ -76,7 +76,7 @@ def build(teacher: Teacher, out: Out, recipe: RecipeFile = None, settings: Setti
 @app.command()
 def train(teacher: Teacher, out: Out, recipe: RecipeFile = None, settings: Settings = None,
           data: Sources = None) -> None:
-    """Only train: the part of a build that wants a GPU. `build` on the same directory continues from there.
+    """Only train: the part of a build that benefits from a GPU. `build` with the same --out continues from there.
 
     [dim]lrc-edge train HuggingFaceTB/SmolLM2-360M --data stories.jsonl --set train.tokens=1e8 --out out[/]
     """
@@ -193,7 +193,7 @@ def serve(directory: Chattable,
 @app.command()
 def inspect(path: Annotated[Path, typer.Argument(help="Hugging Face directory, .gguf or .onnx file, or the --out "
                                                              "directory of a build.")],
-            tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False) -> None:
+            tensors: Annotated[bool, typer.Option("--tensors", help="Also list every tensor.")] = False) -> None:
     """Print the contents of a model: shapes, types, bits per weight, metadata.
 
     [dim]lrc-edge inspect out/gguf/model-Q4_0.gguf --tensors[/]
@@ -220,7 +220,7 @@ app.add_typer(targets_app, name="targets")
 
 @targets_app.callback()
 def targets(context: typer.Context) -> None:
-    """List the known devices. The commands explain one, check whether a model fits, and install what checks need.
+    """List the known devices. Subcommands explain one, estimate whether a model fits, and install what checks need.
 
     [dim]lrc-edge targets show raspberry-pi-5[/]
     """

@@ -7,7 +7,7 @@ from typing import Any
 
 
 class ExitStatus(IntEnum):
-    """INTERRUPTED is 128 + SIGINT, as shells count."""
+    """Exit statuses. INTERRUPTED is 128 + SIGINT, as in shells."""
 
     PASSED = 0
     GATE_FAILED = 1
@@ -17,5 +17,5 @@ class ExitStatus(IntEnum):
 
     @classmethod
     def of_gates(cls, gates: Iterable[Mapping[str, Any]]) -> ExitStatus:
-        """The status of gates as report.json holds them."""
+        """Return the status for the gates in report.json."""
         return cls.PASSED if all(gate["passed"] for gate in gates) else cls.GATE_FAILED

@@ -1,8 +1,7 @@
 """The supported model families: one record each, with every fact that differs between them.
 
-A new family is a row of FAMILIES and a parity test. Consumers ask the record. No other file branches on a family's
-name, and outside the ONNX writer, which names its nodes so, no other file knows the Hugging Face name of a tensor or a
-module.
+A new family is a row of FAMILIES and a parity test. Other code reads the record and never branches on a family's name.
+Hugging Face's names of tensors and modules occur only here and in the ONNX writer, which names its nodes after them.
 """
 from __future__ import annotations
 
@@ -26,9 +25,9 @@ RESIDUAL = "hidden_size"  # the axis of the residual stream
 class Role:
     """One kind of weight.
 
-    `axes` names the sizes of ModelShape, outermost first, and that is all that is needed to treat the weight. Two axes
-    make a matrix (outputs, inputs). A matrix reads the residual stream if its inputs are the residual width, and writes
-    to it if its outputs are. A vector over the residual width is a norm's gain; any other vector (a bias, the gain of a
+    `axes` names the sizes of ModelShape, outermost first. Nothing else decides how the weight is treated. Two axes make
+    a matrix (outputs, inputs). A matrix reads the residual stream if its inputs are the residual width, and writes to
+    it if its outputs are. A vector over the residual width is a norm's gain; any other vector (a bias, the gain of a
     q/k norm) does not depend on that width.
     """
 
@@ -39,7 +38,7 @@ class Role:
 
     @property
     def module(self) -> str:
-        """The module that holds the weight: its path in a layer, or in the model if it is outside the layers."""
+        """Return the path of its module: in the layer, or in the model if the weight is outside the layers."""
         return self.weight.rpartition(".")[0].removeprefix(_LAYER)
 
     @property
@@ -48,7 +47,7 @@ class Role:
 
     @property
     def is_norm(self) -> bool:
-        """The gain of a norm of the residual stream."""
+        """Whether it is the gain of a norm of the residual stream."""
         return self.axes == (RESIDUAL,)
 
     @property
@@ -71,7 +70,7 @@ class Weight:
 
     @property
     def module(self) -> str:
-        """The path of the module that holds it, in the model."""
+        """Return the path, in the model, of the module that holds the weight."""
         return self.name.rpartition(".")[0]
 
     @property
@@ -81,7 +80,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One of llama.cpp's graphs: what its files look like, and which models it computes."""
+    """An architecture of llama.cpp: the form of its files, and which models it computes."""
 
     name: str  # general.architecture
     permutes_qk: bool = False  # it rotates neighbouring rows of q and k, so files hold those rows interleaved
@@ -98,7 +97,7 @@ ARCHITECTURES = {architecture.name: architecture for architecture in (LLAMA, QWE
 
 @dataclass(frozen=True)
 class Family:
-    """What is particular to one model_type. All families share SiLU, RMSNorm and RoPE over two halves of a head."""
+    """The facts about one model_type. All families share SiLU, RMSNorm and RoPE over two halves of a head."""
 
     model_type: str
     roles: tuple[Role, ...]  # of one layer, in the order of the forward pass
@@ -115,15 +114,15 @@ class Family:
         return tuple(role for role in self.roles if role.is_matrix)
 
     def has_window(self, config: Mapping[str, Any]) -> bool:
-        """Whether some layer has a sliding window, by the table of config.json."""
+        """Whether some layer has a sliding window, according to the table of config.json."""
         return {"none": False, "all": True, "switched": bool(config.get("use_sliding_window"))}[self.window]
 
     def window_of(self, config: Mapping[str, Any]) -> int | None:
-        """Tokens of the sliding window of the layers that have one; None without such layers."""
+        """Return the tokens of the sliding window of the layers that have one; None without such layers."""
         return config.get("sliding_window", self.default_window) if self.has_window(config) else None
 
     def window_of_layer(self, config: Any, layer: int) -> int | None:
-        """Tokens that a query of this layer sees, itself included; None for all. `config`: transformers' object."""
+        """Return how many tokens a query of this layer sees, itself included; None: all. `config`: of transformers."""
         kinds = getattr(config, "layer_types", None)
         if self.window == "none" or (kinds and kinds[layer] != "sliding_attention"):
             return None
@@ -166,14 +165,14 @@ FAMILIES = {family.model_type: family for family in (
 
 
 def family_of(model_type: Any, where: object = "config.json") -> Family:
-    """The record of a model_type. Raises UserError, which starts with `where`, if there is none."""
+    """Return the record of a model_type. Raises UserError, whose text starts with `where`, if there is none."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(f"{where}: model_type {model_type!r:.80} is not supported; supported: {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
 
 
 def weights_of(shape: ModelShape) -> Iterator[Weight]:
-    """Every weight of a model of this shape, in the order of the forward pass; without a head if that is tied."""
+    """Return every weight of a model of this shape, in the order of the forward pass; without a tied head."""
     yield Weight.of(EMBEDDING, None, shape)
     for layer in range(shape.num_hidden_layers):
         for role in family_of(shape.family).roles:
@@ -184,13 +183,13 @@ def weights_of(shape: ModelShape) -> Iterator[Weight]:
 
 
 def norm_before(weight: Weight, shape: ModelShape) -> str | None:
-    """Name of the gain of the norm whose output the weight multiplies; None if it reads no norm's output."""
+    """Return the name of the gain of the norm whose output is the weight's input; None if there is no such norm."""
     roles = (*family_of(shape.family).roles, FINAL_NORM)
     return next((role.weight.format(i=weight.layer) for role in roles if role.name == weight.role.norm), None)
 
 
 def is_unread(name: str) -> bool:
-    """Whether a stored tensor is no weight of its own: a copy of a tied head, or RoPE's frequencies."""
+    """Whether a stored tensor is ignored: the copy of a tied head, or RoPE's frequencies."""
     return name == HEAD.weight or "rotary_emb" in name
 
 

@@ -1,4 +1,4 @@
-"""One difference between a file and the model that it is to hold."""
+"""One difference between a file and the model that it was made from."""
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ SHOWN = 90  # characters of one value in a text
 
 @dataclass(frozen=True)
 class Finding:
-    """`name` is a stable key ("rope base"); `text` one line for people, the name in front.
+    """`name` is a stable key ("rope base"); `text` is one line for people, which starts with the name.
 
     severity: a "fault" changes what the file computes, or what programs do with it; a "note" changes neither.
     """
@@ -30,7 +30,7 @@ class Finding:
 
 
 def differs(name: str, found: Any, expected: Any, why: str = "", severity: Severity = "fault") -> Finding:
-    """A Finding of the form "rope base: found 10000, expected 500000 (why)"; None as `found` reads "nothing"."""
+    """A Finding of the form "rope base: found 10000, expected 500000 (why)"; `found` = None is shown as "nothing"."""
     reason = f" ({why})" if why else ""
     text = f"{name}: found {shown(found)}, expected {shown(expected)}{reason}"
     return Finding(name, text, severity, found, expected)
@@ -41,7 +41,7 @@ def faults(findings: Iterable[Finding]) -> list[Finding]:
 
 
 def shown(value: Any) -> str:
-    """A value on one line and of bounded length."""
+    """Return the value as one line of limited length."""
     if value is None:
         return "nothing"
     text = f"{value:.7g}" if isinstance(value, float) else repr(value) if isinstance(value, str) else str(value)

@@ -1,8 +1,8 @@
 """The formats: one row for each encoding of a GGUF or an ONNX file, with every fact that other code needs about it.
 
-`--formats` names a row: "gguf:q4_k_m". Code reads the row and never compares names. What needs llama.cpp (the number of
-a file type, the quantizer) is in export/quantize/encodings.py under the same names; which runtimes read a kind of file
-is in targets/runtimes/table.py.
+`--formats` names a row: "gguf:q4_k_m". Code reads the row and never compares names. Facts that need llama.cpp (the
+number of a file type, the quantizer) are in export/quantize/encodings.py under the same names; which runtimes read a
+kind of file is in targets/runtimes/table.py.
 """
 from __future__ import annotations
 
@@ -51,17 +51,17 @@ class Format:
 
     @property
     def name(self) -> str:
-        """As `--formats` writes it: "gguf:q4_k_m"."""
+        """The name in `--formats`: "gguf:q4_k_m"."""
         return f"{self.kind}:{self.encoding}"
 
     @property
     def block(self) -> int:
-        """Elements per block. A row that is not a multiple gets another type in GGUF and is padded in ONNX."""
+        """Elements per block. A row whose length is not a multiple gets another type in GGUF and is padded in ONNX."""
         return TYPES[self.type][0]
 
     @property
     def block_bytes(self) -> tuple[int, int]:
-        """Bytes of `block` weights: of linears, and of embedding and head. Raises ValueError for a mixture."""
+        """(bytes of a block of a linear, of embedding and LM head). Raises ValueError for a mixture of types."""
         if self.ends is None:
             raise ValueError(f"{self.name}: a mixture, in which llama.cpp chooses the type of every tensor")
         longer = _LONGER_SCALES[self.kind] if self.block > 1 else 0
@@ -69,7 +69,7 @@ class Format:
 
     @property
     def bytes_per_weight(self) -> float:
-        """Bytes per weight of most matrices, with GGUF's scales."""
+        """Bytes per weight of most matrices, including GGUF's scales."""
         block, n_bytes = TYPES[self.type]
         return n_bytes / block
 
@@ -124,7 +124,7 @@ FORMATS = {row.name: row for row in _ROWS}
 
 
 def format_of(text: str) -> Format:
-    """The row named `text`, in any case. Raises UserError with the nearest name."""
+    """Return the row named `text`, ignoring case. Raises UserError with the nearest name."""
     name = text.strip().lower()
     if name not in FORMATS:
         near = difflib.get_close_matches(name, FORMATS, n=1, cutoff=0.0)[0]
@@ -133,20 +133,20 @@ def format_of(text: str) -> Format:
 
 
 def formats_of(kind: Kind) -> dict[str, Format]:
-    """The rows of one kind by encoding, in the table's order."""
+    """Return encoding -> row for the rows of one kind, in the table's order."""
     return {row.encoding: row for row in FORMATS.values() if row.kind == kind}
 
 
 def mixed_encoding(bits_per_weight: float) -> str:
-    """The encoding of a mixed precision: 4.25 -> "4.25bpw". It has no row: its types are measured and chosen."""
+    """Return the encoding of a mixed-precision file: 4.25 -> "4.25bpw". It has no row of its own."""
     return f"{bits_per_weight:g}bpw"
 
 
 def judged_as(name: str) -> Format:
-    """The row whose gates judge a file: its own.
+    """Return the row whose gates apply to a file: the file's own row, if there is one.
 
-    A mixed precision and QUANTIZED_TYPES are judged as gguf:q4_0. Raises UserError for anything else: a file of a type
-    that is unknown here has no gate, so it is refused.
+    Mixed precision and QUANTIZED_TYPES use the gates of gguf:q4_0. Raises UserError for any other type, since no gate
+    applies to it.
     """
     kind, _, encoding = name.partition(":")
     if kind == "gguf" and (encoding in QUANTIZED_TYPES or _MIXED.fullmatch(encoding)):
@@ -157,9 +157,9 @@ def judged_as(name: str) -> Format:
 
 
 def onnx_format_of(bits_per_weight: float) -> Format:
-    """The row of a third-party ONNX file, which names no encoding, by its bits per weight, scales included.
+    """Choose the row of a third-party ONNX file, which names no encoding, by its bits per weight, scales included.
 
-    Raises UserError where no row has so few.
+    Raises UserError if no row has so few.
     """
     for row in formats_of("onnx").values():
         if bits_per_weight >= row.least_bits:

@@ -1,7 +1,7 @@
-"""The header of a GGUF file that others wrote: metadata, and where each tensor is stored.
+"""The header of a third-party GGUF file: metadata, and where each tensor is stored.
 
-gguf.GGUFReader trusts the counts in a file: a damaged array length can keep it reading for hours. Here no count may
-promise more than the file has bytes, and a file shorter than its header describes is an error that names both sizes.
+gguf.GGUFReader trusts the counts in a file: a damaged array length can keep it reading for hours. Here a count
+that exceeds the bytes of the file is an error, and so is a file shorter than its header describes (with both sizes).
 """
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NUMBERS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4"
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor's place. `type` is None, and n_bytes 0, for a type that the gguf package does not know."""
+    """Where one tensor is stored. `type` is None and n_bytes 0 for a type that the gguf package does not know."""
 
     name: str
     type: GGMLQuantizationType | None
@@ -44,13 +44,13 @@ class GgufHeader:
 
 
 class _Damage(Exception):
-    """What is wrong with the bytes; read_header names the file."""
+    """An error in the bytes. read_header adds the name of the file."""
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Metadata and tensor places of the GGUF file at `path`.
+    """Read the metadata of the GGUF file at `path`, and where its tensors are stored.
 
-    Raises UserError for a file that is not GGUF, is truncated (with both sizes) or has a header that makes no sense.
+    Raises UserError for a file that is not GGUF, is truncated (with both sizes) or has an invalid header.
     """
     try:
         size = path.stat().st_size
@@ -66,7 +66,7 @@ def read_header(path: Path) -> GgufHeader:
 
 
 class _Cursor:
-    """Reads values one after the other; every length is checked before anything of that length is made."""
+    """Reads values one after the other. Every length is checked before memory of that length is allocated."""
 
     def __init__(self, data: mmap.mmap, size: int):
         self.data, self.size, self.position = data, size, 4

@@ -28,7 +28,7 @@ METADATA_KEY = "lrc_edge"  # the only one: safetensors does not keep the order o
 
 @dataclass(frozen=True)
 class Lineage:
-    """Both shapes, the source of every axis, and for each layer of the student the number of the teacher's layer.
+    """Both shapes, the source of each axis, and for each layer of the student the index of the teacher's layer.
 
     Raises ValueError if these do not fit together.
     """
@@ -40,7 +40,7 @@ class Lineage:
 
     @classmethod
     def of(cls, teacher: ModelShape, student: ModelShape) -> Lineage:
-        """The lineage of a student that differs from its teacher in the residual width only, if at all."""
+        """Return the lineage of a student that differs from its teacher only in the residual width, if at all."""
         return cls(teacher, student, tuple(range(teacher.num_hidden_layers)),
                    {axis: "projection" if axis == RESIDUAL else "identity" for axis in AXES})
 
@@ -61,29 +61,31 @@ class Lineage:
                              f"make a student of {self.student.num_hidden_layers}")
 
     def is_copied(self, role: Role) -> bool:
-        """Whether the student's weights of this role are the teacher's: none of its axes is projected."""
+        """Whether the student's weights of this role equal the teacher's: none of their axes is projected."""
         return all(self.axes[axis] == "identity" for axis in role.axes)
 
     def is_composed(self, role: Role) -> bool:
-        """Whether they are matrices composed through a projection. The others, gains of norms, are trained directly:
-        a gain is no coordinate, so no linear map is right for it."""
+        """Whether the weights of this role are matrices composed through a projection.
+
+        The gains of norms are trained directly: a gain is not a vector in the residual stream, so no linear map fits.
+        """
         return role.is_matrix and not self.is_copied(role)
 
     def source_of(self, weight: Weight) -> str:
-        """The name of the teacher's weight that a weight of the student comes from."""
+        """Return the name of the teacher's weight that a weight of the student comes from."""
         return weight.role.weight.format(i=None if weight.layer is None else self.layers[weight.layer])
 
     def sources(self) -> str:
-        """JSON of what the two shapes do not show, for the provenance of a student."""
+        """Return, as JSON for the provenance of a student, what the two shapes do not show."""
         return json.dumps({**self.axes, "layers": self.layers})
 
     def metadata(self, holds: Holds) -> dict[str, str]:
-        """The safetensors metadata of a file of trained tensors."""
+        """Return the safetensors metadata of a file of trained tensors."""
         return {METADATA_KEY: json.dumps({"holds": holds, **asdict(self)})}
 
 
 def read_metadata(metadata: Mapping[str, str] | None, where: Path) -> tuple[Lineage, Holds]:
-    """What `Lineage.metadata` wrote into the file `where`. Raises UserError if it is missing or not understood."""
+    """Read what `Lineage.metadata` wrote into the file `where`. Raises UserError if it is missing or invalid."""
     try:
         table: dict[str, Any] = json.loads((metadata or {})[METADATA_KEY])
         if table["holds"] not in get_args(Holds):
@@ -96,10 +98,11 @@ def read_metadata(metadata: Mapping[str, str] | None, where: Path) -> tuple[Line
 
 
 def compose(weight: Weight, teacher: torch.Tensor, maps: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The student's weight: the teacher's, with each axis that has a map P (teacher's size, student's size) contracted.
+    """Compose a weight of the student: apply each map P to its axis of the teacher's weight W.
 
-    Inputs give W P, outputs P^T W (Low-Rank Clone, arXiv 2505.12781, section 3). Axes without a map are copied. The
-    result has the operands' type; callers choose the precision. Raises ValueError for a map of an unknown axis.
+    P is (teacher's size, student's size). On the input axis the result is W P, on the output axis P^T W (Low-Rank
+    Clone, arXiv 2505.12781, section 3). Axes without a map are copied. The result has the operands' type; callers
+    choose the precision. Raises ValueError for a map of an unknown axis.
     """
     if unknown := maps.keys() - set(AXES):
         raise ValueError(f"compose: axes {sorted(unknown)} are unknown; known: {', '.join(AXES)}")

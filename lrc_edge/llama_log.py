@@ -1,7 +1,7 @@
-"""llama.cpp's log: nothing is printed, error lines are kept for the message of the exception that follows.
+"""Capture llama.cpp's log: nothing is printed, and error lines are kept for the message of the next exception.
 
-llama-cpp-python's own callback takes ggml's levels for those of an older header: it prints warnings as errors and drops
-the errors.
+llama-cpp-python's own callback uses the log levels of an older ggml header: it prints warnings as errors and drops the
+errors.
 """
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ def _collect(level: int, text: bytes, _: ctypes.c_void_p) -> None:
 
 
 def listen() -> None:
-    """From here on collect errors, starting with none, and keep everything else off the terminal."""
+    """Clear the collected errors and start collecting. Nothing of the log is printed."""
     _errors.clear()
     llama_cpp.llama_log_set(_collect, ctypes.c_void_p(0))
 
 
 def errors() -> str:
-    """Error text since listen(), on one line; "" when there was none."""
+    """Return the error text since listen(), on one line; "" if there was none."""
     return " ".join("".join(_errors).split())
 
 
 @contextmanager
 def heard_by(hear: Callable[[str], None]) -> Iterator[None]:
-    """In the block `hear` gets every piece of text that llama.cpp logs. What it raises, the end of the block raises."""
+    """In the block, call `hear` with every piece of llama.cpp's log. An exception from `hear` is raised at the end."""
     global _hear
     _hear = hear
     _raised.clear()

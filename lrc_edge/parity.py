@@ -1,7 +1,7 @@
-"""Parity: compare one model's logits with another's on the same tokens, and judge the figures by gates.
+"""Parity: compare one model's logits with another's on the same tokens, and apply gates to the metrics.
 
-Distributions are judged, not only the largest difference: a faithful float32 runtime differs from PyTorch by 3e-4 in
-some logit at a KL divergence of 2e-9. Shapes: N positions, V vocabulary.
+The metrics compare distributions, not only the largest difference: a correct float32 runtime may differ from PyTorch by
+3e-4 in some logit at a KL divergence of 2e-9. Shapes: N positions, V vocabulary.
 """
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHUNK_ELEMENTS = 2**17  # logits in float64 at once: 1 MiB stays in the cache (6
 
 @dataclass(frozen=True)
 class Metrics:
-    """How far a model is from its reference. KL in nats; perplexities over the positions that have a next token."""
+    """The differences between a model and its reference. KL in nats; perplexities where a next token exists."""
 
     positions: int
     kl_mean: float  # KL(reference || model)
@@ -42,7 +42,7 @@ class Metrics:
 
 
 class Divergences:
-    """KL, agreement and cross entropy of a model and its reference, collected row after row: what comparisons share."""
+    """KL, top-1 agreement and cross entropy of a model and its reference, collected sequence by sequence."""
 
     def __init__(self, near_tie: float):
         self.near_tie = near_tie
@@ -52,7 +52,7 @@ class Divergences:
         self._near_ties = 0
 
     def _collect(self, kl_N: np.ndarray, margin_N: np.ndarray, equal_N: np.ndarray, nll_2M: np.ndarray) -> None:
-        """margin_N: between the reference's two best logits. equal_N: whether the argmax is equal."""
+        """margin_N: difference of the reference's two best logits. equal_N: whether the argmax is equal."""
         clear = margin_N >= self.near_tie
         self._kl.append(kl_N)
         self._near_ties += int((~clear).sum())
@@ -74,7 +74,7 @@ class Divergences:
 
 
 class Comparison(Divergences):
-    """Collects a model's logits row after row, then gives Metrics."""
+    """Collects a model's logits sequence by sequence, then computes Metrics."""
 
     def __init__(self, near_tie: float):
         super().__init__(near_tie)
@@ -82,9 +82,9 @@ class Comparison(Divergences):
         self._max_abs = 0.0
 
     def update(self, reference_NV: np.ndarray, model_NV: np.ndarray, next_ids_N: np.ndarray) -> None:
-        """Add the logits of one row; `next_ids_N` are the tokens that follow, -1 where none does.
+        """Add the logits of one sequence. `next_ids_N`: the tokens that follow, or -1 where none does.
 
-        Raises ValueError when the shapes differ: the caller compares different models.
+        Raises ValueError if the shapes differ, because then the two models do not match.
         """
         if reference_NV.shape != model_NV.shape or len(next_ids_N) != len(reference_NV):
             raise ValueError(f"parity: logits {model_NV.shape} against {reference_NV.shape}, {len(next_ids_N)} labels")
@@ -123,20 +123,20 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def compare(reference_NV: np.ndarray, model_NV: np.ndarray, ids_N: np.ndarray, near_tie: float = 0.01) -> Metrics:
-    """Metrics of one row of logits, `ids_N` being the tokens that both models read."""
+    """Return the metrics of one sequence. `ids_N`: the tokens that both models read."""
     comparison = Comparison(near_tie)
     comparison.update(reference_NV, model_NV, next_ids(ids_N))
     return comparison.metrics()
 
 
 def next_ids(ids_N: np.ndarray) -> np.ndarray:
-    """The labels of a row: each position's next token, -1 at the end."""
+    """Return the labels of a sequence: each position's next token, -1 at the end."""
     return np.append(ids_N[1:], -1)
 
 
 @dataclass(frozen=True)
 class Gate:
-    """One judged figure. A value that is not a number never passes."""
+    """A metric with its limit. A value that is not a number never passes."""
 
     name: str
     artifact: str
@@ -164,12 +164,12 @@ class Gate:
 
 
 def _table(metrics: Metrics | None) -> dict[str, Any]:
-    """The figures; all None for a model that did not answer, which pass no gate."""
+    """Return the metrics by name; all None, which passes no gate, for a model that did not answer."""
     return dict.fromkeys(field.name for field in fields(Metrics)) if metrics is None else metrics.as_dict()
 
 
 def gates_of_copy(name: str, artifact: str, metrics: Metrics, limits: Gates, rounding: float) -> list[Gate]:
-    """The gates of a model that must compute what its original does. rounding: PyTorch's, of the original's logits."""
+    """Return the gates of a model that must equal its original. rounding: PyTorch's own, of the original's logits."""
     table = _table(metrics)
     return [Gate(name, artifact, "max_abs", table["max_abs"], limits.max_abs_rounding * rounding, "<="),
             Gate(name, artifact, "top1", table["top1"], limits.copy_top1, ">=")]
@@ -177,14 +177,14 @@ def gates_of_copy(name: str, artifact: str, metrics: Metrics, limits: Gates, rou
 
 def gates_of_grid(artifact: str, identical_blocks: float, metrics: Metrics | None, limits: Gates, why: str = ""
                   ) -> list[Gate]:
-    """The gates of a file made from a student trained on its grid: it has the trained weights and their outputs."""
+    """Return the gates of a file after QAT: it must have the trained weights and compute their outputs."""
     return [Gate(AS_TRAINED, artifact, "identical_blocks", identical_blocks, limits.identical_blocks, ">="),
             Gate(AS_TRAINED, artifact, "kl_mean", _table(metrics)["kl_mean"], limits.on_grid_kl, "<=", why)]
 
 
 def gates_of_artifact(artifact: str, kind: str, mode: str, metrics: Metrics | None, limits: Gates,
                       rounding: float | None, why: str = "") -> list[Gate]:
-    """The gates of a file against the student.
+    """Return the gates of a file, compared with the student.
 
     kind: its format's name ("gguf:q8_0"). mode: "prefill" or "decode". rounding: PyTorch's own.
     """
@@ -198,7 +198,7 @@ def gates_of_artifact(artifact: str, kind: str, mode: str, metrics: Metrics | No
 
 def gates_of_length(artifact: str, kind: str, name: str, metrics: Metrics | None, limits: Gates, why: str = ""
                     ) -> list[Gate]:
-    """The gates of some positions of a long row: their mean KL has the same limit as all others."""
+    """Return the gate for positions of a long sequence: their mean KL has the same limit as for short ones."""
     return [Gate(name, artifact, "kl_mean", _table(metrics)["kl_mean"], _kl_limit(kind, limits), "<=", why)]
 
 
@@ -208,10 +208,9 @@ def _kl_limit(kind: str, limits: Gates) -> float:
 
 
 def gates_of_device(artifact: str, kind: str, figures: dict[str, Any], limits: Gates) -> list[Gate]:
-    """The gates of a file in a device's runtime. `figures`: DeviceComparison's.
+    """Return the gates of a file in a device's runtime. `figures`: of DeviceComparison.
 
-    A device rounds its KV cache to 16 bits (1.4e-7 nats on the demo's student), so no file is held to less than F16's
-    limit.
+    A device rounds its KV cache to 16 bits (1.4e-7 nats on the demo's student), so the KL limit is at least F16's.
     """
     row = judged_as(kind)
     kl, top1 = max(getattr(limits, row.device_kl_gate), limits.gguf_f16_kl), getattr(limits, row.top1_gate)

@@ -46,7 +46,7 @@ QUANTIZED_RATE = 0.01
 
 @dataclass(frozen=True, kw_only=True)
 class Student:
-    """Shape of the student. What is not set here is the teacher's."""
+    """Shape of the student. Everything else is the same as in the teacher."""
 
     hidden_size: int = key(0, "residual width; 0 = half the teacher's, rounded down to a multiple of 256, 64 or 32",
                            at_least=0)
@@ -134,7 +134,7 @@ class Quantize:
 
     tokens: int = key(0, "training tokens of this phase; 0 = no such phase", at_least=0)
     teacher: Literal["student", "teacher"] = key(
-        "student", "whom to copy: the student itself, unquantized, or its teacher")
+        "student", "model to distil from: the student itself, unquantized, or its teacher")
     alpha: float = key(1.0, "weight of the clone loss between the layers of the student and of the unquantized student",
                        at_least=0)
     batch_tokens: int = key(
@@ -158,11 +158,11 @@ class Export:
         16_384, "tokens for the quantizer's importance matrix, none of them from the verification text; 0 = no matrix",
         at_least=0)
     bits_per_weight: float = key(
-        0.0, "size of one more GGUF with mixed precision, counting all tensors: each matrix gets the type that, as "
-             "measured, loses least (docs/quantization.md); 0 = no such file", at_least=0)
+        0.0, "bits per weight of one more GGUF with mixed precision, counting all tensors: each matrix gets its own "
+             "type, chosen for the least predicted KL (docs/quantization.md); 0 = no such file", at_least=0)
     onnx_accuracy_level: int = key(
-        4, "activations in ONNX q8 and q4: 0 = float32; 4 = rounded to int8 as in llama.cpp, twice as fast at the "
-           "same KL")
+        4, "activations in ONNX q8 and q4: 0 = float32; 4 = rounded to int8 as in llama.cpp, for q4 about twice as "
+           "fast with a KL 1 to 2 % higher")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,27 +189,27 @@ class Gates:
     """Limits of verification, for a trained student. KL is in nats per token."""
 
     max_abs_rounding: float = key(
-        8.0, "largest difference of a logit if the weights are the same (fold, P = I, ONNX fp32), in units of "
+        8.0, "maximum difference of a logit if the weights are the same (fold, P = I, ONNX fp32), in units of "
              "PyTorch's own rounding: the largest difference between its float32 and its float64 logits. Larger models "
              "have larger logits")
-    copy_top1: float = key(1.0, "least top-1 of the fold, and of the full-width clone (P = I)")
-    gguf_f32_kl: float = key(1e-6, "largest KL of GGUF F32")
-    gguf_f32_top1: float = key(0.999, "least top-1 of GGUF F32")
-    gguf_f16_kl: float = key(1e-4, "largest KL of GGUF F16")
-    gguf_bf16_kl: float = key(1e-3, "largest KL of GGUF BF16")
-    gguf_q8_0_kl: float = key(5e-3, "largest KL of GGUF Q8_0")
-    quantized_kl: float = key(0.15, "largest KL of every other type, GGUF and ONNX")
+    copy_top1: float = key(1.0, "minimum top-1 of the fold, and of the full-width clone (P = I)")
+    gguf_f32_kl: float = key(1e-6, "maximum KL of GGUF F32")
+    gguf_f32_top1: float = key(0.999, "minimum top-1 of GGUF F32")
+    gguf_f16_kl: float = key(1e-4, "maximum KL of GGUF F16")
+    gguf_bf16_kl: float = key(1e-3, "maximum KL of GGUF BF16")
+    gguf_q8_0_kl: float = key(5e-3, "maximum KL of GGUF Q8_0")
+    quantized_kl: float = key(0.15, "maximum KL of every other type, GGUF and ONNX")
     identical_blocks: float = key(
-        0.99, "after quantization-aware training: least share of a file's blocks with exactly the trained weights")
+        0.99, "after quantization-aware training: minimum share of a file's blocks that equal the trained weights")
     on_grid_kl: float = key(
-        0.01, "after quantization-aware training: largest KL from the trained student. What remains is the rounding of "
+        0.01, "after quantization-aware training: maximum KL from the trained student. What remains is the rounding of "
               "activations to 8 bits in the runtimes")
-    onnx_fp32_kl: float = key(1e-8, "largest KL of ONNX fp32")
-    onnx_fp16_kl: float = key(1e-4, "largest KL of ONNX fp16")
-    onnx_q8_kl: float = key(5e-3, "largest KL of ONNX q8")
-    unquantized_top1: float = key(0.99, "on devices: least top-1 of 16 and 32 bits; the KL limits are those above")
-    q8_top1: float = key(0.95, "on devices: least top-1 of 8 bits")
-    quantized_top1: float = key(0.75, "on devices: least top-1 of every other type")
+    onnx_fp32_kl: float = key(1e-8, "maximum KL of ONNX fp32")
+    onnx_fp16_kl: float = key(1e-4, "maximum KL of ONNX fp16")
+    onnx_q8_kl: float = key(5e-3, "maximum KL of ONNX q8")
+    unquantized_top1: float = key(0.99, "on devices: minimum top-1 of 16 and 32 bits; the KL limits are those above")
+    q8_top1: float = key(0.95, "on devices: minimum top-1 of 8 bits")
+    quantized_top1: float = key(0.75, "on devices: minimum top-1 of every other type")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +232,7 @@ def load_recipe(file: Path | str | None = None, settings: Iterable[str] = (), **
                 ) -> Recipe:
     """Read a TOML file or a built-in recipe, by name (train/recipes), then apply `settings` and `overrides`.
 
-    settings: "section.key=value" each. overrides: section=dict. What nothing sets has its default.
+    settings: "section.key=value" each. overrides: section=dict. Keys that are not set have their defaults.
     Raises UserError on an unreadable file, an unknown key (with the nearest known one), a wrong type or an impossible
     value.
     """
@@ -376,7 +376,7 @@ def _check_data(recipe: Recipe) -> None:
 
 
 def _check(recipe: Recipe) -> None:
-    """Check the bounds of each key, then what depends on several. Raises UserError."""
+    """Check the bounds of each key, then the rules that involve several keys. Raises UserError."""
     _check_bounds(recipe)
     _check_data(recipe)
     t = recipe.train

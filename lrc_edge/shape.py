@@ -67,7 +67,7 @@ class ModelShape:
 
     @property
     def n_params(self) -> int:
-        """Parameters, a tied head counted once."""
+        """Number of parameters; a tied head counts once."""
         from lrc_edge.families import weights_of
 
         return sum(weight.numel for weight in weights_of(self))
@@ -78,11 +78,11 @@ class ModelShape:
         return 2 * self.num_hidden_layers * self.kv_size
 
     def with_hidden_size(self, hidden_size: int) -> ModelShape:
-        """The same model with another residual width: the shape of a width-only student."""
+        """Return the shape with another residual width: that of a width-only student."""
         return replace(self, hidden_size=hidden_size)
 
     def as_config(self) -> dict[str, Any]:
-        """The fields of a config.json that hold the shape, apart from model_type."""
+        """Return the fields of a config.json that hold the shape, except model_type."""
         fields = asdict(self)
         del fields["family"], fields["tied"]
         return fields | {"tie_word_embeddings": self.tied}
@@ -104,8 +104,10 @@ class ModelShape:
 
 
 def student_width(recipe: Recipe, teacher: ModelShape) -> int:
-    """The recipe's hidden_size. By default half the teacher's, rounded down to a multiple of 256, 64 or 32, so that it
-    quantizes well."""
+    """Return the recipe's hidden_size.
+
+    By default it is half the teacher's, rounded down to a multiple of 256, 64 or 32, so that it quantizes well.
+    """
     if recipe.student.hidden_size:
         return recipe.student.hidden_size
     half = teacher.hidden_size // 2

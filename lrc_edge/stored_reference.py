@@ -1,8 +1,8 @@
 """check/reference.npz: the PyTorch student's outputs, small enough to copy to machines without PyTorch.
 
-For each held-out position, the TOP most probable ids with their log-probabilities, and the log-probability of the token
-that follows. A divergence over those ids and "any other" is at most the full one, and close to it where the others are
-improbable. Shapes: n rows, L tokens of a row, K = TOP or the vocabulary.
+For each held-out position the file has the TOP most probable ids with their log-probabilities, and the log-probability
+of the token that follows. A KL over these ids, with all others as one class, is a lower bound of the full KL, and close
+to it if the others are improbable. Shapes: n rows, L tokens of a row, K = TOP or the vocabulary.
 """
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class StoredReference:
     @classmethod
     def of(cls, ids: np.ndarray, logits: Iterable[np.ndarray], texts: Sequence[str],
            text_ids: Sequence[Sequence[int]], shape: ModelShape) -> StoredReference:
-        """From `ids` (n, L) and the logits of each row, (L, V)."""
+        """Make it from `ids` (n, L) and the logits of each row, (L, V)."""
         rows = [_row(row, row_logits) for row, row_logits in zip(ids, logits, strict=True)]
         top_ids, top_logprobs, next_logprobs = (np.stack(parts) for parts in zip(*rows, strict=True))
         return cls(ids.astype(np.int32), top_ids, top_logprobs, next_logprobs, tuple(texts),
@@ -61,7 +61,7 @@ class StoredReference:
 
     @classmethod
     def load(cls, path: Path) -> StoredReference:
-        """Raises UserError if the file is missing or damaged."""
+        """Read the file. Raises UserError if it is missing or damaged."""
         if not path.exists():
             raise UserError(f"{path}: reference outputs not found; create them with `lrc-edge check` on a machine "
                             "with PyTorch, without --target")
@@ -99,12 +99,12 @@ class StoredReference:
             raise ValueError(f"{len(self.texts)} texts with the ids of {len(self.text_ids)}")
 
     def wanted(self, row: int) -> np.ndarray:
-        """(L, K + 1): the ids whose log-probabilities a runtime must give; the last is the next token, or 0."""
+        """Return (L, K + 1) ids whose log-probabilities a runtime must return; the last is the next token, or 0."""
         following = np.append(self.ids[row, 1:], 0)
         return np.concatenate([self.top_ids[row], following[:, None]], axis=1)
 
     def long_prompt(self, n_tokens: int) -> list[int]:
-        """The rows concatenated, repeated if they are too few."""
+        """Return n_tokens ids: the rows concatenated, repeated if they are too few."""
         flat = self.ids.reshape(-1)
         return [int(i) for i in np.resize(flat, n_tokens)]
 
@@ -118,7 +118,7 @@ def _row(ids: np.ndarray, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
 
 
 class DeviceComparison(Divergences):
-    """Collects a device's answers row after row, then gives figures. KL in nats."""
+    """Collects a device's answers row by row, then computes the metrics. KL in nats."""
 
     def __init__(self, reference: StoredReference, near_tie: float):
         super().__init__(near_tie)

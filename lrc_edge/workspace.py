@@ -1,4 +1,4 @@
-"""The output directory: which stages ran, on what, with what result; atomic writes; what need not run again."""
+"""The output directory: the inputs and results of each finished stage, and atomic writes."""
 from __future__ import annotations
 
 import hashlib
@@ -29,7 +29,7 @@ class Workspace:
 
     @classmethod
     def create(cls, path: Path) -> Workspace:
-        """Open or make the directory. Raises UserError when it cannot be written."""
+        """Open or create the directory. Raises UserError if it cannot be written."""
         try:
             path.mkdir(parents=True, exist_ok=True)
             probe = path / f"{PARTIAL}-probe"
@@ -41,13 +41,13 @@ class Workspace:
         return cls(path)
 
     def inputs(self, stage: str) -> dict[str, Any] | None:
-        """The named inputs of the stage when it last finished; None if it has not."""
+        """Return the named inputs of the stage when it last finished; None if it never did."""
         record = self.manifest["stages"].get(stage)
         # Versions before 0.2 recorded a digest alone.
         return None if record is None else record.get("inputs", {"version of the stage": 0})
 
     def is_done(self, stage: str, inputs: dict[str, Any]) -> bool:
-        """Whether the stage ran on these inputs and every file that it left is still what it was."""
+        """Whether the stage ran on these inputs and every file that it wrote is unchanged."""
         return (self.inputs(stage) == _plain(inputs)
                 and all(self._is_unchanged(name, sha256) for name, sha256 in self.output_hashes(stage).items()))
 
@@ -63,7 +63,7 @@ class Workspace:
         return outputs
 
     def record(self, stage: str, inputs: dict[str, Any], outputs: list[Path], result: Any = None) -> None:
-        """Note a finished stage. `outputs` are files or folders below the directory."""
+        """Record a finished stage. `outputs` are files or folders below the directory."""
         files = sorted(f for path in outputs for f in (path.rglob("*") if path.is_dir() else [path]) if f.is_file())
         self.manifest["stages"][stage] = {
             "inputs": _plain(inputs), "result": result,
@@ -79,7 +79,7 @@ class Workspace:
         write_atomically(self.path / MANIFEST, json.dumps(table, indent=1) + "\n")
 
     def hash(self, file: Path) -> str:
-        """SHA-256, remembered for as long as size and modification time stay the same."""
+        """Return the SHA-256 of the file, cached while its size and modification time stay the same."""
         stat = file.stat()
         key, state = str(file.resolve()), [stat.st_size, stat.st_mtime_ns]
         known = self.manifest["hashes"].get(key)
@@ -89,7 +89,7 @@ class Workspace:
 
     @contextmanager
     def partial(self, name: str) -> Iterator[Path]:
-        """A path below `.partial` to write to; whatever is left there goes away when the block ends."""
+        """Yield a path below `.partial` to write to; what is left there is removed when the block ends."""
         path = self.path / PARTIAL / name
         shutil.rmtree(path, ignore_errors=True)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ class Workspace:
 
 
 def _read_manifest(file: Path) -> dict[str, Any]:
-    """build.json without its digest. Raises UserError when it is damaged: commands trust what it holds."""
+    """Return build.json without its digest. Raises UserError if it is damaged, since commands trust its contents."""
     needed = "delete it to build again"
     try:
         table: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -117,17 +117,17 @@ def _read_manifest(file: Path) -> dict[str, Any]:
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of anything that JSON holds."""
+    """Return the SHA-256 of any value that JSON can represent."""
     return hashlib.sha256(json.dumps(_plain(value), sort_keys=True).encode()).hexdigest()
 
 
 def _plain(value: Any) -> Any:
-    """As JSON reads it back: tuples are lists, keys are strings."""
+    """Convert the value as a round trip through JSON does: tuples become lists, keys become strings."""
     return json.loads(json.dumps(value, default=str))
 
 
 def changes(before: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
-    """ "train.tokens was 1000, is 2000" for each input that differs; nothing to say where there was none before."""
+    """ "train.tokens was 1000, is 2000" for each input that differs; empty if `before` is None."""
     if before is None:
         return []
     now = _plain(now)
@@ -136,19 +136,19 @@ def changes(before: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    """Short enough for a line; a digest by its beginning."""
+    """Shorten the value to fit on a line; a digest to its beginning."""
     text = str(value)
     return text[:8] if re.fullmatch(r"[0-9a-f]{64}", text) else f"{text[:60]}..." if len(text) > 63 else text
 
 
 def replace_tree(source: Path, target: Path) -> None:
-    """Put a finished folder where an older one may stand."""
+    """Move a finished folder to `target`, replacing an older one."""
     shutil.rmtree(target, ignore_errors=True)
     os.replace(source, target)
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write beside, then rename: a reader sees the old text or the new one, never half."""
+    """Write to a temporary file, then rename it, so that a reader sees either the old or the new text."""
     temporary = path.with_name(f".{path.name}.partial")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -158,7 +158,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def free_bytes(path: Path) -> int:
-    """Free space of the file system that `path` is, or would be, on."""
+    """Return the free bytes of the file system that contains, or would contain, `path`."""
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free

@@ -37,13 +37,13 @@ class Fit:
 
     @property
     def take(self) -> FormatFit | None:
-        """The recommended format if it fits, else the first that does, else the first that barely does."""
+        """The format to use: the recommended one if it fits, else the first that fits, else the first that is tight."""
         by_choice = sorted(self.formats, key=lambda row: row.format != self.profile.recommended)
         return next((row for verdict in ("fits", "tight") for row in by_choice if row.verdict == verdict), None)
 
     @property
     def warning(self) -> str | None:
-        """One line when nothing fits well; None when something does."""
+        """One line if no format fits well, else None."""
         best = self.take or min(self.formats, key=lambda row: row.memory.needed)
         if best.verdict == "fits":
             return None
@@ -76,21 +76,21 @@ def _fit(shape: ModelShape, profile: Profile, format_: str, context: int) -> For
 
 
 def judge(memory: Memory, profile: Profile) -> Verdict:
-    """`tight`: within the prediction's error of the limit, or only once the system drops weights not read again."""
+    """`tight`: within the prediction's error of the limit, or only if weights that are not read again are evicted."""
     if memory.peak * MARGIN <= profile.usable_bytes:
         return "fits"
     return "tight" if memory.needed <= profile.usable_bytes else "does not fit"
 
 
 def bytes_read_per_token(shape: ModelShape, format_: str, context: int) -> int:
-    """Bytes of every matrix and of the cache of `context` tokens. An untied embedding is left out: one row is read."""
+    """Return the bytes of all matrices, except an untied embedding (one row is read), and of the cache."""
     weights = sum(weight_bytes(weight, format_) for weight in weights_of(shape)
                   if weight.role is not EMBEDDING or shape.tied)
     return weights + context * kv_bytes_per_token(shape, format_)
 
 
 def _longest_context(shape: ModelShape, profile: Profile, format_: str) -> int:
-    """By bisection: memory grows with the context."""
+    """Find the longest context that fits by bisection, since memory grows with the context."""
     def fits(steps: int) -> bool:
         context = min(steps * CONTEXT_STEP, shape.max_position_embeddings)
         memory = memory_of(shape, format_, profile.runtime_of(format_), context, profile.features)

@@ -1,8 +1,9 @@
-"""Predict how much memory a model takes in a runtime, from its shape alone, as the runtimes allocate it.
+"""Predict from its shape alone how much memory a model needs in a runtime.
 
 llama.cpp's part is derived from its source (0.5.0, as in llama-cpp-python 0.3.36), onnxruntime's (1.31) from
-measurements; benchmarks/fit.py compares both with the resident sets of real processes. What node and browsers add is
-fitted to two or three measurements each (node 20, headless Chromium 156). The prompt is assumed to fill the context.
+measurements; benchmarks/fit.py compares both with the resident sets of real processes. The additional memory of node
+and browsers is fitted to two or three measurements each (node 20, headless Chromium 156). The prompt is assumed to
+fill the context.
 """
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ _PAGE_WEIGHTS, _PAGE_CACHE, _PAGE_LOGITS = 0.9, 2.6, 2.5
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the peak, by what they are for."""
+    """Bytes at the peak, by purpose."""
 
     weights: int  # as they are in the file
     copies: int  # of weights, repacked for the runtime's kernels
@@ -54,7 +55,7 @@ class Memory:
 
 
 def weight_bytes(weight: Weight, format_: str) -> int:
-    """Bytes of one tensor in a file of that format, one of profile.PROFILE_FORMATS. Vectors are float32."""
+    """Return the bytes of one tensor in a file of that format, one of profile.PROFILE_FORMATS. Vectors are float32."""
     if len(weight.shape) < 2:
         return 4 * weight.numel
     file, rows, length = format_of(format_), math.prod(weight.shape[:-1]), weight.shape[-1]
@@ -64,7 +65,7 @@ def weight_bytes(weight: Weight, format_: str) -> int:
 
 
 def bytes_by_group(shape: ModelShape, format_: str) -> dict[str, int]:
-    """Group -> bytes in a file of that format, all layers together; a tied head has none."""
+    """Return group -> bytes in a file of that format, all layers together; a tied head has none."""
     groups = dict.fromkeys(GROUPS, 0)
     for weight in weights_of(shape):
         groups[_group(weight)] += weight_bytes(weight, format_)
@@ -82,14 +83,14 @@ def _group(weight: Weight) -> str:
 
 
 def kv_bytes_per_token(shape: ModelShape, format_: str, cache: str = "f16") -> int:
-    """Bytes of one token in the KV cache. `cache`: its type in llama.cpp. Our ONNX graphs keep it in float32."""
+    """Return the bytes per token of the KV cache. `cache`: its type in llama.cpp. Our ONNX graphs use float32."""
     element_bytes = {"gguf": format_of(f"gguf:{cache}").bytes_per_weight, "onnx": 4.0}
     return int(element_bytes[format_of(format_).kind] * shape.kv_elements_per_token)
 
 
 def memory_of(shape: ModelShape, format_: str, runtime: str, context: int, features: Collection[str],
               cache: str = "f16") -> Memory:
-    """Predict what `runtime` takes for a file of that format when a prompt fills `context`.
+    """Predict the memory of `runtime` for a file of that format when a prompt fills `context`.
 
     features: the processor's, as profiles name them. cache: the type of llama.cpp's KV cache. Raises UserError for an
     unknown format or runtime, and for a runtime that does not read the format.
@@ -105,7 +106,7 @@ def memory_of(shape: ModelShape, format_: str, runtime: str, context: int, featu
 
 @dataclass(frozen=True)
 class _Case:
-    """What is predicted: the arguments of memory_of."""
+    """The arguments of memory_of."""
 
     shape: ModelShape
     format: str
@@ -128,15 +129,17 @@ def _llama_cpp(case: _Case) -> Memory:
 
 
 def _wllama(case: _Case) -> Memory:
-    """llama.cpp in an address space of 32 bits: what is reserved counts, touched or not."""
+    """llama.cpp in a 32-bit address space, where reserved memory counts even if it is never touched."""
     memory, shape = _llama_cpp(case), case.shape
     reserved = 4 * min(_BATCH, case.context) * (shape.vocab_size + 2 * shape.hidden_size)
     return replace(memory, working=max(memory.working, reserved))
 
 
 def _repacked(shape: ModelShape, format_: str, features: Collection[str]) -> tuple[int, int]:
-    """Bytes of the matrices that llama.cpp copies into interleaved rows when it loads, and of those whose original is
-    not read again (a tied head's is: it is the embedding). Source: ggml_repack_get_optimal_repack_type in ggml-cpu.
+    """Return the bytes of the matrices that llama.cpp repacks, and the bytes of those whose original is not read again.
+
+    llama.cpp repacks matrices into interleaved rows when it loads them. The original of a tied head is read again, as
+    the embedding. Source: ggml_repack_get_optimal_repack_type in ggml-cpu.
     """
     file, dotprod = format_of(format_), "dotprod" in features or "i8mm" in features
     # Type -> rows that are interleaved.
@@ -154,7 +157,7 @@ def _repacked(shape: ModelShape, format_: str, features: Collection[str]) -> tup
 
 
 def _llama_cpp_activations(shape: ModelShape, format_: str, context: int, padded: int) -> int:
-    """Bytes of the compute buffer as far as it is touched, the work buffer, and one row of logits.
+    """Return the bytes of the touched part of the compute buffer, the work buffer, and the logits of one token.
 
     The compute buffer holds the mask (T x context, F16), the residual stream, its norm and two more rows of their size
     where the allocator leaves holes, and either gate, up and their product, or query, attended query, key and value.
@@ -173,11 +176,11 @@ def _llama_cpp_activations(shape: ModelShape, format_: str, context: int, padded
 
 
 def _onnxruntime_genai(case: _Case) -> Memory:
-    """The prompt is read in one pass, with logits for every position.
+    """onnxruntime-genai: the prompt is read in one pass, with logits for every position.
 
-    The planner lets values of one shape share a buffer for the run: residual, norm and two outputs; queries, rotated,
-    attended; keys and values, rotated and in the order of heads; gate, silu, up; and the widest product's input as int8
-    with its scales.
+    onnxruntime's planner lets values of the same shape share a buffer: residual, norm and two outputs; queries,
+    rotated, attended; keys and values, rotated and in the order of heads; gate, silu, up; and the widest product's
+    input as int8 with its scales.
     """
     shape = case.shape
     widths = (4 * shape.hidden_size + 3 * shape.q_size + 5 * shape.kv_size + 3 * shape.intermediate_size
@@ -190,21 +193,21 @@ def _onnxruntime_genai(case: _Case) -> Memory:
 
 
 def _onnxruntime(case: _Case) -> Memory:
-    """While it decodes, a step's complete new cache exists next to the previous one."""
+    """onnxruntime: in decoding, the new cache of a step exists next to the previous one."""
     memory = _onnxruntime_genai(case)
     more = max(0, int(_GROWING_CACHE * memory.kv_cache - _USED_AGAIN * memory.working))
     return replace(memory, working=memory.working + more)
 
 
 def _transformers_js(case: _Case) -> Memory:
-    """In a page the file stays in JavaScript next to the module's copy, and so do old caches and logits."""
+    """transformers.js: the file stays in JavaScript next to the module's copy, as do old caches and logits."""
     memory, logits = _onnxruntime_genai(case), 4 * case.context * case.shape.vocab_size
     return replace(memory, copies=int(_PAGE_WEIGHTS * memory.weights),
                    working=memory.working + int(_PAGE_CACHE * memory.kv_cache + _PAGE_LOGITS * logits))
 
 
 def _prepacked(shape: ModelShape) -> int:
-    """Bytes that MatMulNBits adds to a matrix when it repacks it: scales and sums of its blocks, 8 bytes each.
+    """Return the bytes that MatMulNBits adds when it repacks a matrix: 8 bytes per block (scale and sum).
 
     The file's levels are released, except those of a tied head, which are also the embedding's.
     """
@@ -218,7 +221,7 @@ def _prepacked(shape: ModelShape) -> int:
 
 @dataclass(frozen=True)
 class _Prediction:
-    """process_bytes: of the process with a model of no size (VmHWM, Linux x86-64): Python with numpy, node or a
+    """process_bytes: of the process without a model (VmHWM, Linux x86-64): Python with numpy, node or a
     browser's page; a program in C++ takes less than Python. token_bytes: per token of the vocabulary (strings, ids,
     merges).
     """

@@ -1,6 +1,6 @@
 """Profiles: the known figures of a device, each with its source. One TOML file per device, data only.
 
-A user's own device is one more file of the same keys: `--target ./my-device.toml`.
+A user's own device is another file with the same keys: `--target ./my-device.toml`.
 """
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PROFILE_FORMATS = tuple(name for name, row in FORMATS.items() if row.in_profiles
 
 @dataclass(frozen=True)
 class Figure:
-    """A number and its source; `date`: when the source was read."""
+    """A number with its source. `date`: when the source was read."""
 
     value: float
     source: str
@@ -37,7 +37,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Format:
-    """A format that runs well there, as `--formats` writes it, and why."""
+    """A format that runs well on the device, named as in `--formats`, and the reason."""
 
     name: str
     why: str
@@ -75,7 +75,7 @@ class Profile:
         return {name: getattr(self, name) for name in FIGURES}
 
     def runtime_of(self, format_name: str) -> str:
-        """The first of its runtimes that reads the format."""
+        """Return the first of its runtimes that reads the format."""
         readers = readers_of(format_of(format_name).kind)
         return next(name for name in self.runtimes if name in readers)
 
@@ -100,9 +100,9 @@ def all_profiles() -> list[Profile]:
 
 
 def load_profile(name_or_path: str) -> Profile:
-    """A shipped profile by its name, or a user's TOML file.
+    """Load a built-in profile by name, or a user's TOML file.
 
-    Raises UserError: an unknown name gets the nearest; a bad file its key, and what was needed.
+    Raises UserError for an unknown name (with the nearest one) or a bad file (with the key and what is needed).
     """
     if name_or_path in profile_names():
         return _read(_folder() / f"{name_or_path}.toml", name_or_path, name_or_path)
@@ -117,7 +117,7 @@ def load_profile(name_or_path: str) -> Profile:
 
 
 def load_profiles(names_or_paths: Iterable[str]) -> list[Profile]:
-    """Load each target once. Raises UserError also for two of the same name, under which results are kept."""
+    """Load each target once. Raises UserError also for two of the same name, since results are stored by name."""
     profiles = list(dict.fromkeys(load_profile(name) for name in names_or_paths))
     by_name: dict[str, Profile] = {}
     for profile in profiles:

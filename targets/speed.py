@@ -14,14 +14,14 @@ ROUNDS = 3  # each file once per round, so that a disturbance slows all of them;
 
 
 def depths(n_ctx: int) -> list[int]:
-    """Tokens in the cache before each measurement: 0, and DEPTH or what the context leaves; none where it is tiny."""
+    """Return the tokens in the cache before each measurement: 0, and DEPTH or what fits; empty for a tiny context."""
     deep = min(DEPTH, n_ctx - N_PROMPT - N_DECODE - 1)
     return [0, deep] if deep > N_PROMPT else [0] if deep >= 0 else []
 
 
 def measure(files: dict[str, tuple[Start, Path]], prompt: list[int], n_ctx: int, threads: int,
             progress: Callable[[str], None]) -> dict[str, list[dict[str, Any]]]:
-    """name -> for each depth {depth, prefill, decode}, in tokens/s, None where it could not be measured.
+    """Return name -> for each depth {depth, prefill, decode}, in tokens/s; None where it could not be measured.
 
     `prompt`: at least depth + N_PROMPT ids.
     """

@@ -1,1 +1,1 @@
-"""Clone a teacher: projections, losses, data, trainer."""
+"""Train a student: the clone, losses, data, training loop."""

@@ -23,8 +23,10 @@ from lrc_edge.train.phases import CLONE, Phase, key
 
 
 class Tap:
-    """Keeps the last outputs of some modules of a layer. Those of linears come after the bias, before q/k norm, RoPE
-    and activation."""
+    """Forward hooks that keep the last outputs of some modules of a layer.
+
+    The outputs of linears include the bias, but not q/k norm, RoPE or activation.
+    """
 
     def __init__(self, layer: nn.Module, modules: Iterable[str]):
         self.outputs: dict[str, torch.Tensor] = {}
@@ -52,7 +54,7 @@ class LayerPair(nn.Module):
 
     def __init__(self, teacher: nn.Module, student: nn.Module, roles: tuple[Role, ...], sizes: tuple[int, int],
                  recompute: bool):
-        """`sizes`: of a projection, (teacher's width, student's width)."""
+        """`sizes`: shape of a projection, (teacher's width, student's width)."""
         super().__init__()
         self.teacher, self.student, self.recompute = teacher, student, recompute
         self.projections = nn.ParameterDict(
@@ -61,7 +63,7 @@ class LayerPair(nn.Module):
         self.teacher_tap, self.student_tap = Tap(teacher, modules), Tap(student, modules)
 
     def compile_(self) -> None:
-        """torch.compile, as one graph, or as two if the student's is run again: a graph cannot replay its taps."""
+        """Apply torch.compile: as one graph, or as two if the student is recomputed: a graph cannot rerun its hooks."""
         if self.recompute:
             self.teacher.compile()
             self._student = torch.compile(self._student)  # type: ignore[method-assign]
@@ -71,9 +73,9 @@ class LayerPair(nn.Module):
     def forward(self, teacher_stream: torch.Tensor | None, student_stream: torch.Tensor, objective: Objective,
                 mask: torch.Tensor | None, rope: tuple[torch.Tensor, torch.Tensor]
                 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """The two residual streams after this layer, and the terms of ACTIVATION_TERMS, each summed over the linears.
+        """Return the two residual streams after this layer, and the terms of ACTIVATION_TERMS, summed over the linears.
 
-        Without a stream of the teacher only the student runs.
+        If `teacher_stream` is None, only the student runs.
         """
         targets: dict[str, torch.Tensor] = {}
         if teacher_stream is not None:
@@ -91,7 +93,7 @@ class LayerPair(nn.Module):
     def _student(self, stream: torch.Tensor, targets: dict[str, torch.Tensor], relative: bool,
                  mask: torch.Tensor | None, rope: tuple[torch.Tensor, torch.Tensor]
                  ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The student's layer and its terms, in which the seven linears have equal weight (the paper, section 3.2)."""
+        """Run the student's layer. In its terms, the seven linears have equal weight (the paper, section 3.2)."""
         stream = self.student(stream, attention_mask=mask, position_embeddings=rope)
         outputs = self.student_tap.take()
         terms = stream.new_zeros(len(ACTIVATION_TERMS), dtype=torch.float32)
@@ -115,7 +117,7 @@ class Clone(nn.Module):
         """`compute_dtype`: float32, or bfloat16 for autocast forward passes and compositions on float32 masters.
 
         `recompute`: the student's layers keep nothing for the backward pass but their inputs (gradient checkpointing).
-        All projections are 0: initialize them.
+        All projections are 0 until `initialize` is called.
         """
         super().__init__()
         self.lineage, self.compute_dtype = lineage, compute_dtype
@@ -150,14 +152,14 @@ class Clone(nn.Module):
         self.phase = phase
 
     def compile_(self) -> None:
-        """torch.compile of every layer and of the losses at the head."""
+        """Apply torch.compile to every layer and to the losses at the LM head."""
         for pair in self.layer_pairs():
             pair.compile_()
         self._token_losses = torch.compile(losses.token_losses)
 
     @contextmanager
     def untapped(self) -> Iterator[PreTrainedModel]:
-        """The teacher, to be run as one model: its layers keep no outputs meanwhile."""
+        """Yield the teacher, to be run as one model; its forward hooks keep no outputs meanwhile."""
         taps = [pair.teacher_tap for pair in self.layer_pairs()]
         for tap in taps:
             tap.keeps = False
@@ -168,7 +170,7 @@ class Clone(nn.Module):
                 tap.keeps = True
 
     def bind(self) -> None:
-        """Find the parameters by name. Call it again if shards have replaced them."""
+        """Look up the parameters by name. Call it again after FSDP2 has replaced them by shards."""
         self.teacher_weights = dict(self.teacher.named_parameters())
         self.student_weights = dict(self.student.named_parameters())
 
@@ -176,33 +178,33 @@ class Clone(nn.Module):
         return [pair for pair in self.pairs if isinstance(pair, LayerPair)]
 
     def teacher_of(self, weight: Weight) -> nn.Parameter:
-        """The teacher's weight that a weight of the student comes from."""
+        """Return the teacher's weight that a weight of the student comes from."""
         return self.teacher_weights[self.lineage.source_of(weight)]
 
     def composed(self) -> Iterator[tuple[Weight, nn.Parameter]]:
-        """The student's matrices that depend on the residual width, with the parameters of the model."""
+        """Yield the student's matrices that depend on the residual width, with their parameters in the model."""
         for weight in self.weights:
             if self.lineage.is_composed(weight.role):
                 yield weight, self.student_weights[weight.name]
 
     def writer(self, weight: Weight) -> nn.Parameter:
-        """The P of a layer's linear that writes into the residual stream. The quantized phase has none."""
+        """Return P of a linear that writes into the residual stream. The quantized phase has no P."""
         assert weight.layer is not None
         pair: Any = self.pairs[weight.layer]
         return pair.projections[key(weight.role.module)]  # type: ignore[no-any-return]
 
     def writers(self) -> dict[str, nn.Parameter]:
-        """The P of all such linears, by the weight's name."""
+        """Return P of all linears that write into the residual stream, by the weight's name."""
         return {weight.name: self.writer(weight) for weight in self.weights if weight.role.writes_stream}
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """What the optimizer trains, by the name of the weight that it makes: the phase's tensors, and norms."""
+        """Return what the optimizer trains, by resulting weight: the tensors of the phase, and norms."""
         return {weight.name: self.phase.master(self, weight) if self.lineage.is_composed(weight.role)
                 else self.student_weights[weight.name]
                 for weight in self.weights if not self.lineage.is_copied(weight.role)}
 
     def initialize(self, values: dict[str, torch.Tensor]) -> None:
-        """Set every trainable tensor, by name; no more and no fewer. Composes the student."""
+        """Set all trainable tensors, by name, and compose the student. `values` must have exactly these names."""
         trainable = self.trainable()
         if values.keys() != trainable.keys():
             raise ValueError(f"clone: names differ: {sorted(values.keys() ^ trainable.keys())[:3]}")
@@ -221,12 +223,12 @@ class Clone(nn.Module):
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None,
                 documents: torch.Tensor | None = None, *, objective: Objective | None = None,
                 n_labels: torch.Tensor | None = None, share: float = 1.0) -> Losses:
-        """Losses of rows of ids, (B, L).
+        """Return the losses of sequences of ids, (B, L).
 
-        `labels`: the id that each position should predict, -100 for none; default: the ids, one ahead. `documents`:
-        each position's document within the row; attention then stays within documents and positions restart in each.
-        A step of several batches gives its count of labels as `n_labels` and this batch's share of it, so that the
-        batches' losses add up to the step's.
+        `labels`: the id that each position should predict, -100 for none; default: the next ids. `documents`: each
+        position's document within the sequence; attention then stays within documents and positions restart in each.
+        For a step of several batches, pass the step's number of labels as `n_labels` and this batch's share of it as
+        `share`, so that the losses of the batches add up to that of the step.
         """
         objective = objective or Objective()
         if labels is None:
@@ -253,7 +255,7 @@ class Clone(nn.Module):
 
 
 def _new_student(teacher: PreTrainedModel, lineage: Lineage) -> PreTrainedModel:
-    """A model of the student's shape with the teacher's other settings, in float32 on the teacher's device."""
+    """Make a model of the student's shape with the teacher's other settings, in float32 on the teacher's device."""
     config = type(teacher.config).from_dict(teacher.config.to_dict())
     for name, value in lineage.student.as_config().items():
         setattr(config, name, value)

@@ -2,8 +2,8 @@
 
 Blocks of 32 along a row share a scale d, stored as float16: w = d (level - 8) with 16 levels, or w = d level with 255.
 These are ggml's reference quantizers (quantize_row_q4_0_ref, quantize_row_q8_0_ref), bit for bit. In both, the scale
-comes from the block's largest value, which becomes the last level of the grid. So weights that are on the grid give the
-same blocks when llama.cpp quantizes them again, and a file made of them holds the trained levels.
+comes from the block's largest value, which becomes the last level of the grid. So llama.cpp
+quantizes weights that are already on the grid to the same blocks, and the file holds the trained levels.
 """
 from __future__ import annotations
 
@@ -41,5 +41,5 @@ def _stored(scale: torch.Tensor) -> torch.Tensor:
 
 
 def on_grid(weight: Weight, values: torch.Tensor) -> torch.Tensor:
-    """A matrix with the values that it has in the Q4_0 files: linears on Q4_0, embedding and head on Q8_0."""
+    """Round a matrix to its values in the Q4_0 files: linears to Q4_0, embedding and LM head to Q8_0."""
     return on_q8_0(values) if weight.role in (EMBEDDING, HEAD) else on_q4_0(values)

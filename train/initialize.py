@@ -1,7 +1,8 @@
 """Initial values of a clone: principal components, channel selection (RED), published Gaussian, and the identity.
 
-D teacher width, S student width. A norm of the student divides by the RMS of S numbers, the teacher's by that of D. So
-both initializations from data scale its gain by the ratio of the two, measured on the calibration rows.
+D teacher width, S student width. A norm of the student divides by the RMS of S numbers, a norm of the teacher
+by the RMS of D numbers. So `pca` and `selection` scale the norm's gain by the ratio of the two, measured on the
+calibration rows.
 """
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ CALIBRATION_ROWS = 16
 
 
 def gaussian_values(clone: Clone, seed: int) -> dict[str, torch.Tensor]:
-    """P ~ N(0, 0.02), norms 1: as published."""
+    """Return P ~ N(0, 0.02) and norms 1, as published."""
     generator = torch.Generator().manual_seed(seed)
     width, student_width = _widths(clone)
     return _values(clone, lambda _: lowrank.gaussian(width, student_width, generator),
@@ -27,12 +28,12 @@ def gaussian_values(clone: Clone, seed: int) -> dict[str, torch.Tensor]:
 
 
 def identity_values(clone: Clone) -> dict[str, torch.Tensor]:
-    """P = I and the teacher's norms, for a student as wide as its teacher: it must be the teacher."""
+    """Return P = I and the teacher's norms, for a student as wide as its teacher, which must equal the teacher."""
     return _values(clone, lambda _: lowrank.identity(_widths(clone)[0]), lambda name: _gain(clone, name))
 
 
 def selection_values(clone: Clone, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-    """P selects the strongest residual channels on `rows` (B, L); norms keep the scale of the teacher's.
+    """Return P that selects the strongest residual channels on `rows` (B, L), and norms of the teacher's scale.
 
     A channel's strength is its mean absolute value relative to the RMS of the stream, averaged over the places where a
     norm reads it (arXiv 2605.29327).
@@ -48,7 +49,7 @@ def selection_values(clone: Clone, rows: torch.Tensor) -> dict[str, torch.Tensor
 
 
 def pca_values(clone: Clone, rows: torch.Tensor, turned: bool = True) -> dict[str, torch.Tensor]:
-    """P spans the S principal components of the residual stream on `rows` (B, L), which loses the least of its energy.
+    """Return P that spans the first S principal components of the residual stream on `rows` (B, L).
 
     U (D x S) is a random basis of that span. The components themselves differ in size by orders of magnitude, so a
     quantization block would mix large and small channels: rotated randomly (`turned`), 4 bits cost half the KL
@@ -96,14 +97,14 @@ def _gain(clone: Clone, norm: str) -> torch.Tensor:
 
 def _values(clone: Clone, projection: Callable[[Weight], torch.Tensor], gain: Callable[[str], torch.Tensor]
             ) -> dict[str, torch.Tensor]:
-    """By weight name: the projection of each composed matrix, the gain of each norm."""
+    """Return, by weight name, the projection of each composed matrix and the gain of each norm."""
     return {weight.name: gain(weight.name) if weight.role.is_norm else projection(weight)
             for weight in clone.weights if not clone.lineage.is_copied(weight.role)}
 
 
 def _rms_by_norm(clone: Clone, rows: torch.Tensor, student_of: Callable[[torch.Tensor], torch.Tensor]
                  ) -> dict[str, torch.Tensor]:
-    """By norm: the mean RMS of the student's stream (L, S) that it reads, if the teacher's (L, D) has unit RMS."""
+    """Return, by norm, the mean RMS of its input in the student (L, S) if the teacher's (L, D) has unit RMS."""
     rms: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=rows.device))
     _visit_streams(clone, rows, lambda name, h: rms[name].add_(student_of(h).square().mean(-1).sqrt().mean()))
     return {name: total.cpu() / len(rows) for name, total in rms.items()}

@@ -1,4 +1,4 @@
-"""The terms of the training loss, and the losses at the head. Shapes: N tokens, V vocabulary, D width.
+"""The terms of the training loss, and the losses at the LM head. Shapes: N tokens, V vocabulary, D width.
 
 TERMS is the one list of terms: the objective, the guard, the log and the report's chart follow it. A new term is a row
 there, a field of Objective, and its weight in lrc_edge/recipe.py.
@@ -30,7 +30,7 @@ class Objective:
 
     @classmethod
     def of(cls, train: recipes.Train, phase: str) -> Objective:
-        """What a phase (by its name in train/phases.py) minimizes."""
+        """Return the objective of a phase, by its name in train/phases.py."""
         return cls(**{name: getattr(train, term.settings[phase]) for name, term in TERMS.items()},
                    temperature=train.kl_temperature, relative=train.clone_terms == "relative")
 
@@ -84,10 +84,11 @@ def kl_divergence(tokens: Tokens, objective: Objective) -> tuple[torch.Tensor, t
 
 
 def clone_term(student: torch.Tensor, teacher: torch.Tensor, relative: bool) -> torch.Tensor:
-    """Mean over rows of the mean squared error of an activation (rows, ...), summed in float32.
+    """Return the mean over rows of the mean squared error of an activation (rows, ...), summed in float32.
 
-    `relative`: each row's error is divided by the teacher's mean square in that row, so that a row counts the same
-    whatever rows it is computed with. For the backward pass, only the difference is kept, in its operands' type.
+    `relative`: each row's error is divided by the teacher's mean square in that row, so that a row's contribution does
+    not depend on the other rows of its batch. For the backward pass, only the difference is kept, in its operands'
+    type.
     """
     errors = _squares_of_rows(student - teacher)
     if not relative:
@@ -134,7 +135,7 @@ class Losses:
     @classmethod
     def of(cls, token_loss: torch.Tensor, token_terms: torch.Tensor, activation_terms: torch.Tensor,
            objective: Objective) -> Losses:
-        """`token_loss` is weighted, the terms of tokens and of activations are in the order of their tables."""
+        """`token_loss` is already weighted. The terms of tokens and of activations are in the order of their tables."""
         total = token_loss
         for name, value in zip(ACTIVATION_TERMS, activation_terms, strict=True):
             total = total + objective.weight(name) * value
@@ -212,10 +213,10 @@ def head_losses(student_ND: torch.Tensor, student_head_VD: torch.Tensor, teacher
                 teacher_head_VD: torch.Tensor | None, labels_N: torch.Tensor, objective: Objective,
                 n_labels: torch.Tensor | None = None, per_token: TokenLosses = token_losses
                 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weighted sum, the terms of TOKEN_TERMS) of hidden states, heads included; only the first has gradients.
+    """Return (weighted sum, the terms of TOKEN_TERMS) of hidden states; only the first has gradients.
 
-    Means over `n_labels` tokens (default: those of `labels_N` that have a label): a step of several batches divides
-    each by the step's count. Without a teacher the KL is 0. No tensor of N x V exists: CHUNK_TOKENS x V at most.
+    The losses are divided by `n_labels` (default: the number of labels in `labels_N`); a step of several batches passes
+    the step's number. Without a teacher the KL is 0. The largest tensor is CHUNK_TOKENS x V, never N x V.
     `per_token` is `token_losses`, compiled or not.
     """
     if n_labels is None:

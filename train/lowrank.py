@@ -1,4 +1,4 @@
-"""Projections: their initial values, and their gradient from that of a composed weight.
+"""Projections: initial values, and the gradient derived from that of a composed weight.
 
 Shapes: T teacher width, S student width, O out, I in. P_TS is a projection; a composed weight is W_OT P_TS or
 P_TS^T W_TI (lrc_edge.lineage.compose).
@@ -14,12 +14,12 @@ GAUSSIAN_STD = 0.02  # arXiv 2505.12781, appendix: every P ~ N(0, 0.02)
 
 
 def gaussian(teacher_width: int, student_width: int, generator: torch.Generator) -> torch.Tensor:
-    """P_TS of the published method."""
+    """Return a random P_TS, as published."""
     return torch.randn(teacher_width, student_width, generator=generator) * GAUSSIAN_STD
 
 
 def selection(channels_S: torch.Tensor, teacher_width: int) -> torch.Tensor:
-    """P_TS that picks the given residual channels: ones at (channels[s], s). RED, arXiv 2605.29327."""
+    """Return P_TS that selects the given residual channels: ones at (channels[s], s). RED, arXiv 2605.29327."""
     p_TS = torch.zeros(teacher_width, len(channels_S))
     p_TS[channels_S, torch.arange(len(channels_S))] = 1.0
     return p_TS
@@ -30,7 +30,7 @@ def identity(width: int) -> torch.Tensor:
 
 
 def pull_back(role: Role, teacher: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """dL/dP_TS from the gradient of the composed weight, whose one projected axis is the residual width.
+    """Return dL/dP_TS from the gradient of the composed weight, whose only projected axis is the residual width.
 
     W = W_OT P_TS gives W_OT^T dW_OS; W = P_TS^T W_TI gives W_TI dW_SI^T.
     """
@@ -38,12 +38,12 @@ def pull_back(role: Role, teacher: torch.Tensor, grad: torch.Tensor) -> torch.Te
 
 
 def placed_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A product of shards, if parameters are sharded over processes, redistributed as `like` is; else the tensor."""
+    """Redistribute a product of shards as `like` is, if parameters are sharded; else return the tensor."""
     if isinstance(tensor, DTensor) and isinstance(like, DTensor):
         return tensor.redistribute(placements=like.placements)
     return tensor
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's rows of a sharded tensor; else the tensor."""
+    """Return this process's rows of a sharded tensor; else the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

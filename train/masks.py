@@ -12,7 +12,7 @@ from lrc_edge.families import family_of
 
 
 def positions_of(input_ids: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor:
-    """Positions for RoPE: (1, L), or (B, L) counted from each document's beginning."""
+    """Return the positions for RoPE: (1, L), or (B, L) counted from each document's beginning."""
     offsets = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
     if documents is None:
         return offsets
@@ -23,7 +23,7 @@ def positions_of(input_ids: torch.Tensor, documents: torch.Tensor | None) -> tor
 
 def attention_mask(config: Any, layer: int, input_ids: torch.Tensor, documents: torch.Tensor | None
                    ) -> torch.Tensor | None:
-    """Whether a query (row) may attend to a key (column): (1 or B, 1, L, L).
+    """Return whether a query (row) may attend to a key (column): (1 or B, 1, L, L).
 
     None if causal order is the only rule: SDPA then uses its fast path. `config`: transformers' object.
     """

@@ -1,13 +1,13 @@
-"""The three phases of training: what stands behind the student's matrices, and so what the optimizer trains.
+"""The three phases of training. The phase decides from which tensors the student's matrices follow.
 
-clone      projections P. The matrices are W = f(teacher's W, P), composed once per optimizer step, however many batches
-           it has; the gradients that the batches leave on them are pulled back to P.
-dense      the matrices themselves, as those of a folded student would be (Train What You Deploy, arXiv 2609.02006).
-quantized  latent matrices. Those of the model are the latent ones, rounded to the grid of the 4-bit files; gradients
-           pass the rounding unchanged (straight-through, Bengio et al., arXiv 1308.3432).
+clone      projections P. The matrices are W = f(teacher's W, P), composed once per optimizer step, whatever the number
+           of batches. The gradients of the matrices are then mapped to P.
+dense      the matrices themselves, as in a folded student (Train What You Deploy, arXiv 2609.02006).
+quantized  latent matrices. The model uses them rounded to the grid of the 4-bit files; gradients pass through the
+           rounding unchanged (straight-through, Bengio et al., arXiv 1308.3432).
 
-The gains of the student's norms are trained directly in each of them. A clone begins in the first phase;
-`Clone.start` begins another.
+The gains of the student's norms are trained directly in every phase. A clone starts in the phase `clone`;
+`Clone.start` starts another one.
 """
 from __future__ import annotations
 
@@ -26,36 +26,36 @@ if TYPE_CHECKING:
 
 
 class Phase:
-    """What the optimizer trains while the phase lasts. It has no state: that is in the clone."""
+    """What the optimizer trains during the phase. It has no state; the clone holds all tensors."""
 
     name: ClassVar[str]
     holds: ClassVar[Holds] = "weights"  # what a file of trained tensors has for each matrix
 
     def begin(self, clone: Clone) -> None:
-        """Prepare the clone's tensors; its previous phase is still in force."""
+        """Prepare the clone's tensors while the clone is still in its previous phase."""
         raise NotImplementedError
 
     def master(self, clone: Clone, weight: Weight) -> nn.Parameter:
-        """The trained tensor behind one of the student's matrices."""
+        """Return the trained tensor from which a matrix of the student follows."""
         raise NotImplementedError
 
     def compose_(self, clone: Clone, dtype: torch.dtype) -> None:
-        """Write the matrices that the trained tensors make; `dtype` is the type to multiply in."""
+        """Write the matrices that follow from the trained tensors; `dtype` is the type to multiply in."""
 
     def pull_back_(self, clone: Clone, dtype: torch.dtype) -> None:
         """Map the gradients of the matrices to the trained tensors, add them there, and clear the originals."""
 
     def kept(self, clone: Clone) -> dict[str, nn.Parameter]:
-        """Tensors, by weight name, that are no longer trained, but that a resumed run needs."""
+        """Return the tensors, by weight name, that are not trained in this phase but that a resumed run needs."""
         return {}
 
     def result(self, clone: Clone) -> dict[str, nn.Parameter]:
-        """The tensors of a trained file, by weight name."""
+        """Return the tensors of a trained file, by weight name."""
         return {name: clone.student_weights[name] for name in clone.trainable()}
 
 
 class ClonePhase(Phase):
-    """Trains projections. Those that write into the stream belong to the layers, which compare outputs through them."""
+    """Trains projections. Projections of matrices that write into the stream also map the teacher's outputs."""
 
     name, holds = "clone", "projections"
 
@@ -87,7 +87,7 @@ class ClonePhase(Phase):
 
 
 class DensePhase(Phase):
-    """Trains the matrices. The projections that the clone loss compares outputs through remain, fixed."""
+    """Trains the matrices. The projections through which the clone loss compares outputs stay fixed."""
 
     name = "dense"
 
@@ -106,8 +106,8 @@ class DensePhase(Phase):
 
 
 class QuantizedPhase(Phase):
-    """Trains latent matrices. The teacher is the unquantized student, of the same width, or there is no clone loss: no
-    output is compared through a projection."""
+    """Trains latent matrices. No output is compared through a projection: the teacher is the unquantized student, which
+    has the same width, or there is no clone loss."""
 
     name = "quantized"
 
@@ -145,5 +145,5 @@ def _move(grad: torch.Tensor, matrix: nn.Parameter, master: nn.Parameter) -> Non
 
 
 def key(name: str) -> str:
-    """The name of a weight or module as a key of a ParameterDict, which may hold no dot."""
+    """Return the name of a weight or module as a key of a ParameterDict, where dots are not allowed."""
     return name.replace(".", "|")

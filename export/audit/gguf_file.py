@@ -81,13 +81,13 @@ def _audit_hyperparameters(header: GgufHeader, checkpoint: DenseCheckpoint) -> I
 
 
 class _Values:
-    """The architecture's hyperparameters as llama.cpp reads them."""
+    """The hyperparameters of the file, as llama.cpp reads them."""
 
     def __init__(self, header: GgufHeader, arch: str):
         self.metadata, self.arch = header.metadata, arch
 
     def number(self, key: str, default: Any) -> Any:
-        """The value, or of a list with one value per layer the one that all have."""
+        """Return the value; of a list with one value per layer, the value that all layers share."""
         value = self.metadata.get(f"{self.arch}.{key}", default)
         if isinstance(value, list) and value and all(item == value[0] for item in value):
             return value[0]
@@ -156,7 +156,7 @@ def _letters(name: str) -> str:
 
 
 def same_number(found: Any, expected: float) -> bool:
-    """Equal as float32 stores them."""
+    """Whether both numbers are equal in float32."""
     if isinstance(found, bool) or not isinstance(found, int | float):
         return False
     return math.isclose(found, expected, rel_tol=1e-6)

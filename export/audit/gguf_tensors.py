@@ -1,4 +1,4 @@
-"""The tensors of a GGUF file against those of a checkpoint: names, shapes, values, and the row order of q and k.
+"""Compare the tensors of a GGUF file with a checkpoint's: names, shapes, values, and the row order of q and k.
 
 Large tensors are compared by 256 rows each (values.py), so that 1.5B parameters take seconds. All values are searched
 for NaN and infinity.
@@ -45,7 +45,7 @@ _ROTATED = ("attn_q", "attn_k", "attn_q_bias", "attn_k_bias")
 
 @dataclass(frozen=True)
 class _Problem:
-    """What is wrong with one tensor; equal ones of several layers become one finding."""
+    """A fault in one tensor. Equal faults of several layers become one finding."""
 
     name: str  # of the finding
     where: str  # "attn_q.weight"
@@ -89,7 +89,7 @@ class _Tensors:
         return _Problem(name, where, weight.layer, text, severity, error)
 
     def _place(self, weight: Weight) -> tuple[StoredTensor | None, int]:
-        """The tensor that holds the weight, and the row in it where the weight begins: q, k and v may be one."""
+        """Return the tensor that holds the weight, and its first row there (q, k and v may share a tensor)."""
         name = gguf_name(weight)
         role, _, suffix = name.rpartition(".")
         fused = self.stored.get(f"blk.{weight.layer}.attn_qkv.{suffix}")
@@ -119,7 +119,7 @@ class _Tensors:
             yield from self._compare(weight, tensor, first_row)
 
     def _finite(self, tensor: StoredTensor) -> bool | None:
-        """Whether all values are; None for a type that cannot be read."""
+        """Whether all values are finite; None for a type that cannot be read."""
         assert tensor.type is not None
         data, (block, block_bytes) = self._data(tensor), GGML_QUANT_SIZES[tensor.type]
         step = PIECE // block * block_bytes
@@ -155,7 +155,7 @@ class _Tensors:
                                 f"{tensor.type.name} costs at most {limit:g}", error=error)
 
     def _rows(self, tensor: StoredTensor, rows: np.ndarray, shape: tuple[int, ...]) -> torch.Tensor:
-        """These rows of the file, float32; a vector is one row."""
+        """Return these rows of the file in float32; a vector is one row."""
         assert tensor.type is not None
         n_rows = _without_ones(tensor.shape)[0] if len(shape) > 1 else 1
         data = self._data(tensor).reshape(n_rows, -1)
@@ -167,7 +167,7 @@ class _Tensors:
         return torch.from_numpy(values.astype(np.float32)).reshape(len(rows), -1)
 
     def _expected(self, weight: Weight, rows: np.ndarray, permuted: bool) -> torch.Tensor:
-        """The checkpoint's values of these rows of the file, float32."""
+        """Return the values that the checkpoint has for these rows of the file, in float32."""
         if len(weight.shape) == 1:
             return self._ordered(weight, self.checkpoint.tensor(weight.name).float(), permuted)[None]
         index = self._ordered(weight, torch.arange(weight.shape[0]), permuted)[torch.from_numpy(rows)]
@@ -182,7 +182,7 @@ class _Tensors:
         return interleave_rotary(rows, self.shape.num_attention_heads if queries else self.shape.num_key_value_heads)
 
     def _found_elsewhere(self, weight: Weight, found: torch.Tensor, rows: np.ndarray, limit: float) -> Weight | None:
-        """Another weight of this shape that these rows are of."""
+        """Return another weight of this shape that contains these rows; None if there is none."""
         for other in self.weights.values():
             if other.shape == weight.shape and other is not weight:
                 if relative_error(found, self._expected(other, rows, self.permuted)) <= limit:
@@ -197,7 +197,7 @@ class _Tensors:
         return name
 
     def _extra(self, tensor: StoredTensor) -> Iterator[_Problem]:
-        """A tensor that the model does not have."""
+        """Report a tensor that the model does not have."""
         if tensor.name == ROPE_FACTORS or tensor.name.endswith((".scale", ".input_scale")):
             return
         if tensor.name == _HEAD_TENSOR:
@@ -216,7 +216,7 @@ class _Tensors:
         return values is not None and not values.any()
 
     def _rope_factors(self) -> Iterator[_Problem]:
-        """llama3's RoPE scaling is a tensor that llama.cpp divides the frequencies by."""
+        """Check llama3's RoPE scaling: a tensor by which llama.cpp divides the frequencies."""
         tensor, expected = self.stored.get(ROPE_FACTORS), llama3_rope_factors(self.checkpoint)
         if tensor is None and expected is None:
             return
@@ -231,7 +231,7 @@ class _Tensors:
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """GGUF's shapes may have ones in front."""
+    """Remove leading ones, which GGUF's shapes may have."""
     while len(shape) > 1 and shape[0] == 1:
         shape = shape[1:]
     return shape
@@ -247,7 +247,7 @@ def _all_finite(data: np.ndarray, type: GGMLQuantizationType) -> bool | None:
 
 
 def _values(data: np.ndarray, type: GGMLQuantizationType | None) -> np.ndarray | None:
-    """Stored bytes as numbers, flat; None for a type that cannot be read."""
+    """Return stored bytes as a flat array of numbers; None for a type that cannot be read."""
     data = np.ascontiguousarray(data).reshape(-1)
     if type is None:
         return None
@@ -260,7 +260,7 @@ def _values(data: np.ndarray, type: GGMLQuantizationType | None) -> np.ndarray |
 
 
 def _grouped(problems: Iterator[_Problem]) -> list[Finding]:
-    """One finding for the equal problems of all layers."""
+    """Combine equal problems of several layers into one finding."""
     groups: dict[tuple[str, str, str, Severity], list[_Problem]] = {}
     for problem in problems:
         groups.setdefault((problem.name, problem.where, problem.text, problem.severity), []).append(problem)

@@ -1,6 +1,6 @@
 """Compare the tokenizer in a GGUF file with a checkpoint's, as llama.cpp would read it.
 
-The ids that llama.cpp gives are compared in the runtime. This names the reason: a token, a merge, a score.
+The ids that llama.cpp produces are compared in the runtime. This audit names the cause: a token, a merge, a score.
 """
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class _Vocabularies:
             yield differs("tokens", self.tokens[wrong[0]], expected[wrong[0]], f"token {wrong[0]}{_more(len(wrong))}")
 
     def _types(self) -> Iterator[Finding]:
-        """Types matter only where they decide whether a token's text is searched for before the text is split."""
+        """Compare token types. They matter only if they decide whether a token is matched before the text is split."""
         if not self.expected.types:
             return
         found = self._key("token_type")
@@ -129,7 +129,7 @@ class _Vocabularies:
             yield differs("pre-tokenizer", found, expected)
 
     def _scores(self) -> Iterator[Finding]:
-        """llama.cpp merges the pair whose token has the highest score; only the order of scores matters."""
+        """Compare the order of scores, which is all that matters: llama.cpp merges the pair with the highest score."""
         expected, found = self.expected.scores or [], self._key("scores")
         if not isinstance(found, list) or len(found) < len(expected):
             yield differs("token scores", found and f"{len(found):,} scores", f"{len(expected):,} scores")
@@ -174,7 +174,7 @@ class _Vocabularies:
                 yield differs(f"{name} token", self._text(found), self._text(ids[name]), severity="note")
 
     def _ends(self, kind: str) -> Iterator[Finding]:
-        """EOS, and every other token that ends a text or a turn."""
+        """Compare EOS and every other token that ends a text or a turn."""
         ids = self.expected.special_ids
         ends = declared_ends(self.checkpoint, self.tokenizer)
         ends |= {ids[name] for name in ("eos", "eot", "eom") if name in ids}
@@ -211,7 +211,7 @@ class _Vocabularies:
 
 
 def declared_ends(checkpoint: DenseCheckpoint, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Every id that generation_config.json, config.json or the tokenizer names as the end of a text."""
+    """Return every id that generation_config.json, config.json or the tokenizer names as the end of a text."""
     file = checkpoint.path / "generation_config.json"
     try:
         generation = json.loads(file.read_text()) if file.exists() else {}
@@ -225,7 +225,7 @@ def declared_ends(checkpoint: DenseCheckpoint, tokenizer: PreTrainedTokenizerBas
 
 
 def _partial(checkpoint: DenseCheckpoint, tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
-    """The comparable part of a tokenizer that read_vocabulary refuses: no types, no splitting rule."""
+    """Return the comparable part of a tokenizer that read_vocabulary refuses: no types, no splitting rule."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     model = json.loads(backend.to_str())["model"] if backend is not None else {"type": "none"}
     by_id = {i: token for token, i in tokenizer.get_vocab().items()}

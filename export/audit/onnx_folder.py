@@ -61,7 +61,7 @@ def audit_onnx(path: Path, checkpoint: DenseCheckpoint) -> list[Finding]:
 
 
 def model_file(path: Path) -> Path:
-    """The .onnx file at `path`, or the one of the folder there. Raises UserError when there is none, or several."""
+    """Return the .onnx file at `path`, or the one in that folder. Raises UserError if there is none, or several."""
     if path.is_file():
         return path
     if not path.is_dir():
@@ -186,7 +186,7 @@ def _audit_ends(tables: Mapping[str, Mapping[str, Any]], ends: set[int]) -> Iter
 
 def _audit_templates(folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
                      ) -> Iterator[Finding]:
-    """chat_template.jinja and the field of tokenizer_config.json: programs read either."""
+    """Compare chat_template.jinja and the field of tokenizer_config.json, since programs read either."""
     file = folder / "chat_template.jinja"
     found: list[Any] = [file.read_text(encoding="utf-8", errors="replace")] if file.is_file() else []
     found += [config["chat_template"]] if config.get("chat_template") else []
@@ -195,14 +195,14 @@ def _audit_templates(folder: Path, config: Mapping[str, Any], tokenizer: PreTrai
 
 
 def _names(genai: Mapping[str, Any]) -> dict[str, str]:
-    """DEFAULT_NAMES, replaced by the names in genai_config.json where it has them."""
+    """Return DEFAULT_NAMES, overridden by the names in genai_config.json."""
     decoder = _section(genai, "model", "decoder")
     named = {**_section(decoder, "inputs"), **_section(decoder, "outputs")}
     return {key: named[key] if isinstance(named.get(key), str) else name for key, name in DEFAULT_NAMES.items()}
 
 
 def _section(table: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-    """A table inside a table; {} where there is none."""
+    """Return a nested table; {} if there is none."""
     found: Any = table
     for key in keys:
         found = found.get(key) if isinstance(found, Mapping) else None

@@ -1,7 +1,7 @@
 """Compare an ONNX graph with a checkpoint: inputs, outputs, heads, RoPE's tables, epsilon, and the named weights.
 
-Writers name and pack matrices as they like. Those with Hugging Face's names are compared here; errors in others show in
-the logits. Large tensors are compared by a sample of rows (values.py); all float tensors are searched for NaN.
+Each writer has its own names and packing. Matrices with Hugging Face's names are compared here; errors in others show
+in the logits. Large tensors are compared by a sample of rows (values.py); all float tensors are searched for NaN.
 """
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _ANGLE = 2e-2  # of cos and sin: writers round positions' angles in float32
 
 
 def audit_graph(path: Path, checkpoint: DenseCheckpoint, names: Mapping[str, str]) -> list[Finding]:
-    """`names`: as DEFAULT_NAMES, what a genai_config.json calls inputs and outputs.
+    """Return the differences. `names`: the names of inputs and outputs, as in DEFAULT_NAMES or genai_config.json.
 
     Raises UserError for a corrupt file, and for data files that are missing or too short.
     """
@@ -152,7 +152,7 @@ class _Graph:
                 yield from (a.f for a in node.attribute if a.name == "epsilon")
 
     def _epsilon_constants(self, means: set[str]) -> Iterator[float]:
-        """What is added to the mean of squares."""
+        """Yield the constants that are added to the mean of squares."""
         constants = {node.output[0]: a.t for node in self.nodes if node.op_type == "Constant" and node.output
                      for a in node.attribute if a.name == "value"}
         for node in self.nodes:
@@ -178,7 +178,7 @@ class _Graph:
                           "their logits only", "note")
 
     def _weight(self, weight: Weight, tensor: Any) -> Iterator[Finding]:
-        """A matrix may be stored transposed."""
+        """Compare a matrix, which may be stored transposed."""
         dims, limit = tuple(tensor.dims), _FLOATS[tensor.data_type][1]
         if dims not in (weight.shape, weight.shape[::-1]):
             yield differs("tensor shape", list(dims), list(weight.shape), weight.name)
@@ -200,7 +200,7 @@ class _Graph:
                           f"{min(errors):.3g} of its RMS; rounding costs at most {limit:g}")
 
     def _floats(self, tensor: Any) -> np.ndarray | None:
-        """The values of a float tensor, without reading more of a data file than is used; None for other types."""
+        """Return the values of a float tensor, reading only the part that is used; None for other types."""
         raw = self._raw(tensor)
         if raw is None:
             return None
@@ -237,7 +237,7 @@ def _numbered(name: str, layer: int) -> str:
 
 
 def _rope_inputs(node: Any) -> list[tuple[str, str]]:
-    """(cos, sin) tables that the node reads."""
+    """Return the (cos, sin) tables that the node reads."""
     inputs = [*node.input, *[""] * 9]
     if node.op_type == "RotaryEmbedding":
         return [(inputs[2], inputs[3])] if node.domain == "com.microsoft" else [(inputs[1], inputs[2])]

@@ -1,4 +1,4 @@
-"""A file's chat template against the model's: equal as text, or at least in what it renders."""
+"""Compare a file's chat template with the model's: equal as text, or at least in what it renders."""
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -21,7 +21,7 @@ PROBES = ("Hello, world! It's 3.14159.", "  two  spaces\n\n\tand tabs ", "naïve
 
 
 def audit_tokenizer_json(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
-    """Tokens, merges, added tokens and steps of folder/tokenizer.json against the model's tokenizer."""
+    """Compare tokens, merges, added tokens and steps of folder/tokenizer.json with the model's tokenizer."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         yield Finding("missing file", f"missing file: {file.name} is not in {folder}")
@@ -60,7 +60,7 @@ def _compare(found: dict[str, Any], expected: dict[str, Any], same_ids: Any) -> 
 
 
 def _compare_tokens(found: Any, expected: Any) -> Iterator[Finding]:
-    """Tables of token -> id; a Unigram model has a list of (token, score)."""
+    """Compare tables of token -> id; a Unigram model has a list of (token, score)."""
     if not isinstance(expected, dict) or not isinstance(found, dict):
         if found != expected:
             yield Finding("tokens", "tokens: the vocabulary differs from the model's")
@@ -86,7 +86,7 @@ def _compare_merges(found: Any, expected: Any) -> Iterator[Finding]:
 
 
 def _compare_added(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> Iterator[Finding]:
-    """Tokens whose text is searched for before the text is split; `special` hides them from the output."""
+    """Compare the tokens that are matched before the text is split; `special` hides them from the output."""
     added, wanted = ({token["id"]: token for token in table} for table in (found, expected))
     wrong = [i for i in sorted(added.keys() | wanted.keys()) if added.get(i) != wanted.get(i)]
     if wrong:

@@ -1,7 +1,7 @@
-"""Values in a file against a checkpoint's: which rows to compare, and how far apart they are.
+"""Compare values in a file with a checkpoint's: which rows to compare, and how to measure their difference.
 
-A tensor of more than WHOLE values is compared by SAMPLE rows: one drawn from each of SAMPLE equal stretches, so that no
-pattern of the rows escapes, and any damage longer than two stretches is found.
+A tensor of more than WHOLE values is compared by SAMPLE rows: one random row from each of SAMPLE equal ranges. So no
+regular pattern of rows is missed, and any damage longer than two ranges is found.
 """
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SAMPLE = 256  # rows of a larger one
 
 
 def sample_rows(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Rows to compare, in order; the same on every call. A vector is one row."""
+    """Return the rows to compare, in order; the same on every call. A vector is one row."""
     if len(shape) == 1:
         return np.zeros(1, int)
     if shape[0] <= SAMPLE or shape[0] * shape[1] <= WHOLE:
@@ -25,11 +25,11 @@ def sample_rows(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """RMS of the difference in units of the expected values' RMS; 0 when both are zero."""
+    """Return the RMS of the difference divided by the RMS of the expected values; 0 if both are zero."""
     error, size = float((found - expected).double().square().sum()), float(expected.double().square().sum())
     return (error / size) ** 0.5 if size else float("inf") if error else 0.0
 
 
 def rounded_before(found: torch.Tensor, expected: torch.Tensor, limit: float) -> bool:
-    """Whether the values are the expected ones after a rounding to bfloat16 or float16."""
+    """Whether the values are the expected ones rounded to bfloat16 or float16."""
     return any(relative_error(found, expected.to(half).float()) <= limit for half in (torch.bfloat16, torch.float16))

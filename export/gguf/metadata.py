@@ -1,4 +1,4 @@
-"""Everything in a GGUF file but its tensors: hyperparameters, RoPE, identity and lineage, vocabulary."""
+"""Everything in a GGUF file except the tensors: hyperparameters, RoPE, identity and lineage, vocabulary."""
 from __future__ import annotations
 
 import math
@@ -28,9 +28,10 @@ _SAMPLING = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p":
 
 
 def architecture(checkpoint: DenseCheckpoint) -> Architecture:
-    """llama.cpp's graph for the checkpoint: the first of its family that computes it. Raises UserError if none does.
+    """Return llama.cpp's architecture for the checkpoint: the first of its family that can compute it, else UserError.
 
-    A narrowed qwen2 gets the llama graph, since attention is square in llama.cpp's qwen2. The arithmetic is the same.
+    A narrower qwen2 gets the llama architecture, because llama.cpp's qwen2 assumes heads x head_dim = hidden_size. The
+    arithmetic is the same.
     """
     shape, scaling = checkpoint.shape, checkpoint.rope.scaling or {}
     llama3_rope = scaling.get("rope_type") == "llama3"
@@ -42,7 +43,7 @@ def architecture(checkpoint: DenseCheckpoint) -> Architecture:
 
 
 def check_rope(checkpoint: DenseCheckpoint) -> None:
-    """Raise UserError when llama.cpp cannot rotate as the checkpoint asks."""
+    """Raise UserError if llama.cpp does not support the checkpoint's RoPE."""
     scaling = dict(checkpoint.rope.scaling or {"rope_type": "default"})
     kind = scaling.pop("rope_type")
     scaling.pop("partial_rotary_factor", None)
@@ -63,9 +64,10 @@ def check_rope(checkpoint: DenseCheckpoint) -> None:
 
 
 def llama3_rope_factors(checkpoint: DenseCheckpoint) -> torch.Tensor | None:
-    """What llama.cpp divides each RoPE frequency by: (head_dim / 2,) float32, or None without llama3 scaling.
+    """Return the divisor of each RoPE frequency, (head_dim / 2,) float32; None without llama3 scaling.
 
-    Frequencies above a band stay, those below are divided by `factor`, between them the two are mixed (Llama 3.1).
+    Frequencies above a band are unchanged, those below are divided by `factor`, those in it are interpolated (Llama
+    3.1).
     """
     scaling = checkpoint.rope.scaling or {}
     if scaling.get("rope_type") != "llama3":
@@ -112,14 +114,14 @@ def _write_rope(writer: GGUFWriter, checkpoint: DenseCheckpoint) -> None:
 
 
 def yarn_attention_factor(scaling: dict[str, Any]) -> float:
-    """What llama.cpp multiplies yarn's default attention factor by; Hugging Face's attention_factor replaces it."""
+    """Return what llama.cpp must multiply yarn's default attention factor by to get Hugging Face's attention_factor."""
     if scaling.get("attention_factor") is None:
         return 1.0
     return float(scaling["attention_factor"] / (0.1 * math.log(scaling["factor"]) + 1))
 
 
 def write_identity(writer: GGUFWriter, checkpoint: DenseCheckpoint) -> None:
-    """Name, size, licence, lineage, our own keys lrc_edge.*, and the sampling that the model's authors advise."""
+    """Write name, size, licence, lineage, our own keys lrc_edge.*, and the sampling that the model's authors advise."""
     card = checkpoint.card
     base, made_by_us, tune = checkpoint.name.partition("-LRC-")
     writer.add_name(checkpoint.name)
@@ -144,7 +146,7 @@ def write_identity(writer: GGUFWriter, checkpoint: DenseCheckpoint) -> None:
 
 
 def _write_base_models(writer: GGUFWriter, checkpoint: DenseCheckpoint) -> None:
-    """base_model.0 is a student's teacher. For a third-party checkpoint, the models are those that its card names."""
+    """Write base_model.*: a student's teacher; for a third-party checkpoint, the models that its card names."""
     teacher = checkpoint.provenance.get("teacher")
     models = [teacher] if teacher else _strings(checkpoint.card.get("base_model"))
     if not models:
@@ -173,12 +175,12 @@ def _write_sampling(writer: GGUFWriter, checkpoint: DenseCheckpoint) -> None:
 
 
 def _strings(value: Any) -> list[str]:
-    """A card's field that may be one string, a list, or missing."""
+    """Return a field of the card that may be one string, a list, or missing."""
     return [str(item) for item in (value if isinstance(value, list) else [value]) if item]
 
 
 def model_size(checkpoint: DenseCheckpoint) -> str:
-    """GGUF's size label: "4.5M"."""
+    """Return GGUF's size label: "4.5M"."""
     n_params = checkpoint.shape.n_params
     return str(size_label(n_params, n_params, 0, 0))
 
@@ -202,7 +204,7 @@ def write_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
 
 
 def write_metadata(writer: GGUFWriter, checkpoint: DenseCheckpoint, vocabulary: Vocabulary, encoding: Encoding) -> None:
-    """All keys, in the order in which a reader looks for them."""
+    """Write all keys, in the order in which a reader looks for them."""
     write_hyperparameters(writer, checkpoint, encoding)
     write_identity(writer, checkpoint)
     write_vocabulary(writer, vocabulary)

@@ -64,7 +64,7 @@ def write_modelfile(checkpoint: DenseCheckpoint, vocabulary: Vocabulary, files: 
 
 
 def go_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The Go template that renders what the tokenizer's chat template renders, or None when none is known to.
+    """Return the Go template that renders the same as the tokenizer's chat template; None if none is known.
 
     The BOS is left out: Ollama adds it if the GGUF asks for it.
     """
@@ -83,7 +83,7 @@ def go_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def _licence(checkpoint: DenseCheckpoint) -> str:
-    """The licence text next to the weights, else the licence that the card names."""
+    """Return the licence text next to the weights, else the licence that the card names."""
     for name in ("LICENSE", "LICENSE.txt", "LICENSE.md"):
         if (checkpoint.path / name).is_file():
             text = (checkpoint.path / name).read_text(encoding="utf-8", errors="replace")

@@ -1,4 +1,4 @@
-"""DenseCheckpoint -> GGUF files.
+"""Write GGUF files from a DenseCheckpoint.
 
 F32, F16 and BF16 are written here, with one tensor in memory at a time. llama.cpp's quantizer makes every other type
 from such a file.
@@ -84,9 +84,9 @@ def export_gguf(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[s
     """Write one GGUF file for each encoding, and an Ollama Modelfile, into `folder`.
 
     `importance`: imatrix.collect's, by weight name, and `n_chunks` the number of rows behind it. `on_grid`: the same
-    model trained on the Q4_0 grid, from which q4_0 is then made. `allocation`: one more file, in mixed precision.
-    Returns the artifacts in this order, their paths relative to folder's parent. A file has its name only once it is
-    complete. Raises UserError before writing if an encoding, the tokenizer or the RoPE is impossible.
+    model after QAT, which is the source of q4_0. `allocation`: one more file, in mixed precision.
+    Returns the artifacts in this order, their paths relative to folder's parent. A file gets its name only when it
+    is complete. Raises UserError before writing if GGUF cannot represent an encoding, the tokenizer or RoPE.
     """
     wanted = list(dict.fromkeys(parse_encoding(name) for name in encodings))
     if allocation is not None:
@@ -140,7 +140,7 @@ def _passes(checkpoint: DenseCheckpoint, files: dict[Encoding, Path], n_from_gri
 
 
 def identical_blocks(file: Path, checkpoint: DenseCheckpoint) -> float:
-    """Share of the file's quantized blocks that decode to exactly the checkpoint's weights."""
+    """Return the share of the file's quantized blocks that decode to exactly the checkpoint's weights."""
     tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
     permuted = architecture(checkpoint).permutes_qk
     n_blocks = n_identical = 0
@@ -155,13 +155,13 @@ def identical_blocks(file: Path, checkpoint: DenseCheckpoint) -> float:
 
 
 def _by_tensor(checkpoint: DenseCheckpoint, importance: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The importance by GGUF tensor name."""
+    """Return the importance by GGUF tensor name."""
     check_importance(checkpoint, importance)
     return {gguf_name(weight): importance[weight.name] for weight in measured_weights(checkpoint)}
 
 
 def _mixed_encoding(checkpoint: DenseCheckpoint, allocation: Allocation) -> Encoding:
-    """The mixed precision as an encoding: general.file_type is that of the type of most weights."""
+    """Return the allocation as an encoding. Its general.file_type is that of the most frequent type."""
     nominal = next(encoding for encoding in ENCODINGS.values() if encoding.type == allocation.main_type)
     types = tuple((gguf_name(weight), allocation.types[weight.name]) for weight in checkpoint.weights()
                   if len(weight.shape) > 1)
@@ -183,13 +183,13 @@ def check_gguf(checkpoint: DenseCheckpoint) -> None:
 
 
 def file_name(checkpoint: DenseCheckpoint, encoding: Encoding) -> str:
-    """llama.cpp's convention, <Name>-<Size>-<Encoding>.gguf."""
+    """Return the file name by llama.cpp's convention: <Name>-<Size>-<Encoding>.gguf."""
     template = f"{{model}}-{encoding.name}.gguf" if encoding.tensor_types else FORMATS[f"gguf:{encoding.name}"].file
     return template.format(model=file_stem(checkpoint))
 
 
 def file_stem(checkpoint: DenseCheckpoint) -> str:
-    """<Name>-<Size>, or <Name> if it states the size already."""
+    """Return <Name>-<Size>, or <Name> if it already contains the size."""
     name = re.sub(r"[^\w.-]+", "-", checkpoint.name, flags=re.ASCII).strip("-.") or "model"
     stated = [float(number) * {"K": 1e3, "M": 1e6, "B": 1e9}[unit.upper()]
               for number, unit in re.findall(r"(?<![^-_])(\d+(?:\.\d+)?)([KMB])(?![^-_])", name, re.IGNORECASE)]
@@ -200,7 +200,7 @@ def file_stem(checkpoint: DenseCheckpoint) -> str:
 
 @contextmanager
 def _whole(file: Path) -> Iterator[Path]:
-    """A temporary name in the same folder. It is renamed to `file` if the block succeeds, else removed."""
+    """Yield a temporary path in the same folder. It is renamed to `file` if the block succeeds, else removed."""
     partial = file.with_name(f".{file.name}.partial")
     try:
         yield partial
@@ -212,7 +212,7 @@ def _whole(file: Path) -> Iterator[Path]:
 @contextmanager
 def _lossless_file(checkpoint: DenseCheckpoint, vocabulary: Vocabulary, files: dict[Encoding, Path],
                    folder: Path, passes: Passes) -> Iterator[Path]:
-    """A GGUF that holds the checkpoint exactly: one of `files` if possible, else a temporary one."""
+    """Yield a GGUF with exactly the checkpoint's weights: one of `files` if possible, else a temporary file."""
     stored, _ = _lossless(checkpoint)
     for encoding in _lossless(checkpoint):
         if encoding in files:
@@ -228,7 +228,7 @@ def _lossless_file(checkpoint: DenseCheckpoint, vocabulary: Vocabulary, files: d
 
 
 def _lossless(checkpoint: DenseCheckpoint) -> tuple[Encoding, Encoding]:
-    """The encodings that hold the checkpoint exactly: bf16 or f16 if all matrices are stored in it, and f32."""
+    """Return the encodings that store the checkpoint exactly: f32, and bf16 or f16 if all matrices have that type."""
     types = {checkpoint.types[weight.name] for weight in checkpoint.weights() if len(weight.shape) > 1}
     stored = {frozenset({torch.bfloat16}): "bf16", frozenset({torch.float16}): "f16"}.get(frozenset(types), "f32")
     return ENCODINGS[stored], ENCODINGS["f32"]
@@ -279,7 +279,7 @@ def _tensor_type(weight: Weight, encoding: Encoding) -> GGMLQuantizationType:
 
 
 def _in_order(checkpoint: DenseCheckpoint, weight: Weight, permuted: bool) -> torch.Tensor:
-    """The weight with its rows in the order of llama.cpp's graph."""
+    """Return the weight with its rows in the order of llama.cpp's graph."""
     tensor, shape = checkpoint.tensor(weight.name), checkpoint.shape
     if permuted and weight.role.name in ("attn_q", "attn_q_bias"):
         return interleave_rotary(tensor, shape.num_attention_heads)
@@ -289,7 +289,7 @@ def _in_order(checkpoint: DenseCheckpoint, weight: Weight, permuted: bool) -> to
 
 
 def _stored(tensor: torch.Tensor, kind: GGMLQuantizationType, where: str) -> np.ndarray:
-    """The tensor as GGUF stores it; BF16 as its bits in int16, since numpy has no such type."""
+    """Return the tensor as GGUF stores it; BF16 as its bits in int16, since numpy has no such type."""
     tensor = _converted(tensor, _TORCH_TYPES[kind])
     if kind == GGMLQuantizationType.F16 and not all_finite(tensor):
         raise UserError(f"{where} has values beyond F16's largest, 65504; use bf16 or f32 instead of f16")

@@ -1,7 +1,7 @@
-"""Hugging Face tokenizer -> GGUF vocabulary.
+"""Convert a Hugging Face tokenizer to a GGUF vocabulary.
 
 llama.cpp knows a tokenizer's splitting rule only by name (tokenizer.ggml.pre). The name is chosen here from the
-structure of the loaded tokenizer; that it gives the same ids is verified later, in the runtime.
+structure of the loaded tokenizer. Verification then compares the ids in the runtime.
 """
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ class Vocabulary:
 
 
 def check_tokenizer(checkpoint: DenseCheckpoint) -> None:
-    """Raise UserError when GGUF cannot carry the checkpoint's tokenizer. Takes seconds; call it before training."""
+    """Raise UserError if GGUF cannot represent the checkpoint's tokenizer. Takes seconds; call it before training."""
     read_vocabulary(checkpoint)
 
 
 def read_vocabulary(checkpoint: DenseCheckpoint) -> Vocabulary:
-    """The GGUF vocabulary of a checkpoint. Raises UserError naming what llama.cpp has no counterpart for."""
+    """Return the GGUF vocabulary of a checkpoint. Raises UserError that names what llama.cpp does not support."""
     tokenizer = checkpoint.tokenizer()
     where = f"{checkpoint.path}: the tokenizer"
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -97,11 +97,11 @@ def read_vocabulary(checkpoint: DenseCheckpoint) -> Vocabulary:
 
 
 def _check_added_tokens(added: list[dict[str, Any]], where: str) -> None:
-    """llama.cpp finds these tokens by their plain text; it cannot swallow spaces around them."""
+    """Check the added tokens. llama.cpp finds them by their plain text and cannot strip spaces around them."""
     for token in added:
         for switch in ("lstrip", "rstrip", "single_word"):
             if token.get(switch):
-                raise UserError(f"{where} has {switch} = true on {token['content']!r}, which GGUF cannot say; "
+                raise UserError(f"{where} has {switch} = true on {token['content']!r}, which GGUF cannot represent; "
                                 "leave gguf out of --formats or fix tokenizer.json")
 
 
@@ -115,7 +115,7 @@ def _tokens_by_id(table: dict[str, Any], n_rows: int, where: str) -> dict[int, s
 
 
 def _added_by_encode(tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[list[int], list[int]]:
-    """Ids that encoding puts before and after a text. GGUF can say: one BOS, one EOS."""
+    """Return the ids that encoding adds before and after a text. GGUF can represent one BOS and one EOS."""
     plain = tokenizer.encode("a", add_special_tokens=False)
     full = tokenizer.encode("a")
     starts = [i for i in range(len(full)) if full[i:i + len(plain)] == plain]
@@ -128,7 +128,7 @@ def _added_by_encode(tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[li
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase, checkpoint: DenseCheckpoint, by_id: dict[int, str],
                  prefix: list[int], suffix: list[int], where: str) -> dict[str, int]:
-    """tokenizer.ggml.*_token_id. What encoding really adds wins over what is declared."""
+    """Return tokenizer.ggml.*_token_id. The ids that encoding really adds take precedence over declared ones."""
     config = checkpoint.config
 
     def declared(name: str) -> int | None:
@@ -167,7 +167,7 @@ def _places_of_stops(ids: dict[str, int | None], unknown: list[int], where: str)
 
 
 def _pre_tokenizer_name(table: dict[str, Any], where: str) -> str:
-    """llama.cpp's name for a byte-level pre-tokenizer. Raises UserError describing an unknown one."""
+    """Return llama.cpp's name of a byte-level pre-tokenizer. Raises UserError that describes an unknown one."""
     normalizer = (table["normalizer"] or {}).get("type")
     # NFC alone is accepted: llama.cpp tokenizes text as it comes, which differs only for text that is not in NFC.
     if normalizer not in (None, "NFC"):
@@ -185,7 +185,7 @@ def _pre_tokenizer_name(table: dict[str, Any], where: str) -> str:
 
 
 def _steps(pre_tokenizer: dict[str, Any] | None) -> tuple[tuple[Any, ...], ...]:
-    """A pre-tokenizer's steps, without what does not change the ids."""
+    """Return the steps of a pre-tokenizer, except those that do not change the ids."""
     if pre_tokenizer is None:
         return ()
     kind = pre_tokenizer["type"]
@@ -206,7 +206,7 @@ def _brief(part: Any) -> str:
 
 
 def _sentencepiece_prefix(table: dict[str, Any], where: str) -> bool:
-    """Whether a space goes before the text. Raises UserError on what llama.cpp's SentencePiece cannot do."""
+    """Whether a space is added before the text. Raises UserError if llama.cpp's SentencePiece lacks a feature."""
     normalizer, splitter = table["normalizer"], table["pre_tokenizer"]
     parts = normalizer["normalizers"] if normalizer and normalizer["type"] == "Sequence" else [normalizer]
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
@@ -224,7 +224,7 @@ def _sentencepiece_prefix(table: dict[str, Any], where: str) -> bool:
 
 
 def merge_scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
-    """SentencePiece scores that put merges in the tokenizer's order: minus the rank of the token's first merge."""
+    """Return SentencePiece scores that keep the order of merges: minus the rank of each token's first merge."""
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(merges):
         ranks.setdefault(left + right, rank)
@@ -239,7 +239,7 @@ def _check_sentencepiece(tokens: list[str], added: list[dict[str, Any]], space_p
     for token in added:
         if space_prefix and token["normalized"]:
             # Its text is normalized, too, so Hugging Face finds it only after a space, llama.cpp everywhere.
-            raise UserError(f"{where} has normalized = true on {token['content']!r}, which GGUF cannot say; "
+            raise UserError(f"{where} has normalized = true on {token['content']!r}, which GGUF cannot represent; "
                             "set it to false in tokenizer.json")
 
 

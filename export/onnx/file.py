@@ -1,7 +1,7 @@
-"""Write an ONNX model: nodes are collected in memory, weights go straight into the data files next to it.
+"""Write an ONNX model: nodes are collected in memory; weights are written directly to data files.
 
-Weights are never in memory together, so writing needs memory for one tensor, not for the model, and a protobuf's limit
-of 2 GB is never reached. transformers.js looks for `<file>.onnx_data`, `<file>.onnx_data_1` ....
+Writing needs memory for one tensor, not for the model, and the graph never reaches protobuf's limit of 2 GB.
+transformers.js looks for `<file>.onnx_data`, `<file>.onnx_data_1` ....
 """
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ SHARD_BYTES = 2_000_000_000  # a browser reads a data file into one buffer, whic
 
 
 class OnnxFile:
-    """Collects one graph. `save` finishes it; used as a context manager, which closes the data file.
+    """Collects one graph. `save` finishes it. Use it as a context manager, which closes the data file.
 
-    A data file holds at most `shard_bytes`, unless a single weight is larger: no format splits a tensor.
+    A data file holds at most `shard_bytes`, unless a single weight is larger, because ONNX cannot split a tensor.
     """
 
     def __init__(self, path: Path, shard_bytes: int = SHARD_BYTES):
@@ -68,7 +68,7 @@ class OnnxFile:
         return self.weight_in_parts(name, array.shape, array.dtype, [array])
 
     def weight_in_parts(self, name: str, shape: Sequence[int], dtype: np.dtype, parts: Iterable[np.ndarray]) -> str:
-        """`weight` for an array that arrives in parts: consecutive rows or elements."""
+        """Like `weight`, for an array in parts: consecutive rows or elements."""
         n_bytes = math.prod(shape) * dtype.itemsize
         offset = self._place_for(n_bytes)
         tensor = TensorProto(name=name, dims=shape, data_type=helper.np_dtype_to_tensor_dtype(dtype),
@@ -84,7 +84,7 @@ class OnnxFile:
         return name
 
     def _place_for(self, n_bytes: int) -> int:
-        """The offset, in the last data file or a new one, at which n_bytes are written next."""
+        """Return the offset, in the last data file or a new one, at which the next n_bytes are written."""
         alignment = PAGE if n_bytes >= PAGE_ALIGNED_BYTES else 64
         end = self._data.tell()
         padding = -end % alignment
@@ -97,7 +97,7 @@ class OnnxFile:
         return end + padding
 
     def constant(self, value: int | float | Sequence[int], dtype: type = np.int64) -> str:
-        """A small constant inside the graph; equal constants are shared."""
+        """Add a small constant to the graph; equal constants are shared."""
         array: np.ndarray = np.asarray(value, dtype=dtype)
         name = f"const.{array.dtype}.{'x'.join(map(str, array.reshape(-1).tolist()))}" + (".scalar" * (array.ndim == 0))
         if name not in self._initializers:

@@ -1,4 +1,4 @@
-"""genai_config.json: the graph, the special tokens and the search, as onnxruntime-genai reads them."""
+"""genai_config.json: graph, special tokens and search settings for onnxruntime-genai."""
 from __future__ import annotations
 
 from typing import Any
@@ -16,7 +16,7 @@ SAMPLING_DEFAULTS: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "to
 
 def genai_config(checkpoint: DenseCheckpoint, tokenizer: PreTrainedTokenizerBase, generation: dict[str, Any],
                  model_file: str) -> dict[str, Any]:
-    """The table for `model_file` (relative to the folder). `generation`: generation_config.json, {} when there is none.
+    """Return the table for `model_file` (relative to the folder). `generation`: generation_config.json, or {}.
 
     The thread count depends on the device. 0 leaves it to onnxruntime, which uses one thread per physical core; without
     the key, onnxruntime-genai uses half of the processors: one thread on two cores. og.Config.overlay changes it.

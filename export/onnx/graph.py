@@ -1,8 +1,8 @@
-"""The decoder as an ONNX graph with a KV cache: every family, from the tables of families.py.
+"""The decoder as an ONNX graph with a KV cache, for every family, built from the tables of families.py.
 
-Every weight is placed by its role, never by its shape, and each exactly once. Values are named after the module that
+Every weight is placed by its role (never by its shape) and exactly once. Values are named after the module that
 makes them. Rows of a batch may be padded on the right only: GroupQueryAttention counts a row's tokens from its start.
-Activations and cache have the weights' type, float32 or float16; norms compute, and logits come, in float32.
+Activations and cache have the weights' type, float32 or float16. Norms are computed in float32; logits are float32.
 Shapes: B batch, T new tokens, P past tokens, S = P + T; O a linear's outputs, I its inputs.
 """
 from __future__ import annotations
@@ -44,18 +44,18 @@ class WeightFormat(Protocol):
         ...
 
     def head(self, file: OnnxFile, name: str, weight_OI: torch.Tensor, x: str, output: str) -> str:
-        """`linear` for the matrix that makes the logits."""
+        """Like `linear`, for the LM head."""
         ...
 
     def tied_head(self, file: OnnxFile, name: str, shape_OI: tuple[int, ...], x: str, output: str) -> str:
-        """`head` with the matrix that `embedding` has stored under the same name."""
+        """Like `head`, with the matrix that `embedding` has stored under the same name."""
         ...
 
 
 def check_supported(checkpoint: DenseCheckpoint) -> None:
     """Raise UserError for a model that the graph cannot represent.
 
-    Its head_dim is not a multiple of 8, or its RoPE angles depend on the length of the text.
+    Not supported: a head_dim that is not a multiple of 8, and RoPE angles that depend on the length of the text.
     """
     where = checkpoint.path / "config.json"
     if checkpoint.shape.head_dim % HEAD_DIM_MULTIPLE:
@@ -68,7 +68,7 @@ def check_supported(checkpoint: DenseCheckpoint) -> None:
 
 
 def rope_tables(checkpoint: DenseCheckpoint) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin for every position, each (max_position_embeddings, head_dim / 2), by transformers' own module."""
+    """Return cos and sin of every position, each (max_position_embeddings, head_dim / 2), from transformers' module."""
     config = AutoConfig.from_pretrained(checkpoint.path)
     family = config.model_type
     module = import_module(f"transformers.models.{family}.modeling_{family}")
@@ -89,7 +89,7 @@ class DecoderGraph:
         self._unplaced = {(weight.role.name, weight.layer): weight for weight in checkpoint.weights()}
 
     def write(self) -> None:
-        """All inputs, nodes and outputs. Raises ValueError when a weight of the checkpoint has found no place."""
+        """Write all inputs, nodes and outputs. Raises ValueError if a weight of the checkpoint was not used."""
         self._inputs()
         self._rope_tables()
         embedding = self._unplaced[("token_embd", None)]
@@ -115,18 +115,18 @@ class DecoderGraph:
             raise ValueError(f"{self.file.path}: no place for {sorted(w.name for w in self._unplaced.values())}")
 
     def _take(self, role: str, layer: int | None) -> torch.Tensor:
-        """The weight of this role as the checkpoint stores it; each may be taken once."""
+        """Return the weight of this role as the checkpoint stores it. Each weight can be taken only once."""
         weight = self._unplaced.pop((role, layer))
         self.progress(weight.name)
         return self.checkpoint.tensor(weight.name)
 
     def _vector(self, role: str, layer: int | None, type: np.dtype) -> str:
-        """A norm or bias as an initializer."""
+        """Add a norm or bias as an initializer."""
         name = self._name(role, layer)
         return self.file.weight(name, array_of(self._take(role, layer), type, name))
 
     def _name(self, role: str, layer: int | None) -> str:
-        """Hugging Face's name of a weight that is still to be taken."""
+        """Return Hugging Face's name of a weight that has not been taken yet."""
         return self._unplaced[(role, layer)].name
 
     def _cache_shape(self, length: str) -> list[int | str]:
@@ -162,7 +162,7 @@ class DecoderGraph:
         return self.file.node("Add", [hidden, mlp], f"model.layers.{layer}")
 
     def _linear(self, x: str, role: str, layer: int) -> str:
-        """x W^T + b, where the family has that bias."""
+        """Add x W^T, plus b if the family has that bias."""
         name = self._name(role, layer)
         module = name.removesuffix(".weight")
         bias = f"{role}_bias"
@@ -172,9 +172,9 @@ class DecoderGraph:
         return self.file.node("Add", [product, self._vector(bias, layer, self.weights.type)], module)
 
     def _norm(self, x: str, role: str, layer: int | None) -> str:
-        """RMS norm over the last axis, in standard operators: onnxruntime fuses them when it loads the graph.
+        """Add an RMS norm over the last axis in standard operators, which onnxruntime fuses when it loads the graph.
 
-        In float32 whatever x is: the square of a float16 above 256 is infinite.
+        Always in float32: in float16 the square of a number above 256 is infinite.
         """
         file = self.file
         module = self._name(role, layer).removesuffix(".weight")
@@ -215,9 +215,10 @@ class DecoderGraph:
         return self._linear(attended, "attn_output", layer)
 
     def _positioned(self, x: str, kind: str, heads: int, layer: int) -> str:
-        """Query or key (B, T, heads * head_dim) after its norm (qwen3) and RoPE.
+        """Add q/k norm (qwen3) and RoPE to query or key (B, T, heads * head_dim).
 
-        Attention could rotate by itself, but only heads of a multiple of 16, and it is no faster (measured).
+        The attention operator can apply RoPE itself, but only for a head_dim that is a multiple of 16, and measurements
+        showed no gain in speed.
         """
         file, role = self.file, f"attn_{kind}_norm"
         module = f"model.layers.{layer}.self_attn.{kind}"
@@ -228,5 +229,5 @@ class DecoderGraph:
                          domain=MICROSOFT, num_heads=heads, interleaved=0)
 
     def _window(self, layer: int) -> int:
-        """Tokens that a query sees, itself included; -1 for all."""
+        """Return how many tokens a query sees, itself included; -1 for all."""
         return family_of(self.shape.family).window_of_layer(self.config, layer) or -1

@@ -49,8 +49,8 @@ def export_onnx(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[s
     """Write the checkpoint to `folder`, replacing what is there, and return an artifact for each encoding.
 
     `encodings`: of FILES. `accuracy_level` of q8 and q4: see Blocks. `importance`: imatrix.collect's, by weight name.
-    `on_grid`: the same model trained on the Q4_0 grid, from which q4 is then made. `threads`: for quantizing; by
-    default one per processor. `shard_bytes`: of one data file. The artifacts' paths are relative to folder's parent.
+    `on_grid`: the same model after QAT, which is the source of q4. `threads`: for quantizing; by default
+    one per processor. `shard_bytes`: of one data file. The artifacts' paths are relative to folder's parent.
     Needs memory for one tensor as the checkpoint stores it. An exception leaves `folder` as it was. Raises UserError.
     """
     _check_encodings(encodings, accuracy_level)
@@ -168,7 +168,7 @@ def _write_json(path: Path, table: dict[str, Any]) -> None:
 
 
 def _metadata(checkpoint: DenseCheckpoint, encoding: str) -> dict[str, str]:
-    """metadata_props: licence and lineage, inside the file."""
+    """Return metadata_props: licence and lineage."""
     metadata = {"lrc_edge.name": checkpoint.name, "lrc_edge.encoding": encoding, "lrc_edge.version": __version__}
     for key in ("license", "license_name", "license_link", "base_model"):
         value = checkpoint.card.get(key)

@@ -38,11 +38,11 @@ class Grid:
 
     @property
     def zero_point(self) -> int:
-        """MatMulNBits' default."""
+        """Return MatMulNBits' default zero point."""
         return 1 << (self.bits - 1)
 
     def names(self, weight: str) -> tuple[str, str]:
-        """A packed matrix is two initializers: its levels and their scales."""
+        """Return the names of a packed matrix's two initializers: levels and scales."""
         return f"{weight}.{self.qtype.name.lower()}", f"{weight}.scales"
 
 
@@ -78,11 +78,11 @@ class Plain:
 
 
 class Blocks:
-    """Linears on one grid, embedding and head on another. Implements WeightFormat; the graph computes in float32.
+    """Linears on one grid, embedding and LM head on another. Implements WeightFormat; the graph computes in float32.
 
-    4 bits in embedding and head would lose most of the quality. KL to float32 on 2,048 tokens of TinyStories with both
-    on Q4_0, and on Q8_0: llama of 9M parameters 0.0057, 0.0019; stories260K 0.142, 0.109; a student of it half as wide
-    0.203, 0.155.
+    Embedding and LM head in 4 bits cost a large part of the quality. KL to float32 on 2,048 tokens of TinyStories, with
+    both on Q4_0 and with both on Q8_0: a llama of 9M parameters 0.0057 and 0.0019; stories260K 0.142 and 0.109; a
+    student of stories260K, half as wide, 0.203 and 0.155.
 
     `accuracy_level` is MatMulNBits' own: 0 and 1 compute in float32, 4 rounds activations to int8. 8 bits in float32
     are exact but slow in onnxruntime 1.31: 97 ms for a head of 32,000 x 1024 and one token on one thread, against
@@ -105,7 +105,7 @@ class Blocks:
 
     @property
     def identical_blocks(self) -> float | None:
-        """Share of blocks that hold exactly the trained weights, once all are stored; None without such training."""
+        """Share of blocks with exactly the trained weights, once all are stored; None without QAT."""
         return float(np.concatenate(self._identical).mean()) if self.trained_on_grid else None
 
     def linear(self, file: OnnxFile, name: str, weight_OI: torch.Tensor, x: str, output: str) -> str:
@@ -113,7 +113,7 @@ class Blocks:
         return self._product(file, self.linears, name, weight_OI.shape, x, output)
 
     def embedding(self, file: OnnxFile, name: str, weight_OI: torch.Tensor, ids: str, output: str) -> str:
-        """Rows unpacked by standard operators: onnxruntime-web lacks GatherBlockQuantized."""
+        """Add an embedding that standard operators unpack, since onnxruntime-web lacks GatherBlockQuantized."""
         packed, scales = self._store(file, self.ends, name, weight_OI)
         bytes_ = file.node("Gather", [packed, ids], f"{output}/bytes")  # (B, T, N, 32)
         levels = file.node("Sub", [file.node("Cast", [bytes_], f"{output}/float", to=TensorProto.FLOAT),
@@ -166,7 +166,7 @@ class Blocks:
 
 
 def array_of(tensor: torch.Tensor, type: np.dtype, name: str) -> np.ndarray:
-    """The tensor in float32 or float16. Raises UserError when float16 cannot hold it."""
+    """Return the tensor in float32 or float16. Raises UserError if a value exceeds the range of float16."""
     with np.errstate(over="ignore"):
         array: np.ndarray = tensor.float().numpy().astype(type, copy=False)
     if type == np.float16 and not np.isfinite(array).all():
@@ -193,9 +193,10 @@ def _in_order(function: Callable[[torch.Tensor], Result], parts: Iterable[torch.
 
 
 def pack(weight_RI: np.ndarray, grid: Grid, importance_I: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """llama.cpp's blocks of each row, with the levels in MatMulNBits' order: block_q8_0 keeps int8, MatMulNBits that
-    plus 128; block_q4_0 keeps weights 0-15 in the low nibbles and 16-31 in the high ones, MatMulNBits neighbours in
-    one byte, the even one low.
+    """Return llama.cpp's blocks of each row, with the levels in MatMulNBits' order.
+
+    block_q8_0 stores int8, MatMulNBits the same plus 128. block_q4_0 stores weights 0-15 in the low nibbles and 16-31
+    in the high ones, MatMulNBits neighbours in one byte, the even one in the low nibble.
 
     Returns bytes (R, N, 4 * bits) uint8 and scales (R, N) float32, each of them a float16's value. A row that is not a
     multiple of 32 is padded with zeros, which the grids hold exactly.
@@ -216,7 +217,7 @@ def pack(weight_RI: np.ndarray, grid: Grid, importance_I: np.ndarray | None = No
 
 
 def unpack(packed: np.ndarray, scales: np.ndarray, grid: Grid) -> np.ndarray:
-    """The weights that `pack` has stored: (R, N, 32) float32."""
+    """Return the weights that `pack` has stored: (R, N, 32) float32."""
     levels = packed if grid.bits == 8 else np.stack([packed & 15, packed >> 4], -1).reshape(*scales.shape, BLOCK)
     weights: np.ndarray = scales[..., None] * (levels.astype(np.float32) - np.float32(grid.zero_point))
     return weights

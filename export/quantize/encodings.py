@@ -60,7 +60,7 @@ class Encoding:
 
 
 def _encodings() -> dict[str, Encoding]:
-    """The GGUF rows of FORMATS with llama.cpp's numbers, without those that this llama.cpp or gguf package lacks."""
+    """Return the GGUF rows of FORMATS with llama.cpp's numbers, except types that this llama.cpp or gguf lacks."""
     table = {}
     for name, row in formats_of("gguf").items():
         prefix = "LLAMA_FTYPE_ALL" if name == "f32" else "LLAMA_FTYPE_MOSTLY"
@@ -75,7 +75,7 @@ ENCODINGS = _encodings()
 
 
 def parse_encoding(text: str) -> Encoding:
-    """The encoding named `text`, in any case. Raises UserError with the nearest name."""
+    """Return the encoding named `text`, ignoring case. Raises UserError with the nearest name."""
     name = format_of(f"gguf:{text.strip()}").encoding
     if name not in ENCODINGS:
         raise UserError(f"GGUF encoding {name}: this llama.cpp or gguf package does not have it; install newer ones")
@@ -95,7 +95,8 @@ def quantize_file(source: Path, target: Path, encoding: Encoding, threads: int |
     """Let llama.cpp quantize the GGUF `source` (F32, F16 or BF16) to `target`.
 
     threads: at most the machine's processors, which is also the default. importance: GGUF tensor name -> weight of each
-    input channel (row length,) float32, above 0; n_chunks, its number of rows of text, is only noted in the file.
+    input channel (row length,) float32, above 0; n_chunks, its number of sequences of text, is only recorded in the
+    file.
     progress: is called with the name of each tensor when llama.cpp begins with it. Raises UserError with llama.cpp's
     reason.
     """
@@ -130,7 +131,7 @@ def quantize_file(source: Path, target: Path, encoding: Encoding, threads: int |
 
 def quantize_matrix(weight_OI: np.ndarray, type: GGMLQuantizationType, importance_I: np.ndarray | None = None
                     ) -> np.ndarray:
-    """The blocks that llama.cpp's quantizer makes of one matrix: (O, bytes of a row) uint8, each row by itself.
+    """Return llama.cpp's blocks of one matrix: (O, bytes of a row) uint8. Each row is quantized separately.
 
     importance_I: as in quantize_file, (I,) float32. Raises ValueError for input on which ggml would abort, and
     UserError when the blocks are not finite.
@@ -156,7 +157,7 @@ def quantize_matrix(weight_OI: np.ndarray, type: GGMLQuantizationType, importanc
 
 
 def dequantize(blocks: np.ndarray, type: GGMLQuantizationType, n: int) -> np.ndarray | None:
-    """The n values of contiguous uint8 blocks as float32 (n,), by llama.cpp's own code; None for a type it cannot read.
+    """Decode contiguous uint8 blocks to float32 (n,) with llama.cpp's own code; None for a type it cannot read.
 
     Raises ValueError unless the blocks hold exactly n values.
     """
@@ -173,7 +174,7 @@ def dequantize(blocks: np.ndarray, type: GGMLQuantizationType, n: int) -> np.nda
 
 @cache
 def _ggml() -> ctypes.CDLL:
-    """ggml's quantizer, found through the libllama that is loaded: a second copy of the library could differ."""
+    """Return ggml's quantizer from the loaded libllama, since a second copy of the library could differ."""
     library = llama_cpp.llama_cpp._lib
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     for name, result, arguments in (
@@ -186,7 +187,7 @@ def _ggml() -> ctypes.CDLL:
 
 
 def _imatrix(importance: Mapping[str, np.ndarray]) -> ctypes.Array:
-    """The array that llama_model_quantize_params.imatrix points to; it ends with an entry without a name.
+    """Return the array for llama_model_quantize_params.imatrix, which ends with an entry without a name.
 
     It points into `importance`, which must outlive it.
     """
@@ -199,7 +200,7 @@ def _imatrix(importance: Mapping[str, np.ndarray]) -> ctypes.Array:
 
 
 def _check_importance(name: str, values: np.ndarray, row: int) -> None:
-    """Raise ValueError for an importance that the quantizer would misread; it turns a block of zeros into zeros."""
+    """Raise ValueError for an invalid importance. All-zero importance would make the quantizer write zeros."""
     if values.dtype != np.float32 or values.shape != (row,) or not values.flags.c_contiguous:
         raise ValueError(f"imatrix: {name} is {values.dtype} {values.shape}, need contiguous float32 ({row},)")
     if not (np.isfinite(values) & (values > 0)).all():
@@ -207,7 +208,7 @@ def _check_importance(name: str, values: np.ndarray, row: int) -> None:
 
 
 def _imatrix_metadata(n_entries: int, n_chunks: int | None) -> ctypes.Array:
-    """The keys that llama-quantize notes in the file, except the names of matrix and text, which are local paths.
+    """Return the keys that llama-quantize records in the file, except the local paths of matrix and text.
 
     The list ends with an entry without a key. Source: tools/quantize/quantize.cpp in llama.cpp.
     """
@@ -219,9 +220,9 @@ def _imatrix_metadata(n_entries: int, n_chunks: int | None) -> ctypes.Array:
 
 
 def _overrides(source: Path, encoding: Encoding) -> ctypes.Array | None:
-    """Types of single tensors: those of a mixed precision, and F16 where llama.cpp would fail.
+    """Return types of single tensors: those of mixed precision, and F16 where llama.cpp would fail.
 
-    It has no substitute for block sizes other than 32 and 256 (Q1_0 has 128).
+    llama.cpp has no fallback type for block sizes other than 32 and 256 (Q1_0 has 128).
     """
     types = dict(encoding.tensor_types)
     if not types and encoding.block not in (32, 256):
@@ -261,7 +262,7 @@ def judge_type(name: str, shape: Sequence[int], got: GGMLQuantizationType, encod
     """Return a Fallback if the tensor has another type than the encoding asks for because its rows do not divide.
 
     shape: GGUF's order, row length first. A mixture's own choices (Q4_K_M holds some tensors in Q6_K, most encodings
-    the output in Q6_K) are not fallbacks: there the row is a multiple of the super-block and llama.cpp chose freely.
+    the LM head in Q6_K) are not fallbacks: there the row is a multiple of the super-block.
     """
     row = shape[0]
     if encoding.tensor_types:

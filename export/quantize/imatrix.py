@@ -1,7 +1,7 @@
-"""The importance matrix: how strongly each input of each linear fires, collected in PyTorch for llama.cpp's quantizer.
+"""The importance matrix: mean squares of the inputs of each linear, collected in PyTorch for llama.cpp's quantizer.
 
-The same quantity as llama.cpp's llama-imatrix: the mean square of a linear's inputs, one number per input channel. Only
-ratios within a matrix matter. llama.cpp finds an entry by the tensor's own name, so a tied embedding, which has no
+It is the same quantity as in llama.cpp's llama-imatrix: one mean square per input channel. Only ratios within a matrix
+matter. llama.cpp finds an entry by the tensor's own name, so a tied embedding, which has no
 separate output.weight, gets the head's inputs under token_embd.weight.
 """
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SAME_INPUT = {"attn_k": "attn_q", "attn_v": "attn_q", "ffn_up": "ffn_gate"}  # 
 
 
 def measured_weights(checkpoint: DenseCheckpoint) -> Iterator[Weight]:
-    """The matrices that have an importance: all except an untied embedding, whose input is an id."""
+    """Return the matrices that have an importance: all except an untied embedding, whose input is an id."""
     for weight in checkpoint.weights():
         if len(weight.shape) == 2 and (weight.role is not EMBEDDING or checkpoint.shape.tied):
             yield weight
@@ -36,12 +36,11 @@ def measured_weights(checkpoint: DenseCheckpoint) -> Iterator[Weight]:
 @torch.inference_mode()
 def collect(checkpoint: DenseCheckpoint, rows_BL: np.ndarray, progress: Listener = QUIET,
             dtype: torch.dtype | None = None) -> dict[str, np.ndarray]:
-    """Weight name -> mean square of its inputs over all tokens of `rows_BL`, (in_features,) float32, above 0.
+    """Return weight name -> mean square of its inputs over all tokens of `rows_BL`, (in_features,) float32, above 0.
 
-    For measured_weights(). A matrix whose inputs are all silent gets ones, as in llama.cpp: all channels are equal.
-    `dtype`: the type that the model computes in; by default bfloat16 where the processor multiplies in it. Its rounding
-    moves a mean by 1 % at most and does not change the quality of files (docs/LOG.md). The same rows give the same bits
-    again.
+    For measured_weights(). A matrix whose inputs are all zero gets ones, as in llama.cpp: all channels count equally.
+    `dtype`: the type to compute in; by default bfloat16 if the processor has instructions for it. Its rounding changed
+    a mean by at most 1 % and not the measured quality of files (docs/LOG.md). The same rows give the same bits again.
     """
     if not rows_BL.size:
         raise ValueError(f"imatrix: rows {rows_BL.shape} hold no token")
@@ -70,7 +69,7 @@ def collect(checkpoint: DenseCheckpoint, rows_BL: np.ndarray, progress: Listener
 
 
 def _input_of(weight: Weight) -> tuple[str, int | None]:
-    """Role and layer of the matrix that stands for all matrices with these inputs."""
+    """Return role and layer of the matrix that represents all matrices with the same inputs."""
     if weight.role is EMBEDDING:  # a tied one is the head
         return HEAD.name, None
     return _SAME_INPUT.get(weight.role.name, weight.role.name), weight.layer
@@ -88,7 +87,7 @@ def _never_zero(mean_I: np.ndarray) -> np.ndarray:
 
 
 def check_importance(checkpoint: DenseCheckpoint, importance: Mapping[str, np.ndarray]) -> None:
-    """Raise ValueError when the importance is not the one of this checkpoint's matrices."""
+    """Raise ValueError if the importance does not belong to this checkpoint's matrices."""
     shapes = {weight.name: weight.shape[1:] for weight in measured_weights(checkpoint)}
     found = {name: values.shape for name, values in importance.items()}
     if wrong := sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name)):

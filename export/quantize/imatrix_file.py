@@ -1,6 +1,6 @@
 """The importance matrix as a file: llama.cpp's imatrix GGUF, which llama-quantize and llama-imatrix read as well.
 
-For each tensor `<name>.in_sum2`, the sums of squares of its inputs, and `<name>.counts`, the number of tokens.
+For each tensor the file has `<name>.in_sum2`, the sums of squares of its inputs, and `<name>.counts`, the tokens.
 Format: tools/imatrix and common/imatrix-loader.cpp in llama.cpp.
 """
 from __future__ import annotations
@@ -44,7 +44,7 @@ def write_imatrix(file: Path, checkpoint: DenseCheckpoint, importance: Mapping[s
 
 
 def read_imatrix(file: Path, checkpoint: DenseCheckpoint) -> dict[str, np.ndarray]:
-    """Weight name -> mean square of its inputs, (in_features,) float32: to the bit what llama-quantize makes of it.
+    """Return weight name -> mean square of its inputs, (in_features,) float32, bit for bit as llama-quantize reads it.
 
     Raises UserError when the file is not the imatrix of this checkpoint's matrices.
     """

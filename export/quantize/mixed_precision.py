@@ -1,7 +1,7 @@
-"""Mixed precision: choose the type of every matrix so that a file of a given size loses least.
+"""Mixed precision: choose the type of every matrix for the least predicted KL at a given size.
 
-Given what each type costs each matrix (sensitivity.py), choosing one type per matrix under a limit on the bytes is the
-multiple-choice knapsack problem. Dynamic programming solves it.
+Given the KL that each type costs in each matrix (sensitivity.py), choosing one type per matrix under a limit on the
+bytes is the multiple-choice knapsack problem. Dynamic programming solves it.
 """
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STEPS = 2**16  # of the dynamic programming: what is left of the budget is divid
 
 
 def candidates(row: int) -> tuple[GGMLQuantizationType, ...]:
-    """The types that a matrix with rows of this length may get, in order of size."""
+    """Return the types that a matrix with rows of this length may get, in order of size."""
     return next(types for block, types in _TYPES.items() if row % block == 0)
 
 
@@ -39,7 +39,7 @@ def tensor_bytes(weight: Weight, type: GGMLQuantizationType) -> int:
 
 
 def check_size(weights: Iterable[Weight], bits_per_weight: float, extra_bytes: int = 0) -> None:
-    """Raise UserError, with the possible range, when no choice of types is that small, or every choice is smaller.
+    """Raise UserError, with the possible range, if every choice of types is larger, or every choice is smaller.
 
     extra_bytes: of tensors that are not weights.
     """
@@ -73,7 +73,7 @@ class Allocation:
 
 def allocate(weights: Iterable[Weight], costs: Mapping[str, Mapping[str, float]], bits_per_weight: float,
              extra_bytes: int = 0) -> Allocation:
-    """The types of least total cost whose file has at most `bits_per_weight`, all tensors counted.
+    """Return the types of least total cost whose file has at most `bits_per_weight`, counting all tensors.
 
     costs: weight name -> type's name -> KL divergence of that type alone, for every matrix and its candidates.
     Raises UserError when the size is impossible.
@@ -95,11 +95,12 @@ def allocate(weights: Iterable[Weight], costs: Mapping[str, Mapping[str, float]]
 
 
 def choose(sizes: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int) -> list[int]:
-    """One option of each item, of least total loss with a total size of at most `budget`.
+    """Choose one option of each item, with the least total loss and a total size of at most `budget`.
 
-    Each item's first option is its smallest. Raises ValueError when these exceed the budget. The multiple-choice
-    knapsack problem, solved exactly where the sizes' common divisor is at least what the first options leave of the
-    budget / STEPS; else sizes are rounded up to that, which wastes at most a step an item.
+    Each item's first option is its smallest. Raises ValueError if the first options exceed the budget. This is the
+    multiple-choice knapsack problem. Let `step` be what the first options leave of the budget, divided by STEPS. The
+    solution is exact if the sizes' common divisor is at least `step`. Otherwise sizes are rounded up to multiples of
+    `step`, which wastes at most one step per item.
     """
     slack = budget - sum(row[0] for row in sizes)
     if slack < 0:

@@ -28,10 +28,11 @@ ERROR_ROWS = 256  # rows of a matrix on which types are compared
 @torch.inference_mode()
 def measure(checkpoint: DenseCheckpoint, rows_BL: np.ndarray, importance: Mapping[str, np.ndarray],
             progress: Listener = QUIET) -> dict[str, dict[str, float]]:
-    """Weight name -> type -> mean KL(model || model with this matrix in this type), nats a token, on `rows_BL`.
+    """Return weight name -> type -> KL(model || model with this matrix in this type).
 
-    For every matrix and its candidates(). importance: imatrix.collect's, which the quantizer will get. In float32: the
-    rounding of bfloat16 diverges more than most matrices. `progress` counts layers that have run.
+    The KL is the mean on `rows_BL`, in nats per token. It covers every matrix and its candidates().
+    importance: of imatrix.collect, as for the quantizer. The model runs in float32, because bfloat16's rounding changes
+    the outputs more than quantizing most single matrices does. `progress` counts layers that have run.
     """
     progress.expect(sum(_work(checkpoint, weight) for weight in _matrices(checkpoint)), "layers")
     sample = _Sample(checkpoint, rows_BL)
@@ -56,14 +57,14 @@ def _matrices(checkpoint: DenseCheckpoint) -> Iterable[Weight]:
 
 
 def _first_layer(checkpoint: DenseCheckpoint, weight: Weight) -> int:
-    """The first layer that a change of the weight affects; the number of layers for the head."""
+    """Return the first layer that a change of the weight affects; the number of layers for the LM head."""
     if weight.layer is not None:
         return weight.layer
     return 0 if weight.role is EMBEDDING else checkpoint.shape.num_hidden_layers
 
 
 def _work(checkpoint: DenseCheckpoint, weight: Weight) -> int:
-    """Layers to run when the weight changes, the head included."""
+    """Return the number of layers to run when the weight changes, counting the LM head."""
     return 1 + checkpoint.shape.num_hidden_layers - _first_layer(checkpoint, weight)
 
 
@@ -95,7 +96,7 @@ class _Sample:
         return hidden_BLD
 
     def kl_with(self, weight: Weight, changed_OI: torch.Tensor) -> float:
-        """Mean KL(model || model whose `weight` is changed_OI), nats a token."""
+        """Return the mean KL(model || model whose `weight` is changed_OI), in nats per token."""
         parameter = self.model.get_parameter(weight.name)
         original_OI = parameter.data.clone()
         parameter.data.copy_(changed_OI)
@@ -112,7 +113,7 @@ class _Sample:
             parameter.data.copy_(original_OI)
 
     def inputs_of(self, weight: Weight) -> torch.Tensor | None:
-        """The inputs of the matrix, (N, I); None for an embedding that is not also the head."""
+        """Return the inputs of the matrix, (N, I); None for an embedding that is not also the LM head."""
         if weight.role is EMBEDDING and not self.checkpoint.shape.tied:
             return None
         if weight.role in (EMBEDDING, HEAD):
@@ -128,7 +129,7 @@ class _Sample:
 
 def _errors(checkpoint: DenseCheckpoint, weight: Weight, types: Iterable[GGMLQuantizationType],
             importance_I: np.ndarray | None, sample: _Sample) -> dict[GGMLQuantizationType, float]:
-    """Type -> squared error of the matrix's outputs on the sample, over at most ERROR_ROWS of them."""
+    """Return type -> squared error of the matrix's outputs on the sample, over at most ERROR_ROWS of them."""
     inputs_NI = sample.inputs_of(weight)
     if inputs_NI is None:
         rows = sample.ids_BL.unique()
@@ -144,5 +145,5 @@ def _errors(checkpoint: DenseCheckpoint, weight: Weight, types: Iterable[GGMLQua
 
 
 def _quantized(weight_OI: torch.Tensor, type: GGMLQuantizationType, importance_I: np.ndarray | None) -> torch.Tensor:
-    """The matrix as a runtime decodes it from this type."""
+    """Return the matrix as a runtime decodes it from this type."""
     return torch.from_numpy(quants.dequantize(quantize_matrix(weight_OI.float().numpy(), type, importance_I), type))

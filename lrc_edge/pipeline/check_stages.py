@@ -1,4 +1,4 @@
-"""The stages that check: every weight of the input, and every artifact in its runtime; and the report of a build."""
+"""The stages `weights` (every weight is finite), `check` (every artifact in its runtime) and `report`."""
 from __future__ import annotations
 
 from typing import Any
@@ -20,7 +20,7 @@ def weights_inputs(build: Build) -> Inputs:
 
 
 def weights(build: Build, task: Task) -> Done:
-    """Read every weight of the input once: NaN or infinity found now costs no training."""
+    """Read every weight of the input once, so that NaN or infinity is found before training."""
     model, done = build.plan.source.checkpoint, 0
     tensors = list(model.weights())
     task.expect(sum(map(model.n_bytes, tensors)) / 1e6, "MB")
@@ -50,7 +50,7 @@ def check(build: Build, task: Task) -> Done:
 
 
 def report(build: Build) -> Report:
-    """Write report.json and report.html from what the stages left, and return the report."""
+    """Write report.json and report.html from the results of the stages, and return the report."""
     if not build.ran and (build.out / REPORT).exists() and (build.out / "report.html").exists():
         stage_line(build.console, "report", "unchanged, nothing to do")
         return read_report(build.out)
@@ -61,7 +61,7 @@ def report(build: Build) -> Report:
 
 
 def report_of(build: Build, check: dict[str, Any]) -> Report:
-    """The report of what the check stage found, and of the stages before it."""
+    """Return the report of the check stage and of the stages before it."""
     stages = build.workspace.manifest["stages"]
     table = report_table({**stages, "check": {"result": check}}, build.student, build.plan.teacher, _curve(build))
     table["kv_cache_advice"] = kv_cache_advice(table["artifacts"], build.student.shape,
@@ -70,7 +70,7 @@ def report_of(build: Build, check: dict[str, Any]) -> Report:
 
 
 def _curve(build: Build) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; empty if nothing was trained."""
+    """Return the rows of metrics.jsonl; empty if nothing was trained."""
     if "train" not in build.workspace.manifest["stages"]:
         return []
     from lrc_edge.train.loop.stage import METRICS_FILE, read_metrics

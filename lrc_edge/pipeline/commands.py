@@ -1,4 +1,4 @@
-"""What each command does after the command line has been parsed: checks first, then stages, then the verdict."""
+"""The commands after the command line has been parsed: checks first, then stages, then the verdict."""
 from __future__ import annotations
 
 import os
@@ -42,7 +42,7 @@ def build(source: str, out: Path, recipe: Recipe, console: Console, last: str = 
 
 
 def _start(source: str, out: Path, recipe: Recipe, console: Console, last: str) -> Build | None:
-    """Check everything, then run the stages before training; None if the identity gate failed."""
+    """Check everything, then run the stages before training. Returns None if the identity gate failed."""
     # A machine that only trains need not have the runtimes; the machine that writes the files checks the formats.
     plan = Plan.of_build(source, recipe, writes=last != "train" or find_spec("llama_cpp") is not None)
     preflight.check(plan, out)
@@ -60,13 +60,13 @@ def _start(source: str, out: Path, recipe: Recipe, console: Console, last: str) 
 
 
 def _recorded_name(plan: Plan) -> str:
-    """What finds the model again from another directory."""
+    """Return the name or absolute path that finds the model again from another directory."""
     source = plan.source
     return str(source.checkpoint.path.resolve()) if source.revision == "local" else source.given
 
 
 def _train_together(source: str, out: Path, recipe: Recipe, console: Console) -> ExitStatus:
-    """Train as one of the processes that torchrun started; the main one does what comes before training."""
+    """Train as one of the processes that torchrun started; the main one also runs the stages before training."""
     from lrc_edge.train.loop.processes import join, leave
     from lrc_edge.train.loop.trainer import choose_device
 
@@ -88,7 +88,10 @@ def _train_together(source: str, out: Path, recipe: Recipe, console: Console) ->
 
 
 def _check_rows_divide(plan: Plan, world: int) -> None:
-    """Check, before there is data, a step's share of each process if the recipe states it. Raises UserError."""
+    """Check, before the data is read, that the sequences of a step divide among `world` processes. Raises UserError.
+
+    Only for a recipe that sets train.tokens or train.batch_tokens, which decide the size of a step.
+    """
     from lrc_edge.train.loop.schedule import Schedule
 
     Schedule.of(plan.recipe.train, plan.student, 0).rows_of_process(world, plan.recipe.train.micro_batch)
@@ -109,7 +112,7 @@ def export(source: str, out: Path, recipe: Recipe, console: Console) -> ExitStat
 
 @contextmanager
 def _leaving_nothing_of_a_mistake(out: Path) -> Iterator[None]:
-    """Remove `out` again when this run made it and a mistake in the input stopped it before anything was finished."""
+    """Remove `out` if this run created it and a mistake in the input stopped the run before any stage finished."""
     existed = out.exists()
     try:
         yield
@@ -132,7 +135,7 @@ def _finish(run: Build, first: str) -> ExitStatus:
 
 
 def _reopen(out: Path, console: Console) -> Build:
-    """A build directory as an earlier command left it. Raises UserError for any other directory."""
+    """Open the build directory of an earlier command. Raises UserError for any other directory."""
     if not (out / MANIFEST).exists():
         raise UserError(f"{out}: no {MANIFEST}; give the --out directory of a build or an export")
     job: dict[str, Any] = Workspace(out).manifest.get("job", {})
@@ -142,7 +145,7 @@ def _reopen(out: Path, console: Console) -> Build:
 
 
 def check(out: Path, console: Console) -> ExitStatus:
-    """Verify the artifacts of a build again, from the files, whatever was verified before."""
+    """Verify the artifacts of a build again, even if they were verified before."""
     run = _reopen(out, console)
     recorded = run.workspace.manifest["stages"]
     if not recorded.keys() & set(KINDS):
@@ -158,7 +161,7 @@ def check(out: Path, console: Console) -> ExitStatus:
 
 
 def fold(out: Path, console: Console) -> ExitStatus:
-    """Fold what `train` left in `out`."""
+    """Fold the tensors that `train` wrote to `out`."""
     run = _reopen(out, console)
     if not run.plan.trains or "train" not in run.workspace.manifest["stages"]:
         raise UserError(f"{out}: nothing trained here to fold; run lrc-edge train or build first")
@@ -175,7 +178,7 @@ def show_report(out: Path, console: Console) -> ExitStatus:
 
 
 def chat(path: Path, encoding: str, temperature: float, max_tokens: int, console: Console) -> None:
-    """A conversation on the terminal with one GGUF, until end of input."""
+    """Chat with one GGUF in the terminal until the end of input."""
     from lrc_edge.targets.serve.chat import Chat
 
     file = smallest_gguf(path, encoding)

@@ -1,4 +1,4 @@
-"""`--target`: the artifacts of a build in the runtimes of devices. Needs no PyTorch: the build left its answers."""
+"""`--target`: check the artifacts of a build in the runtimes of devices, against stored PyTorch outputs."""
 from __future__ import annotations
 
 import json
@@ -36,7 +36,7 @@ from lrc_edge.workspace import MANIFEST, Workspace, write_atomically
 
 @dataclass(frozen=True)
 class BuildFacts:
-    """What a build's folder tells without PyTorch."""
+    """A build directory read without PyTorch: artifacts, recipe, stored reference outputs."""
 
     out: Path
     artifacts: tuple[Artifact, ...]
@@ -44,7 +44,7 @@ class BuildFacts:
 
     @classmethod
     def read(cls, out: Path) -> BuildFacts:
-        """Raises UserError when the folder holds no build, or not what a check needs of it."""
+        """Read a build directory. Raises UserError if it is not one, or lacks what a check needs."""
         build = Workspace(out)
         job, stages = build.manifest.get("job"), build.manifest["stages"]
         if job is None:
@@ -59,11 +59,11 @@ class BuildFacts:
         return cls(out, artifacts, CheckInput(out, reference, recipe, threads_for(reference.shape)))
 
     def artifacts_for(self, profile: Profile) -> list[Artifact]:
-        """Those that the profile runs. Raises UserError when there are none, or when one is not where it was."""
+        """Return the artifacts that the profile runs. Raises UserError if there are none, or if one is missing."""
         wanted = [a for a in self.artifacts if a.name in profile.format_names]
         if not wanted:
-            raise UserError(f"{self.out}: holds none of what {profile.name} runs ({', '.join(profile.format_names)}); "
-                            f"build it with --target {profile.name_or_path}")
+            raise UserError(f"{self.out}: no artifact for {profile.name}, which runs {', '.join(profile.format_names)}; "
+                            f"rebuild with --target {profile.name_or_path}")
         for artifact in wanted:
             if not (self.out / artifact.path).exists():
                 raise UserError(f"{self.out / artifact.path}: missing, though the build wrote it; copy it here or "
@@ -72,8 +72,11 @@ class BuildFacts:
 
 
 def check_targets(out: Path, targets: Sequence[str], console: Console) -> ExitStatus:
-    """Check `out` on each target, print its table, add it to the report. Returns the exit status: what failed counts
-    before what could not be checked. What is wrong with the input is said before anything runs."""
+    """Check `out` on each target, print its table, and add it to the report.
+
+    Returns the exit status; a failed gate takes precedence over an artifact that could not be checked. Mistakes in the
+    input are reported before anything runs.
+    """
     if not targets:
         return ExitStatus.PASSED
     profiles, facts = load_profiles(targets), BuildFacts.read(out)
@@ -132,7 +135,7 @@ def _add_speed(facts: BuildFacts, profile: Profile, rows: list[dict[str, Any]], 
 
 
 def kept_results(out: Path, artifacts: Sequence[ArtifactRow]) -> list[dict[str, Any]]:
-    """Earlier results that are still of these artifacts. Raises UserError for a file that does not hold one."""
+    """Return earlier results whose artifacts have not changed. Raises UserError for a damaged result file."""
     now, names = {artifact["path"]: artifact["sha256"] for artifact in artifacts}, Names(artifacts)
     kept = []
     for file in sorted((out / "check").glob("*.json")):
@@ -148,7 +151,7 @@ def kept_results(out: Path, artifacts: Sequence[ArtifactRow]) -> list[dict[str, 
 
 
 def add_results(report: Report, results: list[dict[str, Any]]) -> None:
-    """Put targets' results into a report's table, in place of older ones."""
+    """Put the targets' results into the report, replacing older ones."""
     names = {result["target"] for result in results}
     report["targets"] = [old for old in report.get("targets", []) if old["target"] not in names] + results
     report["gates"] = [gate for gate in report["gates"] if gate.get("target") not in names]
@@ -156,7 +159,7 @@ def add_results(report: Report, results: list[dict[str, Any]]) -> None:
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    """The table of one target; below it why a row failed or was not checked, and what was timed."""
+    """Print the table of one target, then the reasons for failed or unchecked rows, then the speeds."""
     console.print(f"\n{result['target']}: {result['description']}", style="bold", highlight=False, soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("", no_wrap=True)

@@ -88,7 +88,7 @@ def allocate_inputs(build: Build) -> Inputs:
 
 
 def allocate(build: Build, task: Task) -> Done:
-    """Choose the type of every matrix in the file of mixed precision."""
+    """Choose the type of every matrix in the mixed-precision file."""
     from lrc_edge.export.gguf.to_gguf import gguf_name
 
     bits, allocation = build.recipe.export.bits_per_weight, _allocation(build)

@@ -24,17 +24,17 @@ class Source:
 
     @classmethod
     def of(cls, given: str) -> Source:
-        """Raises UserError for anything but a dense checkpoint of a supported family."""
+        """Open the model. Raises UserError unless it is a dense checkpoint of a supported family."""
         path, name, revision = resolve_model(given)
         return cls(given, revision, DenseCheckpoint.open(path, name))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run makes, and of what.
+    """The input and the outputs of a run.
 
-    source: the teacher of a build, or the finished model of an export. formats: of the files to write; none on a
-    machine that only trains.
+    source: the teacher of a build, or the finished model of an export. formats: the files to write; empty on a machine
+    that only trains.
     """
 
     recipe: Recipe
@@ -47,7 +47,7 @@ class Plan:
 
     @classmethod
     def of_build(cls, given: str, recipe: Recipe, writes: bool = True) -> Plan:
-        """A student of the teacher `given`. Raises UserError, also for a width that is not smaller."""
+        """Plan a student of the teacher `given`. Raises UserError, also if the student is not narrower."""
         source = Source.of(given)
         teacher = source.checkpoint
         width = student_width(recipe, teacher.shape)
@@ -61,7 +61,7 @@ class Plan:
 
     @classmethod
     def of_export(cls, given: str, recipe: Recipe) -> Plan:
-        """The finished model `given`, as it is. Raises UserError."""
+        """Plan the export of the finished model `given`. Raises UserError."""
         source = Source.of(given)
         shape = source.checkpoint.shape
         if recipe.quantize.tokens and not recipe.train.tokens:  # read only as much of --data as is used
@@ -72,21 +72,21 @@ class Plan:
 
     @property
     def teacher(self) -> DenseCheckpoint | None:
-        """The teacher of a build; None for an export."""
+        """Return the teacher of a build; None for an export."""
         return self.source.checkpoint if self.trains else None
 
     @property
     def threads(self) -> int:
-        """Threads that the student is computed with."""
+        """Return the number of threads for running the student."""
         return threads_for(self.student)
 
     def encodings(self, kind: str) -> list[str]:
-        """Encodings to write as files of this kind ("gguf" or "onnx"), without the mixed-precision one."""
+        """Return the encodings to write as files of this kind ("gguf" or "onnx"), except mixed precision."""
         return [row.encoding for row in self.formats if row.kind == kind]
 
     @property
     def mixes_types(self) -> bool:
-        """Whether a GGUF of mixed precision is written."""
+        """Whether a mixed-precision GGUF is written."""
         return self.recipe.export.bits_per_weight > 0
 
     def writes(self, kind: str) -> bool:
@@ -100,17 +100,17 @@ class Plan:
 
     @property
     def trains_on_grid(self) -> bool:
-        """Whether a quantization-aware phase follows: the recipe asks for one, and a file of its grid is written."""
+        """Whether to run quantization-aware training: the recipe asks for it, and a file on its grid is written."""
         return self.recipe.quantize.tokens > 0 and any(row.trained_on_grid for row in self.formats)
 
     @cached_property
     def times_teacher(self) -> bool:
-        """Whether a device is like this machine, so that the student's speed is compared with the teacher's."""
+        """Whether a device has this machine's processor, so that the speeds of student and teacher are compared."""
         return self.trains and any(is_here(profile) for profile in self.profiles)
 
 
 def _wanted_formats(recipe: Recipe, profiles: tuple[Profile, ...], hidden_size: int) -> tuple[Format, ...]:
-    """The formats of the recipe and of its devices, or the default ones for a model of this width."""
+    """Return the formats of the recipe and its devices, or the defaults for a model of this width."""
     named = [*recipe.export.formats, *(name for profile in profiles for name in profile.format_names)]
     default = ["gguf:f16", "gguf:q8_0", "onnx:fp32"]
     if hidden_size % 256 == 0:

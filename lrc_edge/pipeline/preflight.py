@@ -1,4 +1,4 @@
-"""What can be known before hours of work: widths, formats, tokenizer, data, disk. Nothing here writes."""
+"""Checks before hours of work: widths, formats, tokenizer, data, disk. Nothing here writes."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -34,7 +34,7 @@ def _check_quantize(plan: Plan) -> None:
 
 
 def check(plan: Plan, out: Path) -> None:
-    """Everything that would stop the run later. Raises UserError."""
+    """Check everything that would stop the run later. Raises UserError."""
     if plan.trains:
         from lrc_edge.train.loop.trainer import choose_device
 
@@ -50,12 +50,12 @@ def check(plan: Plan, out: Path) -> None:
 
 
 def fit_warnings(plan: Plan) -> list[str]:
-    """A line for each of the plan's devices that the student will not fit."""
+    """Return a line for each of the plan's devices that the student will not fit."""
     return [fit.warning for fit in (check_fit(plan.student, profile) for profile in plan.profiles) if fit.warning]
 
 
 def _check_width(plan: Plan) -> None:
-    """Check that each format's blocks divide the student's rows."""
+    """Check that the block size of each format divides the row lengths of the student's matrices."""
     width = plan.student.hidden_size
     for row in plan.formats:
         if width % row.block:
@@ -111,7 +111,7 @@ _LEAST_BYTES = 0.9  # per weight, to reserve disk: embedding and head have more 
 
 
 def _export_bytes(plan: Plan) -> float:
-    """Artifacts, the lossless file that llama.cpp quantizes from, and quantization-aware training."""
+    """Return the bytes of the artifacts, of the lossless file for llama.cpp's quantizer, and of QAT."""
     recipe, n_params = plan.recipe, plan.student.n_params
     kept = sum(max(row.bytes_per_weight, _LEAST_BYTES) for row in plan.formats) + recipe.export.bits_per_weight / 8
     on_grid = _training_bytes(recipe, 4 * n_params) + 4.0 * n_params if recipe.quantize.tokens else 0.0
@@ -119,7 +119,7 @@ def _export_bytes(plan: Plan) -> float:
 
 
 def _training_bytes(recipe: Recipe, trained: float) -> float:
-    """Checkpoints with both Adam moments, one more while it is being written, and the result."""
+    """Return the bytes of the kept checkpoints (with both Adam moments), one being written, and the result."""
     return (3 * (recipe.train.keep_checkpoints + 1) + 1) * trained
 
 
@@ -135,7 +135,7 @@ def _build_bytes(plan: Plan) -> float:
 
 
 def _check_disk(out: Path, needed: float) -> None:
-    """`needed`: bytes of the finished build, of which an earlier run may have written some."""
+    """Raise UserError if the disk is too small. needed: bytes of the finished build, of which some may exist."""
     needed -= sum(file.lstat().st_size for file in out.rglob("*") if file.is_file())
     free = free_bytes(out.resolve())
     if free < needed:

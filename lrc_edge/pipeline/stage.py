@@ -1,4 +1,4 @@
-"""A stage, and how it runs: it reads and leaves files, and is skipped while its named inputs stay what they were."""
+"""A stage and its execution: it reads and writes files, and is skipped if its inputs and outputs are unchanged."""
 from __future__ import annotations
 
 import shutil
@@ -45,7 +45,7 @@ class Build:
 
     @cached_property
     def student(self) -> DenseCheckpoint:
-        """What is written and verified: the folded student, or the model of an export."""
+        """The model that is written and verified: the folded student, or the model of an export."""
         return DenseCheckpoint.open(self.out / STUDENT) if self.plan.trains else self.plan.source.checkpoint
 
     @cached_property
@@ -59,14 +59,14 @@ class Build:
 
     @property
     def artifacts(self) -> list[Artifact]:
-        """The files that the stages before have written."""
+        """The files that earlier stages have written."""
         return [Artifact.from_dict(table) for kind in KINDS
                 if kind in self.workspace.manifest["stages"] for table in self.workspace.result(kind)]
 
     # -- parts of stages' inputs --
 
     def digest(self, model: DenseCheckpoint) -> str:
-        """Of a model's config and weights."""
+        """Return the digest of a model's config and weights."""
         return digest([self.workspace.hash(file) for file in (model.path / "config.json", *model.weight_files())])
 
     def digest_of_files(self, files: Iterable[Path]) -> str:
@@ -84,7 +84,7 @@ class Build:
 
 
 def named(section: str, settings: Any, leave_out: Iterable[str] = ()) -> Inputs:
-    """A section of the recipe as inputs: {"train.tokens": 1000, ...}."""
+    """Return a section of the recipe as stage inputs: {"train.tokens": 1000, ...}."""
     return {f"{section}.{key}": value for key, value in asdict(settings).items() if key not in leave_out}
 
 
@@ -97,11 +97,14 @@ def gate_tables(gates: list[Gate]) -> list[Any]:
 class Stage:
     """One step of a build.
 
-    inputs: everything that the outputs depend on, by name. outputs: files or folders below the output directory, given
-    after the work. version: raised when the stage makes other files from the same inputs. wanted: whether a plan has
-    the stage at all. is_optional: if a plan does not have it, what an earlier one left is removed. total: tokens of
-    work, where they are known. is_gate: its result is a list of gates, and the build stops if one fails. finish:
-    called once the outputs are recorded, also when nothing ran.
+    inputs: everything that the outputs depend on, by name.
+    outputs: files or folders below the output directory that the stage writes.
+    version: incremented when the stage writes different files from the same inputs.
+    wanted: whether a plan includes the stage.
+    is_optional: if a plan does not include the stage, outputs of an earlier run are removed.
+    total: the amount of work in tokens, if known.
+    is_gate: the result is a list of gates, and the build stops if one fails.
+    finish: called after the outputs are recorded, also if the stage was skipped.
     """
 
     name: str
@@ -117,7 +120,7 @@ class Stage:
 
 
 def run_stages(stages: Iterable[Stage], build: Build) -> bool:
-    """Run the stages that the plan wants and that are not done. Returns False where a gate of a stage failed."""
+    """Run the stages that the plan includes and that are not done. Returns False if a gate of a stage failed."""
     for stage in stages:
         if not stage.wanted(build.plan):
             if stage.is_optional:
@@ -152,7 +155,7 @@ def _run(stage: Stage, build: Build) -> None:
 
 
 def _drop(stage: Stage, build: Build) -> None:
-    """Remove what the stage left for an earlier recipe: it would be taken for this build's."""
+    """Remove the stage's outputs for an earlier recipe, which would be mistaken for this build's."""
     build.workspace.forget(stage.name)
     for output in (stage.name, *stage.outputs):
         path = build.out / output
@@ -163,6 +166,6 @@ def _drop(stage: Stage, build: Build) -> None:
 
 
 def describe_job(build: Build, **facts: Any) -> None:
-    """Remember what this directory is of, for commands that are given the directory alone."""
+    """Record the recipe and the models in build.json, for commands that get only the directory."""
     build.workspace.manifest |= {"job": {"recipe": build.recipe.as_dict(), **facts}, "lrc_edge": __version__}
     build.workspace.save()

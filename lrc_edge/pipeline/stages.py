@@ -3,7 +3,7 @@
     teacher -> weights data identity train fold -> student -> quantize imatrix sensitivity allocate gguf onnx -> files
     files -> check -> report
 
-A stage reads and leaves files, and is skipped while its named inputs and its outputs stay what they were (stage.py).
+A stage reads and writes files, and is skipped if its named inputs and its outputs are unchanged (stage.py).
 """
 from __future__ import annotations
 
@@ -43,6 +43,6 @@ STAGES = (
 
 
 def stages(first: str = STAGES[0].name, last: str = STAGES[-1].name) -> tuple[Stage, ...]:
-    """The stages from one to another, both included. Raises ValueError for an unknown name."""
+    """Return the stages from `first` to `last`, both included. Raises ValueError for an unknown name."""
     names = [stage.name for stage in STAGES]
     return STAGES[names.index(first):names.index(last) + 1]

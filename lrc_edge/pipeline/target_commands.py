@@ -1,4 +1,4 @@
-"""What `lrc-edge targets` does. Nothing here imports torch or transformers: it runs wherever an artifact runs."""
+"""`lrc-edge targets` and `lrc-edge serve`. Nothing here imports torch or transformers, so both also run on devices."""
 from __future__ import annotations
 
 import logging
@@ -29,8 +29,8 @@ from lrc_edge.targets.serve.command import page_server
 from lrc_edge.workspace import MANIFEST, Workspace
 
 NOTES = ("total: the predicted peak of the resident set; llama.cpp and onnxruntime on x86-64 were within a tenth of "
-         "it (benchmarks/fit.py); other processors are reckoned, browsers fitted to a few measurements in Chromium. "
-         "decode bound: memory bandwidth over the bytes that one token reads, an upper bound and no measurement.")
+         "it (benchmarks/fit.py); other processors are estimated, browsers fitted to a few measurements in Chromium. "
+         "decode bound: memory bandwidth over the bytes that one token reads, an upper bound, not a measurement.")
 VERDICT_STYLES = {"fits": "green", "tight": "yellow", "does not fit": "red"}
 
 
@@ -65,14 +65,14 @@ def show_target(name_or_path: str, console: Console) -> None:
     formats = _table("format", "why, best first")
     for format_ in profile.formats:
         recommended = format_.name == profile.recommended
-        formats.add_row(format_.name, escape(format_.why) + (" (take this one)" if recommended else ""))
+        formats.add_row(format_.name, escape(format_.why) + (" (recommended)" if recommended else ""))
     for table in (figures, formats):
         console.print()
         console.print(table, highlight=False)
 
 
 def kits_named(name: str) -> tuple[Kit, ...]:
-    """What `lrc-edge targets setup NAME` installs: the kits of a runtime, of a target, or "aarch64", the emulator.
+    """Return what `lrc-edge targets setup NAME` installs: the kits of a runtime or target, or "aarch64" (the emulator).
 
     Raises UserError for any other name.
     """
@@ -82,7 +82,7 @@ def kits_named(name: str) -> tuple[Kit, ...]:
 
 
 def setup(names: list[str], yes: bool, console: Console) -> None:
-    """Say what the kits of these targets or runtimes will do, ask where someone is there to answer, and do it."""
+    """Print what setting up these targets or runtimes will do, ask for confirmation on a terminal, and do it."""
     kits = [kit for kit in dict.fromkeys(kit for name in names for kit in kits_named(name)) if kit.missing()]
     if not kits:
         console.print("everything is there")
@@ -98,7 +98,7 @@ def setup(names: list[str], yes: bool, console: Console) -> None:
 
 
 def serve(path: Path, encoding: str, host: str, port: int) -> None:
-    """A page in which the GGUF answers, until Ctrl-C."""
+    """Serve a page to chat with the GGUF, until Ctrl-C."""
     with page_server(path, encoding, host, port) as server:
         print(f"{server.origin}/  (Ctrl-C ends)", flush=True)
         server.wait()
@@ -106,7 +106,7 @@ def serve(path: Path, encoding: str, host: str, port: int) -> None:
 
 @dataclass(frozen=True)
 class Model:
-    """What is to fit. `is_teacher`: a student would be made of it."""
+    """The model whose fit is estimated. `is_teacher`: the recipe would make a student of it."""
 
     name: str
     shape: ModelShape
@@ -114,7 +114,10 @@ class Model:
 
 
 def fit(source: str, target: str, context: int | None, recipe: Recipe, console: Console) -> ExitStatus:
-    """Print the memory fit of the model; for a teacher, also of its planned student, whose fit is the status."""
+    """Print the memory fit of the model; for a teacher, also of its planned student.
+
+    The status is GATE_FAILED if the model (for a teacher: the student) does not fit.
+    """
     profile, model = load_profile(target), find_model(source)
     plans = [(model.name, check_fit(model.shape, profile, context))]
     if model.is_teacher:
@@ -132,7 +135,7 @@ def fit(source: str, target: str, context: int | None, recipe: Recipe, console: 
 
 
 def find_model(source: str) -> Model:
-    """The model of a build's directory, of a Hugging Face directory, or of a hub id (its config.json is downloaded).
+    """Return the model of a build directory, a Hugging Face directory or a hub id (downloads its config.json).
 
     Raises UserError.
     """
@@ -180,7 +183,7 @@ def _print_fit(title: str, plan: Fit, console: Console) -> None:
 
 
 def _rows(shape: ModelShape, plan: Fit) -> list[tuple[str, Callable[[FormatFit], str]]]:
-    """Label and cell of each row of a plan's table."""
+    """Return the label and cells of each table row."""
     layers = shape.num_hidden_layers
 
     def group(name: str) -> Callable[[FormatFit], str]:

@@ -1,4 +1,4 @@
-"""The text of a build: held-out rows, the longer rows and prompts of the verification, and calibration rows."""
+"""The text of a build: held-out sequences, longer sequences and prompts for verification, calibration sequences."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -18,7 +18,7 @@ DEFAULT_PROMPT = "Once upon a time"  # Python's documentation, the default text,
 
 
 def held_out_text(out: Path, recipe: Recipe, model: DenseCheckpoint) -> HeldOut:
-    """The build's held-out text; for a model that came without a build, --data or Python's own documentation."""
+    """Return the build's held-out text; for an export, --data or Python's own documentation."""
     if (out / "data" / "held_out.npz").exists():
         return HeldOut.load(out / "data" / "held_out.npz")
     fields = Fields(recipe.data.text_field, recipe.data.messages_field)
@@ -32,12 +32,12 @@ def row_length(recipe: Recipe, model: DenseCheckpoint) -> int:
 
 
 def held_out_rows(held_out: HeldOut, recipe: Recipe, model: DenseCheckpoint) -> np.ndarray:
-    """(n, L) ids. Raises UserError if there is too little text."""
+    """Return (n, L) ids. Raises UserError if there is too little text."""
     return held_out.rows(row_length(recipe, model), recipe.parity.positions, model.bos())
 
 
 def proof_text(held_out: HeldOut, recipe: Recipe, model: DenseCheckpoint) -> ProofText:
-    """The rows, longer ones as far as the model's context goes, and prompts."""
+    """Return the sequences, longer ones up to the model's context, and prompts."""
     from lrc_edge.targets.proof.prove import ProofText
 
     rows, longest, bos = held_out_rows(held_out, recipe, model), model.context_length, model.bos()
@@ -48,7 +48,7 @@ def proof_text(held_out: HeldOut, recipe: Recipe, model: DenseCheckpoint) -> Pro
 
 
 def calibration(out: Path, held_out: HeldOut, recipe: Recipe, model: DenseCheckpoint) -> Calibration:
-    """Rows of the build's training text, or of the given text after the verification's rows. Raises UserError."""
+    """Return sequences of the training text, or of the given text after the verification's part. Raises UserError."""
     row_len, evaluated = row_length(recipe, model), held_out.ids
     if (out / "data" / "data.json").exists():
         from lrc_edge.train.data.tokenize import PackedRows

@@ -26,7 +26,7 @@ RUN_SETTINGS = ("device", "compile", "gradient_checkpointing", "micro_batch", "w
 
 
 def corpus_inputs(build: Build) -> Inputs:
-    """Everything that the tokens depend on, so that builds with the same inputs may share them (data.cache)."""
+    """Return everything that the tokens depend on. Builds with the same inputs may share tokens (data.cache)."""
     from lrc_edge.train.data.stage import row_length
 
     data, train, model = build.recipe.data, build.recipe.train, build.plan.source.checkpoint
@@ -48,7 +48,7 @@ def data_inputs(build: Build) -> Inputs:
 
 
 def data(build: Build, task: Task) -> Done:
-    """Tokenize the corpus for a model to train on: the teacher, or a finished student before its quantized phase."""
+    """Tokenize the corpus for a build, or for the quantization-aware training of a finished model."""
     from lrc_edge.train.data.stage import row_length, tokenize_corpus
     from lrc_edge.train.data.tokenize import PackedRows
 
@@ -92,7 +92,7 @@ def identity(build: Build, task: Task) -> Done:
 
 
 def fold_identity(teacher: DenseCheckpoint, folder: Path) -> DenseCheckpoint:
-    """Fold the teacher through P = I at full width: the result must be the teacher."""
+    """Fold the teacher through P = I at full width; the result must equal the teacher."""
     import torch
     from safetensors.torch import save_file
 
@@ -142,7 +142,7 @@ def train(build: Build, task: Task) -> Done:
 
 
 def train_finished(build: Build) -> None:
-    """The trained tensors are recorded, so nothing continues from the checkpoints."""
+    """Delete the checkpoints: the trained tensors are recorded, so no run resumes from them."""
     if build.leads:
         shutil.rmtree(build.out / "train" / "checkpoints", ignore_errors=True)
 
@@ -253,7 +253,7 @@ def quantize(build: Build, task: Task) -> Done:
 
 
 def quantize_finished(build: Build) -> None:
-    """The result is recorded in ON_GRID, so nothing continues from the checkpoints."""
+    """Delete the checkpoints: the result is recorded in ON_GRID, so no run resumes from them."""
     from lrc_edge.train.loop.stage import TRAINED_FILE
 
     shutil.rmtree(build.out / "quantize" / "checkpoints", ignore_errors=True)

@@ -1,6 +1,6 @@
-"""`verify`: the proof for files that others made, against the Hugging Face directory that they claim to hold.
+"""`verify`: verify files that other tools made against the Hugging Face model that they were made from.
 
-Nothing in a file is believed: what it says of itself is compared with the directory (the audit), and then it runs.
+The file is not trusted: an audit compares its contents with the directory, and then the file runs.
 """
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from lrc_edge.workspace import MANIFEST
 
 @dataclass
 class Subject:
-    """One file, what was found in it, and the artifact that the proof runs; None of a file that cannot be read."""
+    """One file, the findings of its audit, and the artifact to run (None if the file cannot be read)."""
 
     path: Path
     findings: list[Finding] = field(default_factory=list)
     artifact: Artifact | None = None
 
     def gates(self) -> list[Gate]:
-        """A failed gate for each fault; a passed one for a file without any."""
+        """Return a failed gate for each fault, or one passed gate for a file without faults."""
         found = faults(self.findings)
         return [Gate(fault.name, str(self.path), "faults", 1, 0, "==", fault.text) for fault in found] or [
             Gate("description", str(self.path), "faults", 0, 0, "==")]
@@ -73,7 +73,7 @@ def verify(source: str, files: Sequence[Path], out: Path, recipe: Recipe, consol
 
 
 def _run_files(run: Build, artifacts: list[Artifact], text: ProofText) -> dict[str, Any]:
-    """Run files anywhere as a build's check stage runs its own, and return that stage's result."""
+    """Run files in any folder as the check stage of a build does, and return the stage's result."""
     with running(run.console, "check") as task:
         proof = prove(artifacts, run.out, run.student, None, text, run.recipe, run.plan.threads, None, task)
     gates = gate_tables(proof.gates)
@@ -82,7 +82,7 @@ def _run_files(run: Build, artifacts: list[Artifact], text: ProofText) -> dict[s
 
 
 def _examine(file: Path, model: DenseCheckpoint) -> Subject:
-    """Audit the file. A file that cannot be read is a finding too, so that the others are still verified."""
+    """Audit the file. An unreadable file becomes a finding, so that the other files are still verified."""
     subject = Subject(file)
     try:
         suffix = ".onnx" if file.is_dir() else file.suffix  # a folder with an ONNX model
@@ -113,7 +113,7 @@ EXAMINERS = {".gguf": _examine_gguf, ".onnx": _examine_onnx}
 
 
 def _gguf_artifact(file: Path) -> Artifact:
-    """Describe the file, with the type of most of its bytes as encoding, whatever its metadata state."""
+    """Return the artifact of a GGUF; its encoding is the type of most of its bytes, not what the metadata claim."""
     found = describe_gguf(file)
     sizes: Counter[str] = Counter()
     for tensor in found["tensors"]:

@@ -28,11 +28,10 @@ MODULES = {"wllama": "/page/wllama.mjs", "transformers.js": "/page/transformers_
 
 @contextmanager
 def command(runtime: str, folder: Path) -> Iterator[Command]:
-    """Yield what starts the worker of `runtime`, a key of KITS, while a server gives it the files in `folder`.
+    """Yield the command for the worker of `runtime`, a key of KITS, while a server gives it the files in `folder`.
 
-    The path that `open` gets is the resolved one of a file below it: a .gguf, or an onnx/*.onnx of a transformers.js
-    folder. A worker opens one file: afterwards its page is offline.
-    Raises UserError when a kit is missing.
+    `open` must get the resolved path of a file below the folder: a .gguf, or an onnx/*.onnx of a transformers.js
+    folder. A worker opens one file, because its page is offline afterwards. Raises UserError if a kit is missing.
     """
     if why := missing(KITS[runtime]):
         raise UserError(f"{runtime}: {why}; run lrc-edge targets setup {runtime}")

@@ -28,7 +28,7 @@ SLOWEST_SECONDS = 3600.0  # of one answer: a row of a large model under emulatio
 
 @dataclass(frozen=True)
 class CheckInput:
-    """What every check of a build reads."""
+    """The input of every check of a build."""
 
     out: Path  # the folder that artifacts' paths are relative to
     reference: StoredReference
@@ -38,7 +38,7 @@ class CheckInput:
 
 def check_artifact(artifact: Artifact, runtime: DeviceRuntime, profile: Profile, facts: CheckInput,
                    progress: Progress) -> dict[str, Any]:
-    """One row of the target's table: figures, gates, and `state`: passed, failed or not checked (then `why`)."""
+    """Return a row of the target's table: figures, gates, and `state` (passed, failed, or not checked with `why`)."""
     row: dict[str, Any] = {"target": profile.name, "artifact": artifact.path, "format": artifact.format,
                            "encoding": artifact.encoding, "runtime": runtime.name, "emulated": runtime.emulated,
                            "label": runtime.name, "gates": []}
@@ -57,7 +57,7 @@ def check_artifact(artifact: Artifact, runtime: DeviceRuntime, profile: Profile,
 
 
 class _Check:
-    """One artifact in one runtime. Each result goes into `row` at once, so that a crash loses none."""
+    """The check of one artifact in one runtime. Each result is stored in `row` at once, so that a crash loses none."""
 
     def __init__(self, artifact: Artifact, runtime: DeviceRuntime, profile: Profile, facts: CheckInput,
                  progress: Progress, row: dict[str, Any]):
@@ -103,7 +103,7 @@ class _Check:
                                       self._facts.recipe.gates)
 
     def _token_ids(self, worker: Worker) -> None:
-        """Compare token ids of texts from all over the corpus that fit the context, as many as there is time for."""
+        """Compare the token ids of texts spread over the corpus that fit the context, as many as time allows."""
         self._progress("token ids")
         reference, started = self._facts.reference, time.monotonic()
         asked = [(text, list(ids)) for text, ids in zip(reference.texts, reference.text_ids, strict=True)
@@ -120,7 +120,7 @@ class _Check:
         self.judge("token ids", "mismatches", len(wrong), 0, "==")
 
     def _fill_context(self, worker: Worker) -> None:
-        """Read a prompt that nearly fills the context at once, then generate more tokens than there is room for."""
+        """Read a prompt that nearly fills the context in one pass, then request more tokens than fit."""
         self._progress(f"{self._row['n_ctx']} tokens of context")
         prompt = self._facts.reference.long_prompt(self._row["n_ctx"] - LEFT)
         made = worker.ask("generate", SLOWEST_SECONDS, ids=prompt, n_tokens=8 * LEFT, stop=[])["ids"]
@@ -130,7 +130,7 @@ class _Check:
             self.judge("end of context", "tokens", len(made), 1, ">=")
 
     def _memory(self, worker: Worker) -> None:
-        """Predict memory for every device, and measure it unless emulated: an emulator's memory is not the device's."""
+        """Predict memory; measure it too unless emulated, since an emulator's memory is not the device's."""
         profile, shape = self._profile, self._facts.reference.shape
         memory = memory_of(shape, self._artifact.name, self._runtime.name,
                            min(shape.max_position_embeddings, profile.context), profile.features)

@@ -1,4 +1,4 @@
-"""python_worker in the bare Python of an emulated aarch64 processor, where emulation.py starts it."""
+"""The variant of python_worker that emulation.py starts in the bare Python of an emulated aarch64 processor."""
 from __future__ import annotations
 
 import ctypes
@@ -12,7 +12,7 @@ from lrc_edge.targets.runtimes.python_worker import PythonWorker, answer_request
 
 
 class EmulatedWorker(PythonWorker):
-    """`label`: the runtime's build and the emulated processor."""
+    """A PythonWorker on an emulated processor. `label`: the runtime's build and the processor."""
 
     def __init__(self, runtime: str, label: str):
         super().__init__(runtime)
@@ -27,7 +27,7 @@ class EmulatedWorker(PythonWorker):
 
 
 class OlderLibrary(ctypes.CDLL):
-    """A llama.cpp a little older than its bindings: a function that it lacks fails when called, not at import."""
+    """A llama.cpp slightly older than its bindings: a missing function fails when it is called, not at import."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -43,7 +43,7 @@ class OlderLibrary(ctypes.CDLL):
 
 
 def llama_libraries() -> Path:
-    """The folder of llama.cpp's libraries, its bindings imported."""
+    """Import llama.cpp's bindings and return the folder of its libraries."""
     ctypes.CDLL = OlderLibrary  # type: ignore[misc]
     import llama_cpp
 
@@ -51,12 +51,12 @@ def llama_libraries() -> Path:
 
 
 def load_backends(libraries: Path) -> None:
-    """Of a build with a CPU backend for each generation of processors, the one that suits this processor best."""
+    """Load the best CPU backend for this processor, from a build with one for each generation of processors."""
     ctypes.CDLL(str(libraries / "libggml.so")).ggml_backend_load_all_from_path(os.fsencode(libraries))
 
 
 def cpu_backend() -> str:
-    """The CPU backend that is loaded: libggml-cpu-armv8.2_2.so."""
+    """Return the name of the loaded CPU backend, such as libggml-cpu-armv8.2_2.so."""
     loaded = re.search(r"libggml-cpu-\S+", Path("/proc/self/maps").read_text())
     return loaded.group() if loaded else "no CPU backend"
 

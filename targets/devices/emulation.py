@@ -1,7 +1,7 @@
-"""aarch64 Linux on a machine that is not: the Python worker in qemu's user-mode emulation of one processor.
+"""aarch64 Linux on another machine: the Python worker in qemu's user-mode emulation of one processor.
 
-Instructions, threads and the arithmetic of the real libraries are what an aarch64 machine runs; its kernel, its memory
-and its speed are not. The kit needs no rights: packages are unpacked into the cache, never installed.
+Instructions, threads and arithmetic of the real libraries are the same as on an aarch64 machine; kernel, memory and
+speed are not. The kit does not need root: packages are unpacked into the cache, never installed.
 """
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Aarch64:
                 f"all unpacked into {self.folder}  (260 MB; nothing is installed on the system)"]
 
     def install(self, say: Say) -> None:
-        """Raises UserError if apt-get, pip or npm is missing or fails, and then leaves no files."""
+        """Unpack the kit. Raises UserError, and leaves no files, if apt-get, pip or npm is missing or fails."""
         absent = [program for program in PROGRAMS if shutil.which(program) is None]
         absent += [] if importlib.util.find_spec("pip") else ["pip"]
         if absent:
@@ -88,7 +88,7 @@ KIT = Aarch64()
 
 
 def command(runtime: str, cpu: str) -> Command:
-    """What starts a worker with `runtime`, one of BUILDS, on one of CPUS. The kit must be installed.
+    """Return the command for a worker with `runtime`, one of BUILDS, on one of CPUS. The kit must be installed.
 
     Raises UserError for another processor.
     """
@@ -100,14 +100,14 @@ def command(runtime: str, cpu: str) -> Command:
 
 
 def emulator(folder: Path) -> Path | None:
-    """qemu: the kit's own, else this machine's."""
+    """Return the path of qemu: the kit's own, else this machine's."""
     found = shutil.which("qemu-aarch64-static", path=folder) or shutil.which("qemu-aarch64-static") \
         or shutil.which("qemu-aarch64")
     return Path(found) if found else None
 
 
 def _python(folder: Path, cpu: str, program: str) -> tuple[str, ...]:
-    """`program` in the emulated Python, which sees no user's packages or settings; more arguments may follow."""
+    """Return the command line for `program` in the emulated Python, without the user's packages and settings."""
     return (str(emulator(folder)), "-cpu", cpu, "-L", str(folder / cpu),
             str(folder / "root" / "usr" / "bin" / "python3"), "-I", "-S", "-c", PATHS + program,
             str(folder / "site"), str(Path(lrc_edge.__file__).parent), str(Path(__file__).parents[2]))
@@ -122,7 +122,7 @@ def _write_root(folder: Path, cpu: str) -> None:
 
 
 def _unpack_debian(folder: Path, downloads: Path, say: Say) -> None:
-    """The emulator and DEBIAN with what they depend on, by an apt whose state is in `downloads`."""
+    """Unpack the emulator, DEBIAN and their dependencies, with an apt whose state is in `downloads`."""
     (downloads / "partial").mkdir()
     (downloads / "status").touch()
     host = run(["dpkg", "--print-architecture"], _silently).strip()
@@ -140,7 +140,7 @@ def _unpack_debian(folder: Path, downloads: Path, say: Say) -> None:
 
 
 def _install_packages(folder: Path, downloads: Path, say: Say) -> None:
-    """Python's packages into `site`: WHEELS, and llama.cpp's bindings with the libraries of node-llama-cpp."""
+    """Install Python packages into `site`: WHEELS, and llama.cpp's bindings with node-llama-cpp's libraries."""
     version = (folder / "root" / "usr" / "bin" / "python3").readlink().name.removeprefix("python")
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     run([*pip, "install", "--target", str(folder / "site"), "--no-deps", "--no-compile", "--only-binary", ":all:",
@@ -170,7 +170,7 @@ def _node_package() -> str:
 
 
 def _installed_bindings() -> Path | None:
-    """The folder of the llama_cpp package in this Python, if it has the right version."""
+    """Return the folder of the llama_cpp package in this Python, if it has the right version."""
     try:
         if importlib.metadata.version("llama-cpp-python") != LLAMA_CPP_PYTHON:
             return None

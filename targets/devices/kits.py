@@ -1,7 +1,7 @@
 """Kits: what the runtimes of devices need besides Python, and how `lrc-edge targets setup` installs it.
 
-A kit is a folder in the cache whose name contains a digest of its pinned versions: other versions, another folder. It
-is complete or absent. If a package needs root and setup runs without it, setup prints the exact command.
+A kit is a folder in the cache whose name contains a digest of its pinned versions: other versions get another folder.
+It is either complete or absent. If a package needs root and setup runs without it, setup prints the exact command.
 """
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Say = Callable[[str], None]
 
 
 def cache_folder() -> Path:
-    """$LRC_EDGE_CACHE, or lrc-edge in the user's cache folder."""
+    """Return $LRC_EDGE_CACHE, or lrc-edge in the user's cache folder."""
     own = os.environ.get("LRC_EDGE_CACHE")
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lrc-edge"
 
 
 @dataclass(frozen=True)
 class Npm:
-    """Packages from the npm registry, with what they depend on, in `<folder>/node_modules`. No install scripts run."""
+    """npm packages with their dependencies, in `<folder>/node_modules`. No install scripts run."""
 
     name: str
     packages: tuple[str, ...]  # name@version
@@ -44,17 +44,17 @@ class Npm:
         return self.folder / "node_modules" / package
 
     def missing(self) -> str | None:
-        """Why it cannot be used; None when it can."""
+        """Return why it cannot be used; None if it can."""
         if shutil.which("node") is None:
             return "node is not installed (nodejs.org, 20 or newer)"
         return None if self.folder.exists() else f"{self.name} is not installed"
 
     def plan(self) -> list[str]:
-        """What `install` will do, in lines."""
+        """Return lines that describe what `install` will do."""
         return [f"npm install {' '.join(self.packages)}  ({self.size}, into {self.folder})"]
 
     def install(self, say: Say) -> None:
-        """Raises UserError if npm is missing or fails, and then leaves no files."""
+        """Install the packages. Raises UserError, and leaves no files, if npm is missing or fails."""
         if shutil.which("npm") is None:
             raise UserError(f"{self.name}: npm is not installed; install Node.js 20 or newer, which brings it")
         with unfinished(self.folder) as folder:
@@ -139,7 +139,7 @@ def digest(*pins: str) -> str:
 
 
 class unfinished:
-    """A new folder that becomes `folder` if the block succeeds, and is removed if it does not."""
+    """Yield a new folder that becomes `folder` if the block succeeds, and is removed otherwise."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -156,7 +156,7 @@ class unfinished:
 
 
 def run(argv: list[str], say: Say, cwd: Path | None = None) -> str:
-    """Standard output of a command that must succeed. Raises UserError with its last lines."""
+    """Run a command and return its standard output. If it fails, raises UserError with its last lines."""
     say(" ".join(argv))
     try:
         done = subprocess.run(argv, cwd=cwd, capture_output=True, text=True, check=False)
@@ -169,5 +169,5 @@ def run(argv: list[str], say: Say, cwd: Path | None = None) -> str:
 
 
 def missing(kits: tuple[Kit, ...]) -> str | None:
-    """The first reason why a runtime with these kits cannot run; None when it can."""
+    """Return the first reason why a runtime with these kits cannot run; None if it can."""
     return next((why for kit in kits if (why := kit.missing())), None)

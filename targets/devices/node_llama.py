@@ -1,4 +1,4 @@
-"""llama.cpp in node: the command that starts the worker (worker.py) of node-llama-cpp."""
+"""llama.cpp in node: the command for the worker (worker.py) of node-llama-cpp."""
 from __future__ import annotations
 
 import shutil
@@ -13,7 +13,7 @@ KITS: tuple[Kit, ...] = (NODE_LLAMA_CPP,)
 
 
 def command() -> Command:
-    """Raises UserError when the kit is missing."""
+    """Return the command. Raises UserError if the kit is missing."""
     if why := missing(KITS):
         raise UserError(f"node-llama-cpp: {why}; run lrc-edge targets setup node-llama-cpp")
     script = Path(__file__).parent / "node" / "node_llama_cpp.mjs"

@@ -15,7 +15,7 @@ from lrc_edge.targets.devices.kits import Apt, Npm, Say, cache_folder, digest, r
 
 @dataclass(frozen=True)
 class NpmFiles(Npm):
-    """Some files of npm packages, without what the packages depend on."""
+    """Some files of npm packages, without their dependencies."""
 
     files: tuple[str, ...] = ()  # paths within any of the packages
 

@@ -1,8 +1,9 @@
 """Compare how runtimes render conversations with Hugging Face; each engine is reported by name.
 
-llama.cpp has three: llama-cpp-python renders with Jinja, llama_chat_apply_template (the C API, which many bindings use)
-imitates the templates of some families, and llama-server has a Jinja of its own. The first is a gate. The C API cannot
-render every template, so its result is only reported; so is the server's, where this machine has one.
+llama.cpp has three engines: llama-cpp-python renders with Jinja, llama_chat_apply_template (the C API, which many
+bindings use) imitates the templates of some families, and llama-server has its own Jinja. The first is a gate. The C
+API cannot render every template, so its result is only reported, and so is that of llama-server, if this machine has
+one.
 """
 from __future__ import annotations
 
@@ -43,7 +44,7 @@ class ChatParity:
 
     def judge(self, artifact: str, runtime: WorkerRuntime, name: str, file: Path
               ) -> tuple[list[Gate], dict[str, Any] | None]:
-        """The gates of the runtime's own Jinja, and the report's row; nothing for a model without a template."""
+        """Return the gates of the runtime's own Jinja and the report's row; empty if there is no template."""
         if not self._expected:
             return [], None
         gate = Gate(name, artifact, "mismatches", None, 0, "==")
@@ -78,7 +79,7 @@ class ChatParity:
         return n
 
     def _other_engine(self, engine: str, runtime: WorkerRuntime, file: Path) -> str:
-        """ "yes", "no", or why it did not run."""
+        """Return "yes", "no", or why the engine did not run."""
         if engine != "server":  # a program of its own
             return self._report(lambda messages: runtime.render_chat(messages, engine))
         program = server_program()
@@ -91,7 +92,7 @@ class ChatParity:
             return f"not run: {error}"
 
     def _report(self, render: Render) -> str:
-        """Compare the texts, then whether the program adds a second BOS while it tokenizes."""
+        """Compare the texts, then check whether the program adds a second BOS while it tokenizes."""
         try:
             for messages, text, ids in self._expected:
                 got, got_ids = render(messages)

@@ -14,7 +14,7 @@ DEFAULT = "f16"  # llama.cpp's own
 
 def kv_cache_advice(artifacts: Iterable[Mapping[str, Any]], shape: ModelShape, profiles: Iterable[Profile],
                     most_added: float) -> list[dict[str, Any]]:
-    """A row for each profile and the GGUF that suits it best: the largest cache that fits, if it is precise enough.
+    """Return a row for each profile with its best GGUF: the largest cache type that fits, if it is precise enough.
 
     `most_added`: nats that a cache may add to the KL of llama.cpp's default cache.
     """

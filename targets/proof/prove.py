@@ -39,7 +39,7 @@ from lrc_edge.targets.runtimes.worker_runtime import WorkerRuntime
 
 @dataclass
 class Proof:
-    """The report's entries on the artifacts, and the gates."""
+    """The result: the report's entries on the artifacts, and the gates."""
 
     artifacts: list[dict[str, Any]] = field(default_factory=list)
     gates: list[Gate] = field(default_factory=list)
@@ -54,7 +54,7 @@ class Proof:
 
 @dataclass(frozen=True)
 class ProofText:
-    """Held-out text: rows (n, L); longer rows, one of each length (T,); beginnings for sample texts."""
+    """Held-out text: rows (n, L); longer rows (T,), one of each length; prompts for sample texts."""
 
     rows: np.ndarray
     long_rows: tuple[np.ndarray, ...]
@@ -65,8 +65,8 @@ def prove(artifacts: Sequence[Artifact], folder: Path, student: DenseCheckpoint,
           text: ProofText, recipe: Recipe, threads: int, teacher: DenseCheckpoint | None, task: Task) -> Proof:
     """Verify every artifact below `folder`.
 
-    `on_grid`: the student trained on the grid of the 4-bit files. Files made from it are compared with both: with the
-    student for what quantization lost, with `on_grid` for whether they compute what was trained.
+    `on_grid`: the student after quantization-aware training. Files made from it are compared with both models: with the
+    student to measure the loss from quantization, with `on_grid` to check that they compute what was trained.
     """
     prover = _Prover(folder, student, text, recipe, threads, task)
     prover.expect(artifacts, teacher, on_grid)
@@ -78,7 +78,7 @@ def prove(artifacts: Sequence[Artifact], folder: Path, student: DenseCheckpoint,
 
 
 class _Prover:
-    """The references, read once, and the results so far."""
+    """The reference logits, computed once, and the results so far."""
 
     def __init__(self, folder: Path, student: DenseCheckpoint, text: ProofText, recipe: Recipe, threads: int,
                  task: Task):
@@ -148,7 +148,7 @@ class _Prover:
         return counted
 
     def _affordable(self, seconds_per_token: float) -> Iterator[np.ndarray]:
-        """The long rows, cut to what PyTorch reads in parity.long_seconds at this speed; attention grows with T^2."""
+        """Return the long rows, cut to what PyTorch reads in parity.long_seconds (attention grows with T^2)."""
         shape, length = self._student.shape, self._text.rows.shape[1]
 
         def flops(n_tokens: int) -> float:
@@ -166,7 +166,7 @@ class _Prover:
                 yield row[:n_tokens]
 
     def _spread(self, n_tokens: int) -> list[int]:
-        """Positions spread over a row, including its last one."""
+        """Return positions spread over a row, including its last one."""
         n = min(2 * self._recipe.parity.long_positions, n_tokens)
         return sorted({int(p) for p in np.linspace(0, n_tokens, n + 1)[1:] - 1})
 
@@ -183,7 +183,7 @@ class _Prover:
         return [token for token in ids if 0 <= token < len(self._tokenizer)]
 
     def _store(self) -> None:
-        """Store the student's outputs for devices, which have no PyTorch."""
+        """Store the student's outputs for checks on devices, which need no PyTorch."""
         texts = corpus_of(self._tokenizer)
         StoredReference.of(
             self._held_out.ids, self._held_out.logits, [normalize(self._tokenizer, text) for text in texts],
@@ -193,7 +193,7 @@ class _Prover:
     # Artifacts
 
     def prove_artifact(self, artifact: Artifact) -> None:
-        """Verify one file in every part. A part whose runtime fails fails its own gates; the others go on."""
+        """Verify one file, part by part. If the runtime fails in a part, that part's gates fail; others continue."""
         first, others = verifiers_of(artifact.format)
         entry: dict[str, Any] = {**artifact.as_dict(), "runtime": first.name, "parity": {}}
         self.proof.artifacts.append(entry)
@@ -254,7 +254,7 @@ class _Prover:
                     self.proof.gates += gates_of_grid(path, blocks, metrics[1], limits)
 
     def _compare(self, runtime: WorkerRuntime, mode: str, against: Sequence[HeldOutRows], path: str) -> list[Any]:
-        """Metrics of the same rows against each of the references."""
+        """Return the metrics of the same rows against each of the references."""
         comparisons = [Comparison(self._recipe.parity.near_tie) for _ in against]
         ids, n_done = against[0].ids, 0
         runtime.open()
@@ -274,7 +274,7 @@ class _Prover:
 
     def _length_parity(self, artifact: Artifact, runtime: WorkerRuntime, entry: dict[str, Any], rows: HeldOutRows
                        ) -> None:
-        """Compare one long row in one pass, at positions spread over it; every other one is read alone."""
+        """Compare one long row in one pass, at positions spread over it. Every second one is read as a single token."""
         [ids], positions = rows.ids, rows.positions or ()
         kind, limits = artifact.name, self._recipe.gates
         names = [f"{mode} at {len(ids):,} tokens" for mode in ("prefill", "decode")]
@@ -295,7 +295,7 @@ class _Prover:
         self._advance(f"{artifact.path}: {len(ids):,} tokens", len(ids))
 
     def _caches(self, row: Runtime) -> list[str]:
-        """The types that the KV cache can have for this model: their blocks must divide head_dim."""
+        """Return the types that the KV cache can have for this model: their blocks must divide head_dim."""
         return [name for name in row.caches if self._student.shape.head_dim % format_of(f"gguf:{name}").block == 0]
 
     def _kv_rows(self) -> np.ndarray:
@@ -303,7 +303,7 @@ class _Prover:
         return self._text.rows[:-(-self._recipe.parity.kv_cache_positions // length)]
 
     def _kv_cache(self, artifact: Artifact, runtime: WorkerRuntime) -> dict[str, float | None]:
-        """KL mean with the KV cache in each type; None where the model cannot have it, or the runtime failed."""
+        """Measure the mean KL with each type of KV cache; None if the model cannot have it, or the runtime failed."""
         found: dict[str, float | None] = dict.fromkeys(runtime.row.caches)
         for kind in self._caches(runtime.row):
             gate = Gate(f"KV cache in {kind}", artifact.path, "failures", 1, 0, "==")
@@ -319,7 +319,7 @@ class _Prover:
         return found
 
     def _generation(self, artifact: Artifact, runtime: WorkerRuntime, only_first: bool = False) -> dict[str, str]:
-        """Sample texts. A runtime that answers nothing, or ids outside the vocabulary, has failed."""
+        """Generate sample texts. A runtime that returns no ids, or ids outside the vocabulary, has failed."""
         gate = Gate(f"smoke generation{runtime.row.gate_suffix}", artifact.path, "tokens", None, 1, ">=")
         made: list[int] = []
         with self._failing(lambda why: [gate.because(why)]):
@@ -343,7 +343,7 @@ class _Prover:
             self.proof.gates.append(gate.judged(found.n_mismatches))
 
     def _chat_parity(self, artifact: Artifact, runtime: WorkerRuntime) -> None:
-        """The chat template, by each engine of the runtime."""
+        """Compare the chat template as rendered by each engine of the runtime."""
         name = f"chat template{runtime.row.gate_suffix}"
         gates, row = self._chat.judge(artifact.path, runtime, name, self._folder / artifact.path)
         self.proof.gates += gates
@@ -351,7 +351,7 @@ class _Prover:
             self.proof.chat_template.append(row)
 
     def _stop_tokens(self, artifact: Artifact, runtime: WorkerRuntime) -> None:
-        """Every token that ends a text in Hugging Face must end it in the runtime, which else generates without end."""
+        """Check that the runtime ends a text at every token that ends it in Hugging Face, or it would never stop."""
         gate = Gate(f"stop tokens{runtime.row.gate_suffix}", artifact.path, "missing", None, 0, "==")
         with self._failing(lambda why: [gate.because(why)]):
             missing = sorted(set(self._stop) - runtime.end_tokens())

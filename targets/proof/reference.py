@@ -30,7 +30,7 @@ class Reference:
 
     @torch.inference_mode()
     def prefill(self, ids: np.ndarray, positions: Sequence[int] | None = None) -> np.ndarray:
-        """(T,) -> (P, V) at `positions`; by default at all of them."""
+        """Return (P, V) logits of ids (T,) at `positions`; by default at all of them."""
         kept: Any = 0 if positions is None else torch.tensor(list(positions))
         logits = self.model(input_ids=torch.from_numpy(np.asarray(ids, dtype=np.int64))[None], use_cache=False,
                             logits_to_keep=kept).logits
@@ -52,9 +52,9 @@ class Reference:
 
     @torch.no_grad()
     def rounding(self, ids: np.ndarray) -> float:
-        """PyTorch's own rounding: the largest difference between float32's and float64's logits on rows (n, L).
+        """Return PyTorch's own rounding: the largest difference between float32 and float64 logits on rows (n, L).
 
-        Some tokens of some rows are enough. At least the distance between neighbouring floats at the largest logit.
+        A sample of tokens is used. The result is at least the spacing of float32 numbers at the largest logit.
         """
         rows = torch.from_numpy(np.asarray(ids[:ROUNDING_ROWS, :ROUNDING_TOKENS], dtype=np.int64))
         single = self.model(input_ids=rows, use_cache=False).logits
@@ -67,7 +67,7 @@ class Reference:
 
 
 class _OneDnnLinear(nn.Linear):
-    """Float32 products by oneDNN: on AMD processors MKL leaves AVX-512 unused (2.7 times slower, docs/LOG.md)."""
+    """A float32 linear that uses oneDNN: on AMD processors MKL does not use AVX-512 (2.7 times slower, docs/LOG.md)."""
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         if inputs.dtype != torch.float32:
@@ -77,7 +77,7 @@ class _OneDnnLinear(nn.Linear):
 
 
 def _use_onednn(model: nn.Module) -> None:
-    """Replace the model's linears where this PyTorch has oneDNN. The weights are unchanged."""
+    """Replace the model's linears if this PyTorch has oneDNN. The weights are unchanged."""
     if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         for module in model.modules():
             if type(module) is nn.Linear:
@@ -109,7 +109,7 @@ def _in_float64(model: PreTrainedModel) -> Iterator[None]:
 class HeldOutRows:
     """Held-out ids (n, L), and the PyTorch student's logits at `positions` of each row, (n, P, V) float32.
 
-    The logits live in a file that has no name: they may be larger than the model.
+    The logits are in an unnamed temporary file, because they may be larger than the model.
     """
 
     ids: np.ndarray
@@ -119,7 +119,7 @@ class HeldOutRows:
     @classmethod
     def of(cls, reference: Reference, ids: np.ndarray, positions: Sequence[int] | None = None,
            folder: Path | None = None, progress: Progress | None = None) -> HeldOutRows:
-        """`folder`: its disk holds the logits. Raises OSError if it is full."""
+        """Compute the logits. `folder`: on the disk that stores them. Raises OSError if the disk is full."""
         file = tempfile.TemporaryFile(dir=folder)
         shape: tuple[int, ...] = ()
         for row in ids:
@@ -133,12 +133,12 @@ class HeldOutRows:
                    None if positions is None else tuple(positions))
 
     def next_ids(self, row: int) -> np.ndarray:
-        """(P,) the tokens that follow the positions; -1 where none does."""
+        """Return (P,) the tokens that follow the positions; -1 where none does."""
         following = next_ids(self.ids[row])
         return following if self.positions is None else following[list(self.positions)]
 
     def compare(self, logits_of: Callable[[np.ndarray], np.ndarray], near_tie: float) -> Metrics:
-        """Metrics of another model, which gives the logits (P, V) of a row (L,)."""
+        """Return the metrics of another model. `logits_of`: maps a row (L,) to logits (P, V)."""
         comparison = Comparison(near_tie)
         for row, ids in enumerate(self.ids):
             comparison.update(self.logits[row], logits_of(ids), self.next_ids(row))
@@ -146,5 +146,5 @@ class HeldOutRows:
 
 
 def compare_models(reference: Reference, other: Reference, ids: np.ndarray, near_tie: float) -> Metrics:
-    """Metrics of `other` against `reference` on rows of ids (n, L)."""
+    """Return the metrics of `other` against `reference` on rows of ids (n, L)."""
     return HeldOutRows.of(reference, ids).compare(other.prefill, near_tie)

@@ -36,12 +36,12 @@ def compare_token_ids(tokenizer: PreTrainedTokenizerBase, tokenize: Callable[[Se
                       strings: Sequence[str] | None = None) -> TokenParity:
     """Compare ids on `strings`, or on `corpus_of` the tokenizer.
 
-    `tokenize`: a runtime's, of many texts. Its counterpart is `tokenizer.encode(text)`: BOS and EOS as the model adds
-    them, special tokens in the text parsed.
+    `tokenize`: the runtime's, for many texts. Its counterpart is `tokenizer.encode(text)`: BOS and EOS as the model
+    adds them, special tokens in the text parsed.
 
     Runtimes do not normalize text. A tokenizer with a Unicode normalizer (Qwen's NFC) reads a decomposed "é" as the
     composed one, which no GGUF can express. For such a string the runtime gets the normalized text, and the result
-    counts them.
+    counts such strings.
     """
     if strings is None:
         strings = corpus_of(tokenizer)
@@ -56,12 +56,12 @@ def compare_token_ids(tokenizer: PreTrainedTokenizerBase, tokenize: Callable[[Se
 
 
 def corpus_of(tokenizer: PreTrainedTokenizerBase) -> Sequence[str]:
-    """The tokenizer test strings, with the tokenizer's own special tokens."""
+    """Return the tokenizer test strings, including the tokenizer's own special tokens."""
     return awkward_strings([str(token) for token in tokenizer.get_added_vocab()])
 
 
 def normalize(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """Text after the tokenizer's Unicode normalizer (NFC, NFKC, NFD, NFKD); other normalizers are the runtime's."""
+    """Apply the tokenizer's Unicode normalizer (NFC, NFKC, NFD, NFKD). Runtimes must apply any other themselves."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     normalizer = backend.normalizer if backend is not None else None
     if normalizer is None or type(normalizer).__name__ not in ("NFC", "NFKC", "NFD", "NFKD"):

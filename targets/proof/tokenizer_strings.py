@@ -1,7 +1,7 @@
-"""Strings on which tokenizers disagree: tables of awkward pieces, each alone, in context, and in seeded mixtures.
+"""Tokenizer test strings: difficult pieces, each alone, in context, and in seeded mixtures.
 
-Nothing here is random between runs. Characters come from Unicode 13 and earlier: libraries differ in their support
-of later additions, whatever the export.
+Every run uses the same strings. Characters come from Unicode 13 or earlier, because libraries differ in their support
+of later characters.
 """
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _single_pieces() -> Iterator[str]:
 
 
 def _runs() -> Iterator[str]:
-    """The same piece many times: merges of runs depend on the order of merging."""
+    """Return pieces repeated many times, whose tokens depend on the order of merging."""
     for space in (" ", "\t", "\n", "\r\n", "\u00a0", "\u3000"):
         for n in (2, 3, 4, 5, 7, 8, 15, 16, 17, 33, 64):
             yield space * n
@@ -112,7 +112,7 @@ def _digits() -> Iterator[str]:
 
 
 def _with_context() -> Iterator[str]:
-    """Pieces between letters, spaces and line ends: what precedes a piece decides where it is split off."""
+    """Return pieces between letters, spaces and line ends, because the context decides where text is split."""
     for piece in (*_CONTRACTIONS, *_COMBINING, *_EMOJI):
         yield f"I{piece} we{piece}\n"
     for piece in (*_SPACES, *_INVISIBLE, "\u0001", "\u001b"):
@@ -137,7 +137,7 @@ def _with_special(special_tokens: Sequence[str]) -> Iterator[str]:
 
 
 def _mixtures(rng: random.Random, n: int) -> Iterator[str]:
-    """Words, spaces and pieces of every table in one string."""
+    """Return strings that mix words, spaces and pieces of every table."""
     words = [word for text in (*_SENTENCES, *_CODE) for word in text.split(" ") if word]
     pieces = [*_EMOJI, *_COMBINING, *_CONTRACTIONS, *_INVISIBLE, *_EDGES, "123", "45678", "0.5", "\n\n", "\t"]
     for _ in range(n):
@@ -147,7 +147,7 @@ def _mixtures(rng: random.Random, n: int) -> Iterator[str]:
 
 
 def _unicode(rng: random.Random, n: int) -> Iterator[str]:
-    """Characters of the ranges above, unassigned ones left out."""
+    """Return characters of the ranges above, except unassigned ones."""
     weights = [weight for _, _, weight in _RANGES]
     for _ in range(n):
         drawn = (chr(rng.randint(first, last))

@@ -1,8 +1,8 @@
 """Find out whether llama.cpp's extra buffers (AMX tiles, repacked rows) work on this processor.
 
-When gcc before 14.1 builds them, its AMX kernels read a tile configuration that the compiler never stored, and crash
-(llama.cpp #20824). Child processes test this once for each machine and build of the library: they decode some tokens of
-a tiny quantized model with the extra buffers and without. The result is kept in the cache.
+If gcc before 14.1 compiled llama.cpp, its AMX kernels read a tile configuration that the compiler never stored, and
+crash (llama.cpp #20824). Child processes test this once for each machine and build of the library: they decode some
+tokens of a tiny quantized model with the extra buffers and without. The result is kept in the cache.
 """
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ REBUILD = (f"CMAKE_ARGS='-DCMAKE_C_FLAGS=\"{BUILD_FLAGS}\" -DCMAKE_CXX_FLAGS=\"{
 
 @dataclass(frozen=True)
 class ExtraBuffers:
-    """Whether llama.cpp may use its extra buffers here; if not, why: a clause for the report."""
+    """Whether llama.cpp may use its extra buffers here. If not, `why` is a clause for the report."""
 
     usable: bool
     why: str = ""
@@ -47,7 +47,7 @@ class ExtraBuffers:
 
 @functools.cache
 def extra_buffers() -> ExtraBuffers:
-    """The cached result, else the probe's. Without llama-cpp-python there is nothing to probe."""
+    """Return the cached result, or run the probe. Without llama-cpp-python there is nothing to probe."""
     spec = find_spec("llama_cpp")
     if spec is None or spec.origin is None:
         return ExtraBuffers(True)
@@ -70,7 +70,7 @@ def extra_buffers() -> ExtraBuffers:
 
 
 def probe() -> ExtraBuffers | None:
-    """Run both variants in child processes. None when the model does not run without the extra buffers either."""
+    """Run both variants in child processes. Returns None if the model fails even without the extra buffers."""
     plain, extra = _run(False), _run(True)
     if not isinstance(plain, np.ndarray):
         return None
@@ -85,7 +85,7 @@ def probe() -> ExtraBuffers | None:
 
 
 def _run(use_extra: bool) -> np.ndarray | str:
-    """Logits of the tiny model, or how the child ended."""
+    """Return the logits of the tiny model, or how the child process ended."""
     command = [sys.executable, "-P", "-m", "lrc_edge.targets.runtimes.llama_probe_child", str(int(use_extra))]
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS)
@@ -101,7 +101,7 @@ def _run(use_extra: bool) -> np.ndarray | str:
 
 @contextmanager
 def sound_buffers() -> Iterator[None]:
-    """Open models in this block with the extra buffers only where they work.
+    """In the block, models are opened with the extra buffers only if these work.
 
     For llama-cpp-python's own `Llama`, which has no parameter for it.
     """
@@ -125,14 +125,14 @@ def sound_buffers() -> Iterator[None]:
 
 
 def _digest(package: Path) -> str:
-    """Digest of the processor and of the library's files."""
+    """Return a digest of the processor and the library's files."""
     files = sorted((package / "lib").glob("*"))
     parts = [_cpu(), *(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def _cpu() -> str:
-    """The processor's name and its instruction sets."""
+    """Return the processor's name and instruction sets."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

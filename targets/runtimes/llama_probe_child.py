@@ -16,7 +16,7 @@ WIDTH, VOCAB, N_TOKENS = 256, 64, 32
 
 
 def tiny_model() -> bytes:
-    """A GGUF of one llama layer in Q8_0 with random weights, written by hand: the gguf package may be missing."""
+    """Return a GGUF of one random llama layer in Q8_0, written without the gguf package, which may be missing."""
     rng = np.random.default_rng(0)
     metadata: list[tuple[str, Any]] = [
         ("general.architecture", "llama"), ("llama.context_length", N_TOKENS), ("llama.embedding_length", WIDTH),
@@ -42,7 +42,7 @@ def tiny_model() -> bytes:
 
 
 def _q8_0(rng: np.random.Generator, rows: int) -> tuple[int, bytes]:
-    """ggml's number of the type, and blocks of 32 weights of about 1/16: a float16 scale, then 32 integers."""
+    """Return ggml's number of the type, and blocks of 32 weights of about 1/16: a float16 scale, then 32 integers."""
     blocks = np.zeros(rows * WIDTH // 32, np.dtype([("scale", "<f2"), ("quants", "i1", 32)]))
     blocks["scale"] = 1 / 1024
     blocks["quants"] = rng.integers(-127, 128, (len(blocks), 32))
@@ -50,7 +50,7 @@ def _q8_0(rng: np.random.Generator, rows: int) -> tuple[int, bytes]:
 
 
 def _q4_0(rng: np.random.Generator, rows: int) -> tuple[int, bytes]:
-    """The same with integers of 4 bits, two in a byte."""
+    """Like `_q8_0`, with 4-bit integers, two per byte."""
     blocks = np.zeros(rows * WIDTH // 32, np.dtype([("scale", "<f2"), ("quants", "u1", 16)]))
     blocks["scale"] = 1 / 64
     blocks["quants"] = rng.integers(0, 256, (len(blocks), 16))

@@ -18,7 +18,7 @@ START_SECONDS, ANSWER_SECONDS = 120.0, 60.0
 
 
 def server_program() -> Path | None:
-    """$LLAMA_SERVER, or the llama-server on PATH."""
+    """Return $LLAMA_SERVER, or the llama-server on PATH."""
     found = shutil.which(os.environ.get("LLAMA_SERVER", "llama-server"))
     return Path(found) if found else None
 
@@ -53,7 +53,7 @@ class LlamaServer:
         self._process.close()
 
     def render_chat(self, messages: list[dict[str, str]]) -> tuple[str, list[int]]:
-        """The rendered prompt and its ids."""
+        """Return the rendered prompt and its ids."""
         prompt = self._ask("/apply-template", {"messages": messages})["prompt"]
         ids = self._ask("/tokenize", {"content": prompt, "add_special": True, "parse_special": True})["tokens"]
         return prompt, ids

@@ -24,7 +24,7 @@ CACHES = {"f32": 0, "f16": 1, "q8_0": 8, "q4_0": 2}
 class LlamaCpp(TextRuntime):
     """A GGUF file loaded by llama.cpp on the CPU.
 
-    n_ctx: tokens of the longest row, 0 for the file's own context length. threads: at most the machine's processors,
+    n_ctx: tokens of the longest sequence; 0: the file's own context length. threads: at most the machine's processors,
     which is also the default. cache: a key of CACHES. The default is f32 without flash attention, so that differences
     from PyTorch come from the weights; the others use llama.cpp's own defaults, as programs on devices do.
     extra_buffers: whether llama.cpp may repack weights for this processor; by default llama_probe decides.
@@ -141,7 +141,7 @@ class LlamaCpp(TextRuntime):
             raise RuntimeError(f"{self.path}: llama_decode failed with status {status}: {llama_log.errors()}")
 
     def _logits(self, i: int) -> np.ndarray:
-        """(V,) logits of token i of the last call: a view that the next call overwrites."""
+        """Return (V,) logits of token i of the last call: a view that the next call overwrites."""
         return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self._context, i), shape=(self.vocab_size,))
 
     # Text
@@ -164,7 +164,7 @@ class LlamaCpp(TextRuntime):
         return b"".join(self.piece(i) for i in ids).decode("utf-8", errors="replace")
 
     def piece(self, token: int, special: bool = False) -> bytes:
-        """Bytes of one token; a control token has none unless `special`."""
+        """Return the bytes of one token; a control token has none unless `special`."""
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
@@ -175,7 +175,7 @@ class LlamaCpp(TextRuntime):
 
     @property
     def chat_template(self) -> str | None:
-        """The file's default chat template (Jinja), or None."""
+        """Return the file's default chat template (Jinja), or None."""
         template = llama_cpp.llama_model_chat_template(self._model, None)
         return template.decode("utf-8") if template else None
 
@@ -184,9 +184,9 @@ class LlamaCpp(TextRuntime):
 
         jinja: llama-cpp-python's. The template writes the BOS where it wants one, so none is added: that is what
         Hugging Face's apply_chat_template and llama-cpp-python's chat completion do.
-        c_api: llama_chat_apply_template, which recognizes some families' templates by their words. Programs that use
-        it (llama.cpp's simple-chat) tokenize with the BOS added.
-        Raises UserError without a template, and where the C API knows no template like it.
+        c_api: llama_chat_apply_template, which recognizes the templates of some families by typical strings. Programs
+        that use it (llama.cpp's simple-chat) tokenize with the BOS added. Raises UserError without a template, or if
+        the C API does not recognize it.
         """
         if (template := self.chat_template) is None:
             raise UserError(f"{self.path}: holds no chat template; use plain prompts")
@@ -220,7 +220,7 @@ class LlamaCpp(TextRuntime):
 
     @property
     def end_tokens(self) -> set[int]:
-        """Tokens at which llama.cpp ends a generation."""
+        """Return the tokens at which llama.cpp ends a generation."""
         return {i for i in range(self.vocab_size) if llama_cpp.llama_vocab_is_eog(self._vocab, i)}
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ Cache = dict[str, onnxruntime.OrtValue]  # past_key_values.{layer}.{key|value} -
 
 
 class OnnxRuntime(Runtime):
-    """One .onnx file that to_onnx wrote, or any other with the same inputs.
+    """An .onnx file written by to_onnx, or any other with the same inputs.
 
     `threads`: per operator; `spinning`: they wait for each other without sleeping. Raises UserError if the file does
     not load.

@@ -18,7 +18,7 @@ class OrtGenai(TextRuntime):
     """One model of an ONNX folder.
 
     `model_file`: relative to the folder, instead of the one that genai_config.json names. `threads`: instead of
-    onnxruntime's choice, one a physical core. Raises UserError when the folder does not load.
+    onnxruntime's choice, one per physical core. Raises UserError if the folder does not load.
     """
 
     def __init__(self, folder: Path, model_file: str | None = None, threads: int | None = None):
@@ -41,7 +41,7 @@ class OrtGenai(TextRuntime):
         self._prompt_tokenizer.update_options(add_special_tokens="true")
 
     def prefill(self, ids: np.ndarray, positions: Sequence[int] | None = None) -> np.ndarray:
-        """(T,) -> (T, V). Raises RuntimeError when the runtime does not give the logits of every position."""
+        """Return logits (T, V) of ids (T,). Raises RuntimeError if the runtime does not return all positions."""
         generator = self._generator(len(ids) + 1)
         generator.append_tokens(np.asarray(ids, dtype=np.int32))
         logits: np.ndarray = np.array(generator.get_output("logits"), dtype=np.float32)[0]
@@ -58,11 +58,11 @@ class OrtGenai(TextRuntime):
         return np.stack(rows if positions is None else [rows[p] for p in positions])
 
     def read(self, ids: np.ndarray, positions: Sequence[int], alone: Sequence[int]) -> np.ndarray:
-        """If any token is read alone, all are: genai's loop has no other way."""
+        """Read all tokens one at a time if any must be, because genai's loop cannot mix both."""
         return self.decode(ids, positions) if alone else self.prefill(ids, positions)
 
     def generate(self, ids: list[int], n_tokens: int, stop: set[int]) -> list[int]:
-        """Ends also at the folder's own end-of-text ids, which are part of genai's loop."""
+        """Generate greedily. genai also ends at the folder's own end-of-text ids."""
         generator = self._generator(len(ids) + n_tokens)
         generator.append_tokens(np.array(ids, dtype=np.int32))
         made: list[int] = []
@@ -83,7 +83,7 @@ class OrtGenai(TextRuntime):
 
     @property
     def end_tokens(self) -> set[int]:
-        """Tokens at which genai's loop ends a generation."""
+        """Return the tokens at which genai's loop ends a generation."""
         return set(map(int, self._tokenizer.eos_token_ids))
 
     def render_chat(self, messages: list[dict[str, str]], engine: str = "") -> tuple[str, list[int]]:

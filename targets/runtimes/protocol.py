@@ -1,4 +1,4 @@
-"""What a runtime must answer to be compared with the PyTorch student.
+"""The interface that a runtime must implement to be compared with the PyTorch student.
 
 A runtime holds one loaded artifact. Logits always have the model's vocab_size columns, padding rows included.
 """
@@ -17,20 +17,20 @@ class Runtime(Protocol):
     label: str  # "llama.cpp (llama-cpp-python 0.3.36)"
 
     def prefill(self, ids: np.ndarray, positions: Sequence[int] | None = None) -> np.ndarray:
-        """Logits of a row read at once: (T,) integers -> (P, V) float32 at `positions`, ascending; None: at all."""
+        """Read a row in one pass: (T,) integers -> logits (P, V) float32 at `positions`, ascending; None: at all."""
         return self.read(ids, range(len(ids)) if positions is None else positions, ())
 
     def decode(self, ids: np.ndarray, positions: Sequence[int] | None = None) -> np.ndarray:
-        """The same logits, each of a token that is read alone, through the KV cache."""
+        """Like `prefill`, but read one token at a time, through the KV cache."""
         wanted = range(len(ids)) if positions is None else positions
         return self.read(ids, wanted, wanted)
 
     def read(self, ids: np.ndarray, positions: Sequence[int], alone: Sequence[int]) -> np.ndarray:
-        """Both in one pass: (P, V) at `positions`, ascending; tokens at `alone` are read alone."""
+        """Mix both: (P, V) at `positions`, ascending. Tokens at `alone` are read one at a time."""
         ...
 
     def generate(self, ids: list[int], n_tokens: int, stop: set[int]) -> list[int]:
-        """Greedy continuation of the prompt `ids`: at most n_tokens, without the prompt and without the stop token."""
+        """Return the greedy continuation of the prompt `ids`: at most n_tokens, without prompt and stop token."""
         ...
 
     def close(self) -> None:
@@ -40,18 +40,18 @@ class Runtime(Protocol):
 
 @runtime_checkable
 class TextRuntime(Runtime, Protocol):
-    """A runtime that also carries the tokenizer and the chat template."""
+    """A runtime that also has the tokenizer and the chat template."""
 
     def tokenize(self, text: str) -> list[int]:
-        """Ids of a user's prompt: with the BOS/EOS that the model asks for, special tokens in the text parsed."""
+        """Return the ids of a user's prompt, with the model's BOS and EOS; special tokens in the text are parsed."""
         ...
 
     def detokenize(self, ids: list[int]) -> str:
-        """Text of generated ids, special tokens left out."""
+        """Return the text of generated ids without special tokens."""
         ...
 
     def render_chat(self, messages: list[dict[str, str]], engine: str = "jinja") -> tuple[str, list[int]]:
-        """Messages through the artifact's own chat template, with generation prompt: the string and its ids."""
+        """Render messages with the artifact's own chat template and generation prompt; return the text and its ids."""
         ...
 
 

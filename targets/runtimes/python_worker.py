@@ -102,7 +102,7 @@ class PythonWorker:
         return {"ids": [self._runtime.tokenize(text) for text in texts]}
 
     def speed(self, ids: list[int], n_prompt: int, n_decode: int) -> dict[str, Any]:
-        """Measure from differences: of generations from two lengths of prompt, and of two lengths from one prompt."""
+        """Measure speed from differences: prefill from two prompt lengths, decode from two lengths of the answer."""
         depth = len(ids) - n_prompt
         self._quickest(ids[:16], 2)  # pages in, threads started
         before = self._quickest(ids[:depth], 1)[0] if depth else 0.0
@@ -113,7 +113,7 @@ class PythonWorker:
         return {"prefill": n_prompt / (read - before) if read > before else None, "decode": decode}
 
     def _quickest(self, ids: list[int], n_tokens: int) -> tuple[float, int]:
-        """Seconds and tokens of a generation: the fastest of those that fit into TIMING_SECONDS."""
+        """Return seconds and tokens of a generation: the fastest of those that fit into TIMING_SECONDS."""
         started, best, made = time.perf_counter(), math.inf, 0
         while best == math.inf or time.perf_counter() - started < TIMING_SECONDS:
             began = time.perf_counter()
@@ -126,7 +126,7 @@ class PythonWorker:
 
 
 def peak_bytes() -> int | None:
-    """The largest resident set that this process has had; None where the kernel does not report it."""
+    """Return the largest resident set of this process; None if the kernel does not report it."""
     status = Path("/proc/self/status")
     if not status.exists():
         return None
@@ -135,7 +135,7 @@ def peak_bytes() -> int | None:
 
 
 def _send_logits(rows: Iterator[np.ndarray], fd: int) -> dict[str, Any]:
-    """Write the logits (P, V) of each row to the file, from its beginning."""
+    """Write the logits (P, V) of each row to the file, starting at its beginning."""
     n_rows, shape = 0, ()
     for logits in rows:
         _write_logits(fd, logits, n_rows * logits.size)
@@ -144,7 +144,7 @@ def _send_logits(rows: Iterator[np.ndarray], fd: int) -> dict[str, Any]:
 
 
 def _send_steps(steps: Iterator[np.ndarray], n_steps: int, fd: int) -> dict[str, Any]:
-    """The same for rows that are decoded together: each step has the logits (B, V) of one position of every row.
+    """Write the logits of rows that are decoded together: each step has (B, V), one position of every row.
 
     Written step by step: eight rows of 256 tokens with a vocabulary of 128k take 1 GB.
     """
@@ -157,7 +157,7 @@ def _send_steps(steps: Iterator[np.ndarray], n_steps: int, fd: int) -> dict[str,
 
 
 def _write_logits(fd: int, logits: np.ndarray, at: int) -> None:
-    """`at`: the number of values in the file before them."""
+    """Write logits to the file. `at`: the number of values before them."""
     data = memoryview(np.ascontiguousarray(logits, dtype=np.float32)).cast("B")  # type: ignore[arg-type]
     offset = 4 * at
     while data:
@@ -172,7 +172,7 @@ def _log_sum_exp(row_V: np.ndarray) -> float:
 
 
 def answer_requests(worker: PythonWorker) -> None:
-    """Answer requests on the original stdout. What runtimes print on stdout goes to stderr."""
+    """Answer requests on the original stdout. Anything that runtimes print to stdout is sent to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     os.environ["GGML_NO_BACKTRACE"] = "1"  # the last line of llama.cpp's output is then why it aborted

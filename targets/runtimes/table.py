@@ -1,4 +1,4 @@
-"""The runtimes: one row each, with everything that differs between them, and how a device's run on this machine.
+"""The runtimes: one row each with everything that differs between them, and how they run on this machine.
 
 A profile names rows. Code that treats runtimes differently reads a field of the row and never compares names.
 """
@@ -30,7 +30,7 @@ Start = Callable[[Path], AbstractContextManager[Command]]
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """One runtime."""
+    """One row of the table."""
 
     name: str  # as profiles name it
     reads: Kind
@@ -70,7 +70,7 @@ def is_here(profile: Profile) -> bool:
 
 
 def _in_python(row: Runtime, profile: Profile) -> DeviceRuntime:
-    """In this Python where the machine has the device's processor, else in an emulated one."""
+    """Run in this Python if the machine has the device's processor, else in an emulated one."""
     if is_here(profile):
         return DeviceRuntime(row=row, kits=row.kits, start=_native(row.name), timed=True)
     if profile.emulate and profile.architecture == "aarch64":
@@ -116,19 +116,19 @@ RUNTIMES = {row.name: row for row in (
 
 
 def runtime_named(name: str) -> Runtime:
-    """The row. Raises UserError with the known names."""
+    """Return the row. Raises UserError with the known names."""
     if name not in RUNTIMES:
         raise UserError(f"runtime {name!r} is unknown; known: {', '.join(RUNTIMES)}")
     return RUNTIMES[name]
 
 
 def readers_of(kind: Kind) -> tuple[str, ...]:
-    """The names of the runtimes that read files of this kind."""
+    """Return the names of the runtimes that read files of this kind."""
     return tuple(row.name for row in RUNTIMES.values() if row.reads == kind)
 
 
 def verifiers_of(kind: str) -> tuple[Runtime, tuple[Runtime, ...]]:
-    """The runtime whose logits are compared with PyTorch, and those that run the same files their own way."""
+    """Return the runtime whose logits are compared with PyTorch, and the others that run the same files."""
     rows = [row for row in RUNTIMES.values() if row.reads == kind]
     for row in rows:
         if row.verifies == "logits":
@@ -137,15 +137,15 @@ def verifiers_of(kind: str) -> tuple[Runtime, tuple[Runtime, ...]]:
 
 
 def runtimes_of(profile: Profile) -> list[DeviceRuntime]:
-    """The profile's runtimes, as this machine can run them."""
+    """Return the profile's runtimes, as this machine can run them."""
     return [row.on_device(row, profile) for row in map(runtime_named, profile.runtimes)]
 
 
 def native_command(name: str, spinning: bool = True) -> Command:
-    """What starts a worker with a runtime in this Python. Raises UserError for one without Python bindings.
+    """Return the command for a worker in this Python. Raises UserError for a runtime without Python bindings.
 
-    spinning: its threads wait for each other without sleeping. That is the runtimes' default, and the fastest where
-    nothing else runs; next to other work it costs several times the CPU time (docs/LOG.md).
+    spinning: threads wait for each other without sleeping. That is the runtimes' default and the fastest on an idle
+    machine; next to other work it costs several times the CPU time (docs/LOG.md).
     """
     python_flags = runtime_named(name).python_flags
     if python_flags is None:

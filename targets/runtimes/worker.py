@@ -1,14 +1,14 @@
 """Run a runtime in its own process. Requests and answers are lines of JSON on its stdin and stdout.
 
-A runtime may therefore be in another language, on an emulated processor or in a browser, and its crash is a result.
-The requests, in the order in which they may come (`op` and its fields -> fields of the answer, or {"error": one line}):
+A runtime may therefore be in another language, on an emulated processor or in a browser, and a crash is a result.
+These are the requests, in their possible order (`op` and its fields -> fields of the answer, or {"error": one line}):
 
-    open      path, n_ctx, threads       -> label (runtime and version), n_ctx (what it really has), vocab_size
+    open      path, n_ctx, threads       -> label (runtime and version), n_ctx (the actual one), vocab_size
     score     ids (T), wanted (T, K)     -> logprobs (T, K) of the wanted ids at each position, argmax (T)
     generate  ids, n_tokens, stop        -> ids, greedy; ends early at a stop id and where the context is full
-    tokenize  texts                      -> ids (one list a text), special tokens added and parsed
+    tokenize  texts                      -> ids (one list per text), special tokens added and parsed
     speed     ids, n_prompt, n_decode    -> prefill (of the last n_prompt ids) and decode after them, in tokens/s
-    memory                               -> peak_bytes, how (by what it was measured)
+    memory                               -> peak_bytes, how (the method of measurement)
     requests                             -> foreign (URLs that a page requested from another server)
 
 The native Python workers, which verify a build's files, also answer these (python_worker.py):
@@ -47,12 +47,12 @@ DEATHS: dict[int, str] = {signal.SIGILL: "illegal instruction", signal.SIGSEGV: 
 
 
 class WorkerFailed(UserError):
-    """The runtime did not answer: it died, took too long, or reported an error."""
+    """The runtime did not answer: it crashed, took too long, or reported an error."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """What starts a worker. `env` is added to this process's environment."""
+    """The command that starts a worker. `env` is added to this process's environment."""
 
     argv: tuple[str, ...]
     env: dict[str, str] = field(default_factory=dict)
@@ -75,9 +75,9 @@ def ended_by_signals() -> Iterator[None]:
 
 
 def _dies_with_parent() -> Callable[[], None]:
-    """Return what a child runs between fork and exec: the kernel kills it if this process dies, even by SIGKILL.
+    """Return a function for the child, between fork and exec: the kernel then kills it if this process dies.
 
-    A crash is a result, so it leaves no core file.
+    This includes SIGKILL. The child writes no core file, because a crash is a result.
     """
     parent = os.getpid()
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
@@ -131,7 +131,7 @@ class Worker:
         self._log.close()
 
     def ask(self, op: str, seconds: float = ANSWER_SECONDS, **fields: Any) -> dict[str, Any]:
-        """The answer to one request. Raises WorkerFailed; a worker that took too long is killed."""
+        """Send one request and return the answer. Raises WorkerFailed; a worker that takes too long is killed."""
         deadline = time.monotonic() + seconds
         try:
             self._send(memoryview(json.dumps({"op": op, **fields}).encode() + b"\n"), deadline)

@@ -24,8 +24,10 @@ class WorkerRuntime:
     """One file in one runtime that has Python bindings.
 
     A worker that crashed is restarted for the next request: prefill may crash where decode works. A worker that hung,
-    or that cannot open the file, is not asked again. n_params: of the model, for the time limits.
-    vocab_size: required of the file; 0: any. folder: its disk holds the logits that the worker passes back. Use it as a
+    or that cannot open the file, is not used again.
+
+    n_params: parameters of the model, for the time limits. vocab_size: the size that the file must have; 0: any.
+    folder: on the disk that stores the logits which the worker returns. Use it as a
     context manager. Every failure is a WorkerFailed whose text names the runtime and the stage (open, prefill,
     decode, generate, tokenize, chat).
     """
@@ -59,14 +61,14 @@ class WorkerRuntime:
             self._ask("context", n_ctx=n_ctx, n_rows=n_rows, cache=cache)
 
     def prefill(self, rows: np.ndarray, positions: Sequence[int] | None = None) -> np.ndarray:
-        """(B, T) -> (B, P, V), mapped from a file that the next request overwrites."""
+        """Return logits (B, P, V) of rows (B, T), mapped from a file that the next request overwrites."""
         return self._logits("prefill", rows, positions)
 
     def decode(self, rows: np.ndarray, positions: Sequence[int] | None = None) -> np.ndarray:
         return self._logits("decode", rows, positions)
 
     def read(self, row: np.ndarray, positions: Sequence[int], alone: Sequence[int]) -> np.ndarray:
-        """(T,) -> (P, V): one pass in which the tokens at `alone` are read one at a time."""
+        """Return logits (P, V) of a row (T,), read in one pass; tokens at `alone` are read one at a time."""
         asked = {"row": row.tolist(), "positions": [int(p) for p in positions], "alone": [int(p) for p in alone]}
         return self._received("read", (1, len(positions)), row.size, asked)[0]
 
@@ -86,13 +88,13 @@ class WorkerRuntime:
         return set(self._ask("end_tokens")["ids"])
 
     def rows_at_once(self, n_tokens: int, most: int = 8) -> int:
-        """How many rows of n_tokens have logits that fit into one answer."""
+        """Return how many rows of n_tokens have logits that fit into one answer."""
         return max(1, min(most, LOGITS_BYTES // (4 * n_tokens * self.vocab_size))) if self.vocab_size else 1
 
     # The worker
 
     def open(self) -> None:
-        """Start the worker and load the file, unless that is done."""
+        """Start the worker and load the file, unless it is already loaded."""
         if self._why_not:
             raise WorkerFailed(self._why_not)
         if self._worker is not None:
@@ -134,7 +136,7 @@ class WorkerRuntime:
         return self._received(op, (len(rows), n_positions), rows.size, {"rows": rows.tolist(), "positions": wanted})
 
     def _received(self, op: str, n: tuple[int, int], n_read: int, asked: dict[str, Any]) -> np.ndarray:
-        """The logits that the worker wrote to the shared file: (*n, V), mapped."""
+        """Return the logits that the worker wrote to the shared file: (*n, V), mapped."""
         shape = self._ask(op, n_read, **asked, fd=self._file.fileno())["shape"]
         expected = [*n, self.vocab_size]
         if shape != expected:

@@ -1,1 +1,1 @@
-"""Chat with a GGUF on the terminal and in a browser."""
+"""Chat with a GGUF in the terminal and in a browser."""

@@ -1,4 +1,4 @@
-"""Talk to a GGUF in the terminal, through llama.cpp and the model's own chat template."""
+"""Chat with a GGUF in the terminal, through llama.cpp and the model's own chat template."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ class Chat:
         self.messages: list[dict[str, str]] = []
 
     def reply(self, text: str, temperature: float, max_tokens: int) -> Iterator[str]:
-        """The answer, piece by piece. A conversation that outgrows the context starts again with this message."""
+        """Yield the answer, piece by piece. If the conversation exceeds the context, it restarts with this message."""
         options: dict[str, Any] = {"stream": True, "temperature": temperature, "max_tokens": max_tokens}
         if not self.has_template:
             for part in self.llm.create_completion(text, **options):

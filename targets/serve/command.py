@@ -1,6 +1,6 @@
-"""`lrc-edge serve`: a page in which a GGUF answers in the browser, by wllama. Needs no PyTorch.
+"""`lrc-edge serve`: a page to chat with a GGUF in the browser, through wllama. Needs no PyTorch.
 
-Everything comes from this server, and the page's Content-Security-Policy lets it ask nobody else.
+Everything comes from this server. The page's Content-Security-Policy forbids requests to any other host.
 """
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ POLICY = {"Content-Security-Policy": "default-src 'none'; script-src 'self' 'was
 
 
 def page_server(path: Path, encoding: str, host: str, port: int) -> StaticServer:
-    """The page of a GGUF file, or of one of a build directory: the smallest, or the smallest in `encoding`.
+    """Return the server for a GGUF file or for a build directory's smallest GGUF (or smallest in `encoding`).
 
-    Raises UserError when there is none, wllama is not installed, or it cannot listen there.
+    Raises UserError if there is no such GGUF, wllama is not installed, or the address is not available.
     """
     file = smallest_gguf(path, encoding)
     if why := WLLAMA.missing():

@@ -1,11 +1,11 @@
 """A small static HTTP server: some files and folders of this machine at chosen URLs, and nothing else.
 
-For pages that run a model: Cross-Origin-Opener-Policy and Cross-Origin-Embedder-Policy isolate them, without which
-browsers give no SharedArrayBuffer and so no threads.
+For pages that run a model: Cross-Origin-Opener-Policy and Cross-Origin-Embedder-Policy isolate them. Without these
+headers, browsers provide no SharedArrayBuffer and so no threads.
 
-It answers to its own names only. A page elsewhere can point its own name at this machine (DNS rebinding) and would
-otherwise read what is served here; the browser then sends that name as the host. The port does not matter for this, and
-a tunnel may change it.
+The server answers only requests for its own names. A page elsewhere could let its own name resolve to this machine (DNS
+rebinding) and read what is served here; the browser would then send that name as the host. The port is not compared,
+because a tunnel may change it.
 """
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ LOOPBACK = frozenset(("localhost", "127.0.0.1", "[::1]"))
 
 
 class StaticServer:
-    """Serves while the context lasts, in a thread of its own. port 0: any that is free.
+    """Serves in its own thread while the context lasts. port 0: any free port.
 
-    headers: sent with every answer. Raises UserError when it cannot listen there.
+    headers: sent with every answer. Raises UserError if it cannot listen on the address.
     """
 
     def __init__(self, mounts: Mounts, host: str = "127.0.0.1", port: int = 0,
@@ -112,7 +112,7 @@ class _Handler(BaseHTTPRequestHandler):
                     self.close_connection = True
 
     def _refusal(self) -> tuple[HTTPStatus, bytes] | None:
-        """Status and sentence for a request to another name, or from a page of another server; None to serve it."""
+        """Return status and message for a request to another name or from another server's page; else None."""
         hosts = self.headers.get_all("Host", [])
         name = re.fullmatch(r"(\[[\da-f:.]+\]|[\w.-]+)(:\d+)?", hosts[0].strip().lower()) if len(hosts) == 1 else None
         if name is None or not self.is_own_name(name[1]):
@@ -133,9 +133,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def own_names(host: str) -> Callable[[str], bool]:
-    """Whether a name in lower case, without its port, means a server that listens on `host`.
+    """Whether a name (lower case, without port) refers to a server that listens on `host`.
 
-    Beyond this machine, also its host name, and every address: an address is looked up nowhere.
+    If the server is open to other machines, its host name counts too, and any IP address, which needs no DNS.
     """
     names = LOOPBACK | {host.lower()}
     if host.lower() in LOOPBACK:
@@ -154,7 +154,7 @@ def _is_address(name: str) -> bool:
 
 
 def find(mounts: Mounts, path: str) -> tuple[BinaryIO, int] | None:
-    """The content at the URL path and its size; None if there is none, or if `..` leads out of a folder."""
+    """Return the content at the URL path and its size; None if there is none, or if `..` leads out of a folder."""
     parts = path.split("/")[1:]
     if not path.startswith("/") or ".." in parts or "\0" in path or "\\" in path:
         return None

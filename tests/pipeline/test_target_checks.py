@@ -223,7 +223,7 @@ def test_two_targets_at_once(out: Path, device: Path, tmp_path: Path) -> None:
     assert done.returncode == 2 and "both are called here" in done.stderr and done.stdout == ""
     (tmp_path / "four.toml").write_text(PROFILE.replace("q8_0", "q4_0").replace("onnx:q8", "onnx:q4"))
     done = run("check", out, "--target", device, "--target", tmp_path / "four.toml")
-    assert done.returncode == 2 and "holds none of what four runs" in done.stderr and done.stdout == ""
+    assert done.returncode == 2 and "no artifact for four, which runs" in done.stderr and done.stdout == ""
     (tmp_path / "short.toml").write_text(PROFILE.replace("context = 256", "context = 16").replace(
         "formats = [", 'formats = [{name = "onnx:q4", why = "absent"}, '))
     done = run("check", out, "--target", device, "--target", device, "--target", tmp_path / "short.toml",

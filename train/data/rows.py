@@ -35,7 +35,7 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
         self.n_tokens = int(self._ends[-1]) if self._shards else 0
 
     def __reduce__(self) -> tuple[type, tuple[Path, int, bool]]:
-        """A worker process opens the files itself: pickle would send it complete shards."""
+        """Let a worker process open the files itself, because pickle would copy complete shards to it."""
         return PackedRows, (self.folder, self.seq_len, self.isolate)
 
     def __len__(self) -> int:
@@ -59,7 +59,7 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
         return row
 
     def _pieces(self, begin: int) -> Iterator[tuple[_Shard, int, int]]:
-        """The slices of shards that form the row at `begin` of the stream: several if it crosses shards."""
+        """Return the slices of shards that form the row at `begin` of the stream: several if it crosses shards."""
         end = begin + self.seq_len
         i = int(np.searchsorted(self._ends, begin, side="right"))
         while begin < end:
@@ -70,7 +70,7 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
 
 
 def _begins(shard: _Shard, a: int, b: int) -> np.ndarray:
-    """(b - a,) bool: whether a document begins at the token."""
+    """Return (b - a,) bool: whether a document begins at the token."""
     first, last = np.searchsorted(shard.starts, np.array([a, b], dtype=np.uint64))
     begins = np.zeros(b - a, dtype=bool)
     begins[shard.starts[first:last].astype(np.int64) - a] = True

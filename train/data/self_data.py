@@ -20,9 +20,9 @@ MAX_BATCH = {"cuda": 512, "cpu": 16}
 
 def self_documents(teacher: DenseCheckpoint, file: Path, *, max_length: int, seed: int, device: torch.device,
                    dtype: torch.dtype, batch: int = 0) -> Iterator[str]:
-    """An endless stream of the teacher's samples: first those in `file`, then new ones, which are appended first.
+    """Yield samples of the teacher without end: first those in `file`, then new ones, each appended to `file` first.
 
-    Each batch has its own seed, so a file that was cut off continues as if it had not been. Raises UserError if the
+    Each batch has its own seed, so a truncated file continues with the same samples. Raises UserError if the
     teacher has no token to begin with, or samples no text.
     """
     batch = batch or batch_size(teacher.shape, max_length, device, dtype)
@@ -45,7 +45,7 @@ def self_documents(teacher: DenseCheckpoint, file: Path, *, max_length: int, see
 
 
 def batch_size(shape: ModelShape, max_length: int, device: torch.device, dtype: torch.dtype) -> int:
-    """The number of sequences whose KV cache fills at most a quarter of the GPU's memory."""
+    """Return the number of sequences whose KV cache fills at most a quarter of the GPU's memory."""
     if device.type == "cpu":
         return MAX_BATCH["cpu"]
     kv_bytes = shape.kv_elements_per_token * max_length * dtype.itemsize
@@ -54,7 +54,7 @@ def batch_size(shape: ModelShape, max_length: int, device: torch.device, dtype: 
 
 
 def _seed_of_batch(seed: int, n_done: int) -> int:
-    """A hash spreads the bits: torch's CPU generator uses only 32 bits of a seed."""
+    """Return the seed of a batch, hashed because torch's CPU generator uses only 32 bits of a seed."""
     return int.from_bytes(hashlib.sha256(f"{seed} {n_done}".encode()).digest()[:7], "big")
 
 
@@ -75,7 +75,7 @@ def _keep_whole_batches(file: Path, batch: int) -> int:
 
 
 class _Sampler:
-    """The teacher on its device, with our own generation config: the teacher's may hold a penalty or a top-p."""
+    """The teacher on its device, with our own generation config, since the teacher's may set a penalty or top-p."""
 
     def __init__(self, teacher: DenseCheckpoint, max_length: int, device: torch.device, dtype: torch.dtype):
         self.tokenizer = teacher.tokenizer()
@@ -100,5 +100,5 @@ class _Sampler:
                                            clean_up_tokenization_spaces=False)
 
     def _to_end(self, row: list[int]) -> list[int]:
-        """The row without the padding after the first stop token."""
+        """Return the row without the padding after the first stop token."""
         return row[:next((i for i, token in enumerate(row) if token in self.ends), len(row))]

@@ -18,7 +18,7 @@ Progress = Callable[[str, int], None]  # gets a status line and the number of to
 
 
 def tokenize_corpus(teacher: DenseCheckpoint, recipe: Recipe, folder: Path, key: str, progress: Progress) -> str:
-    """Put the corpus of this key into `folder`, from the cache if it is there. Returns facts for the stage's line."""
+    """Write the corpus of this key to `folder`, or link it from the cache. Returns facts for the stage's line."""
     seq_len = row_length(recipe, teacher)
 
     def make(work: Path) -> None:
@@ -53,7 +53,7 @@ def _documents(source: str, teacher: DenseCheckpoint, recipe: Recipe, work: Path
 
 
 def _with_speed(progress: Progress) -> Callable[[int], None]:
-    """Add the speed to the status line. The first call gets the tokens that a killed run had made."""
+    """Add the speed to the status line. The first call passes the tokens that an interrupted run had made."""
     began: list[tuple[float, int]] = []
 
     def tell(n_tokens: int) -> None:
@@ -68,7 +68,7 @@ def _with_speed(progress: Progress) -> Callable[[int], None]:
 
 @contextmanager
 def _all_processors() -> Iterator[None]:
-    """Let the tokenizer use all processors, and restore the setting afterwards: it is off because workers fork."""
+    """Let the tokenizer use all processors, and restore the setting afterwards (it is off because workers fork)."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     try:

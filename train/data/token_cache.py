@@ -1,4 +1,4 @@
-"""Folders for a tokenized corpus: one that survives a kill, and a cache that several builds share."""
+"""Folders for a tokenized corpus: a resumable one, and a cache that several builds share."""
 from __future__ import annotations
 
 import os
@@ -17,8 +17,8 @@ KEY = ".key"  # next to a folder: the key of its contents, or of its unfinished 
 def make_resumable(folder: Path, key: str, make: Callable[[Path], None]) -> None:
     """Let `make` fill a folder next to `folder`, then rename it. After a kill, `make` finds what it wrote for this key.
 
-    The key stays until `forget_key`: a caller that is killed before it has recorded the finished folder does not make
-    it again.
+    The key stays until `forget_key`. So a caller that is killed before it has recorded the finished folder does not
+    make it again.
     """
     work, mark = folder.with_name(folder.name + UNFINISHED), _key_file(folder)
     if not mark.exists() or mark.read_text() != key:
@@ -56,7 +56,7 @@ def make_or_link(cache: Path, key: str, folder: Path, make: Callable[[Path], Non
 
 @contextmanager
 def _only_one(cache: Path, key: str) -> Iterator[None]:
-    """Two builds at once would write the same files, so the second waits and uses those of the first."""
+    """Lock the key: of two simultaneous builds, the second waits and uses the files of the first."""
     import fcntl
 
     try:

@@ -1,4 +1,4 @@
-"""Tokenize the documents of all sources once, in the shares that the weights give, into shards."""
+"""Tokenize the documents of all sources into shards, mixed according to the weights."""
 from __future__ import annotations
 
 import json
@@ -62,13 +62,13 @@ class _State:
         return sum(tally.tokens for tally in self.tallies)
 
     def hold_out(self, document: Document) -> None:
-        """Keep the document for evaluation and verification, unless they have enough."""
+        """Keep the document for evaluation and verification, unless there are enough."""
         if self.held_out_chars < HELD_OUT_TOKENS * 8:
             self.held_out.append(document)
             self.held_out_chars += _size(document)
 
     def next_source(self, weights: Sequence[float]) -> int | None:
-        """The source that is furthest below its weight; without weights, the first that has not run out."""
+        """Return the source that is furthest below its share; without weights, the first that has not run out."""
         left = [i for i, tally in enumerate(self.tallies) if not tally.ran_out]
         return min(left, key=lambda i: self.tallies[i].tokens / weights[i] if weights else i, default=None)
 
@@ -106,7 +106,7 @@ def prepare(sources: Sequence[tuple[str, Iterable[Document]]], tokenizer: PreTra
 
 def _mixture(state: _State, streams: Sequence[Iterator[list[Document]]], weights: Sequence[float],
              max_tokens: int | None) -> Iterator[tuple[Tally, list[Document]]]:
-    """Batches in the order that the weights give, until there are enough tokens."""
+    """Yield batches in the order given by the weights, until there are enough tokens."""
     while max_tokens is None or state.n_tokens < max_tokens:
         i = state.next_source(weights)
         if i is None:
@@ -119,7 +119,7 @@ def _mixture(state: _State, streams: Sequence[Iterator[list[Document]]], weights
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Batches so small that the shares of a mixture are exact to some ten thousand tokens."""
+    """Yield batches so small that the shares of a mixture are exact to about ten thousand tokens."""
     batch: list[Document] = []
     size = 0
     for document in documents:
@@ -133,7 +133,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _size(document: Document) -> int:
-    """Characters of the document's text."""
+    """Return the number of characters of the document."""
     return len(document) if isinstance(document, str) else sum(len(message["content"]) for message in document)
 
 
@@ -151,7 +151,7 @@ def _take(batch: list[Document], state: _State, tally: Tally, held_out_share: fl
 
 
 def _split(batch: list[Document], state: _State, tally: Tally, held_out_share: float) -> list[Document]:
-    """The training documents of a batch; the others are held out."""
+    """Return the training documents of a batch; hold the others out."""
     kept: list[Document] = []
     for document in batch:
         if isinstance(document, str) and not document.strip():
@@ -166,7 +166,7 @@ def _split(batch: list[Document], state: _State, tally: Tally, held_out_share: f
 
 
 def _look_on(state: _State, streams: Sequence[Iterator[list[Document]]], held_out_share: float) -> None:
-    """Hold out some of the documents that follow: a small budget ends before much is held out. None is trained on."""
+    """Hold out some of the documents after the budget, in case it ended too early. None of them is trained on."""
     n_seen = 0
     for tally, stream in zip(state.tallies, streams, strict=True):
         while state.held_out_chars < LOOK_ON_CHARS and n_seen < LOOK_ON_DOCUMENTS and (batch := next(stream, None)):
@@ -181,13 +181,13 @@ def _write_summary(folder: Path, state: _State) -> None:
 
 
 def read_summary(folder: Path) -> list[Tally]:
-    """The counts of each source that `prepare` wrote to data.json."""
+    """Read the counts of each source that `prepare` wrote to data.json."""
     rows = json.loads((folder / SUMMARY_FILE).read_text())["sources"]
     return [Tally(**{key: value for key, value in row.items() if key != "share"}) for row in rows]
 
 
 def describe(tallies: list[Tally]) -> str:
-    """The resulting shares and what was left out, for the stage's line; empty if there is nothing to report."""
+    """Describe the resulting shares and what was left out; empty if there is nothing to report."""
     total = sum(tally.tokens for tally in tallies)
     parts = [f"{tally.source} {tally.tokens / total:.1%}" + ", ran out" * tally.ran_out for tally in tallies]
     told = "; ".join(parts) if len(tallies) > 1 else ""

@@ -26,9 +26,9 @@ INPUTS_FILE = "inputs.json"  # of the run that the checkpoints belong to
 
 
 def claim(run: Path, inputs: dict[str, Any]) -> None:
-    """Make `run` the folder of the run with these named inputs, empty unless it is that already.
+    """Prepare `run` as the folder of the run with these named inputs; keep it if it already belongs to that run.
 
-    Raises UserError if it has checkpoints of another run, which would be continued as this one's.
+    Raises UserError if it has checkpoints of another run, which this one would otherwise resume.
     """
     mark = run / INPUTS_FILE
     before = json.loads(mark.read_text()) if mark.exists() else None
@@ -83,12 +83,12 @@ def _all(folder: Path) -> list[Path]:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint. An incomplete one does not have this name yet."""
+    """Return the newest checkpoint. An incomplete one still has its temporary name."""
     return (_all(folder) or [None])[-1]  # type: ignore[list-item]
 
 
 def load(path: Path) -> tuple[Any, dict[str, Any]]:
-    """(an open safetensors file, the facts). Its get_tensor(name) reads one tensor, so that no process holds them all.
+    """Open a checkpoint: (safetensors file, facts). get_tensor(name) reads one tensor, so no process holds all of them.
 
     Raises UserError if a file was damaged after it was written.
     """

@@ -1,7 +1,7 @@
 """The guard: a batch whose loss is not finite, or far above its average, never changes the weights.
 
-It decides on the device, where the optimizer's own `found_inf` skips the update, so that no step waits; the host learns
-of it with the next log row.
+It decides on the device, where the optimizer's own `found_inf` skips the update, so that no step waits. The host
+learns of a skipped update when it writes the next log row.
 """
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Guard:
         self._bad_in_a_row = 0
 
     def judge(self, step: int, terms: torch.Tensor) -> torch.Tensor:
-        """1.0 (0-d) where the step's update must be skipped, else 0.0. No synchronization."""
+        """Return 1.0 (0-d) if the step's update must be skipped, else 0.0. Does not wait for the device."""
         fine = terms.isfinite().all()
         started = self.average > 0  # a term that has been 0 so far has no average to compare with
         if self.spike_factor:
@@ -57,7 +57,7 @@ class Guard:
         return 1.0 - fine.float()
 
     def report(self) -> tuple[list[float] | None, list[BadBatch]]:
-        """The terms' means over the good steps since the last report, and the bad ones. Waits for the device."""
+        """Return the mean terms of the good steps since the last report, and the bad steps. Waits for the device."""
         steps = [step for step, _ in self._seen]
         rows = torch.stack([row for _, row in self._seen]).tolist() if self._seen else []
         self._seen = []

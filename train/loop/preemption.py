@@ -1,4 +1,4 @@
-"""SIGTERM, which a machine sends before it is taken away: noted when it comes, obeyed between two steps."""
+"""SIGTERM, which a preempted machine sends: it is recorded at once and acted on between two steps."""
 from __future__ import annotations
 
 import signal
@@ -9,9 +9,9 @@ from typing import Any
 
 @contextmanager
 def sigterms(alone: bool) -> Iterator[list[int]]:
-    """A list of the SIGTERMs so far, none of which ends the process while the block runs. Main thread only.
+    """Yield a list that collects SIGTERMs. They do not end the process while the block runs. Main thread only.
 
-    Unless this process is `alone`, they do end it: several would have to agree on the step to stop after.
+    If the process is not `alone`, they do end it: several processes would have to agree on the step to stop after.
     """
     seen: list[int] = []
     if not alone:

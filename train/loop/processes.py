@@ -24,8 +24,10 @@ TIMEOUT = timedelta(days=2)
 
 
 def join(device: torch.device) -> PartialState:
-    """This process's rank among all that train together; the only one unless a launcher started several. Later calls
-    return the same."""
+    """Join all processes that train together (only this one, unless a launcher started several); return its state.
+
+    Later calls return the same state.
+    """
     joined = bool(PartialState._shared_state)
     state = PartialState(cpu=device.type == "cpu", timeout=TIMEOUT)
     if state.num_processes > 1 and not joined:
@@ -34,8 +36,8 @@ def join(device: torch.device) -> PartialState:
 
 
 def leave(state: PartialState) -> None:
-    """End this process when all have arrived here. Without teardown: a collective library's threads sometimes abort it
-    after all work is done, and the launcher would report a failed run."""
+    """End this process once all have called this. There is no teardown: threads of the collectives library sometimes
+    abort a process after all work is done, and the launcher would report a failed run."""
     if state.num_processes > 1:
         state.wait_for_everyone()
         sys.stdout.flush()
@@ -44,8 +46,8 @@ def leave(state: PartialState) -> None:
 
 
 def shard(clone: Clone, state: PartialState) -> None:
-    """Spread every parameter over the processes (FSDP2): one unit per pair of layers, one for the ends, one for the
-    trained tensors that no forward pass reads. Starts from the first process's values. No-op for one process."""
+    """Shard every parameter over the processes (FSDP2): one unit per pair of layers, one for embedding and LM head, one
+    for the trained tensors that no forward pass reads. Rank 0's values are used. Does nothing for one process."""
     if state.num_processes == 1:
         return
     for parameter in clone.parameters():
@@ -64,7 +66,7 @@ def shard(clone: Clone, state: PartialState) -> None:
 
 
 def gathered(tensors: Iterable[tuple[str, torch.Tensor]], state: PartialState) -> dict[str, torch.Tensor]:
-    """Shards as complete tensors, by name: float32 on the first process's CPU, nothing on the others. Every process
+    """Gather shards to complete tensors, by name: float32 on the CPU of rank 0, nothing on the other ranks. Every rank
     must call it with the same names in the same order."""
     found: dict[str, torch.Tensor] = {}
     for name, tensor in tensors:
@@ -75,7 +77,7 @@ def gathered(tensors: Iterable[tuple[str, torch.Tensor]], state: PartialState) -
 
 
 def agreed(value: T, state: PartialState) -> T:
-    """The first process's `value`, on all of them: a shared file system may show each a different state."""
+    """Return rank 0's `value` on all ranks, because a shared file system may show each rank a different state."""
     if state.num_processes == 1:
         return value
     box = [value]

@@ -1,7 +1,7 @@
-"""Quantization-aware training (QAT): a dense student in, the same student on the grid of the 4-bit files out.
+"""Quantization-aware training (QAT): train a dense student so that its weights are on the grid of the 4-bit files.
 
 Weights that were trained in float32 lose quality when they are rounded. Here they are rounded in every forward pass and
-trained to reproduce the outputs of the unquantized student. Also known as QAD (distilled) and DWQ.
+trained to reproduce the outputs of the unquantized student. Variants are known as QAD (with distillation) and DWQ.
 """
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from lrc_edge.train.phases import DENSE, QUANTIZED
 
 
 def row_off_the_grid(shape: ModelShape) -> int | None:
-    """The length of the first matrix row that blocks of 32 do not divide; None if all fit the grid."""
+    """Return the row length of the first matrix that blocks of 32 do not divide; None if all fit the grid."""
     rows = (shape.hidden_size, shape.intermediate_size, shape.num_attention_heads * shape.head_dim)
     return next((row for row in rows if row % BLOCK), None)
 
 
 def own_settings(recipe: Recipe, student: ModelShape) -> dict[str, Any]:
-    """The settings of this phase that differ from the run's: budget, rate and objective."""
+    """Return the training settings with the budget, learning rate and objective of this phase."""
     q = recipe.quantize
     return dict(
         tokens=q.tokens, batch_tokens=q.batch_tokens or min(32_768, max(1_024, q.tokens // 500)),
@@ -46,7 +46,7 @@ def train_on_grid(student: DenseCheckpoint, teacher: DenseCheckpoint, recipe: Re
                   progress: Progress) -> None:
     """Train `student` on the grid in `folder`, from its last checkpoint if there is one. Writes what stage.run writes.
 
-    `teacher`: the model that it is distilled from, which is the unquantized student itself or its teacher.
+    `teacher`: the model to distil from, either the unquantized student itself or its teacher.
     """
     settings = replace(recipe.train, **own_settings(recipe, student.shape))
     device = choose_device(settings.device)

@@ -48,7 +48,7 @@ class Schedule:
         return step >= self.dense_from
 
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up at the start of each phase, whose optimizer is new; linear to zero over the whole run."""
+        """Return the rate: linear warmup in each phase (each has a new optimizer), linear decay to 0 over the run."""
         begin, peak = (self.dense_from, self.dense_rate) if self.is_dense(step) else (0, self.clone_rate)
         warm = min(1.0, (step - begin + 1) / self.warmup) if self.warmup else 1.0
         return peak * warm * (1 - step / self.steps)
@@ -66,9 +66,9 @@ class Schedule:
 
 
 class RowOrder:
-    """Which rows of the data each step reads: every row once per epoch, in an order that depends on the seed.
+    """The rows that each step reads: every row once per epoch, in an order that depends on the seed.
 
-    A function of the step alone, so that a resumed run, on any number of processes, reads on from where it stopped.
+    The order is a function of the step alone, so a run resumes at the same row on any number of processes.
     """
 
     def __init__(self, n_rows: int, rows_per_step: int, seed: int):

@@ -61,14 +61,14 @@ class Plan:
 
 def load_clone(teacher: DenseCheckpoint, lineage: Lineage, *, dtype: torch.dtype = torch.float32,
                device: torch.device | None = None, recompute: bool = False) -> Clone:
-    """A clone on `device`, its projections 0: initialize it."""
+    """Return a clone on `device`. Its projections are 0 until it is initialized."""
     # The teacher is stored in the type it computes in: bf16 halves its memory.
     model: PreTrainedModel = teacher.model(dtype).to(device or torch.device("cpu"))  # type: ignore[arg-type]
     return Clone(model, lineage, dtype, recompute).to(device or torch.device("cpu"))
 
 
 def load_trained(teacher: DenseCheckpoint, trained: Path) -> Clone:
-    """The clone whose tensors `save_trained` wrote to the file. Raises UserError for a file without a lineage."""
+    """Return the clone whose tensors `save_trained` wrote. Raises UserError for a file without a lineage."""
     with safe_open(trained, framework="pt") as file:
         lineage, holds = read_metadata(file.metadata(), trained)
         clone = load_clone(teacher, lineage)

@@ -46,8 +46,8 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
-    """The type to compute in. `auto` is bf16 on a GPU and on processors that multiply in it (AVX512-BF16 or AMX); on
-    others bf16 is slower."""
+    """Return the type to compute in. `auto` is bf16 on a GPU and on processors with instructions for it (AVX512-BF16 or
+    AMX); on other processors bf16 is slower."""
     if wanted != "auto":
         return torch.bfloat16 if wanted == "bf16" else torch.float32
     if device.type == "cuda":
@@ -57,7 +57,7 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
 
 @torch.inference_mode()
 def held_out_loss(model: nn.Module, rows_BL: np.ndarray, dtype: torch.dtype) -> float:
-    """Mean cross entropy in nats a token of a Hugging Face model on rows of held-out ids."""
+    """Return the mean cross entropy, in nats per token, of a Hugging Face model on rows of held-out ids."""
     device = next(model.parameters()).device
     nats = 0.0
     for row in torch.from_numpy(rows_BL).split(4):
@@ -71,7 +71,7 @@ def held_out_loss(model: nn.Module, rows_BL: np.ndarray, dtype: torch.dtype) -> 
 
 @dataclass
 class Clock:
-    """Seconds spent in steps, by this process and those that it resumes; evaluations and checkpoints do not count."""
+    """Seconds spent in steps by this run, including before it was resumed. Evaluations and checkpoints do not count."""
 
     seconds: float = 0.0
     tokens: int = 0
@@ -184,7 +184,7 @@ class Trainer:
     # -- between steps -------------------------------------------------------------------------------------------------
 
     def _after(self, step: int, stopping: bool) -> None:
-        """Report, evaluate and save as is due after `step` steps; `stopping`: this process ends here."""
+        """Report, evaluate and save if due after `step` steps. `stopping`: this process ends after this step."""
         s, last = self.settings, step == self.schedule.steps
         saves = stopping or (step % s.checkpoint_every == 0 and not last)
         evaluates = last or step % s.eval_every == 0
@@ -201,7 +201,7 @@ class Trainer:
         self.clock.resume()
 
     def _report(self, step: int) -> None:
-        """Log the means since the last row; stop at a bad batch, or log it. Only here the host waits for the device."""
+        """Log the means since the last row; stop at a bad batch, or log it. The host waits for the device only here."""
         means, bad = self.guard.report()
         if means is not None:
             *values, norm = means
@@ -220,9 +220,9 @@ class Trainer:
         last = checkpoints.latest(self.folder / "checkpoints")
         kept = f"continues from {last.name}" if last else "starts again"
         rate = self.schedule.learning_rate(bad.step)
-        return (f"train: {bad} of {self.schedule.steps} (rows {rows}, ... of the data); its update was not made. Leave "
+        return (f"train: {bad} of {self.schedule.steps} (rows {rows}, ... of the data); the update was skipped. Leave "
                 f"such batches out with --set train.on_bad_batch=skip: the same command {kept}. Or lower the learning "
-                f"rate (now {rate:.3g}) and start anew")
+                f"rate (now {rate:.3g}) and start again")
 
     @torch.no_grad()
     def evaluate(self, step: int) -> float:
@@ -255,7 +255,7 @@ class Trainer:
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors of a checkpoint, by their names in it."""
+        """Return the tensors of a checkpoint, by their names in it."""
         for name, parameter in self.clone.trainable().items():
             yield f"trained.{name}", parameter
             for key, value in self.optimizer.state[parameter].items():
@@ -316,7 +316,7 @@ def save_trained(clone: Clone, path: Path) -> None:
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:
-    """The rows; without a last line that a kill cut off."""
+    """Return the rows, without an incomplete last line."""
     lines = file.read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
