@@ -60,8 +60,9 @@ def shape_of(config: dict[str, Any], where: Path) -> ModelShape:
         if config.get(switch):
             raise UserError(f"{where}: {switch} = true is not supported for {family.model_type}; "
                             f"use a plain {family.model_type} model")
-    if config.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{where}: hidden_act {config['hidden_act']!r:.80} is not supported; need 'silu'")
+    for field in ("hidden_act", "hidden_activation"):  # families differ in the name
+        if config.get(field, "silu") != "silu":
+            raise UserError(f"{where}: {field} {config[field]!r:.80} is not supported; need 'silu'")
     if config.get("quantization_config"):
         raise UserError(f"{where}: the checkpoint is already quantized; pass the unquantized model")
     return ModelShape.from_config(config, str(where))

@@ -375,6 +375,10 @@ def _check_data(recipe: Recipe) -> None:
                         "--set train.tokens=N")
 
 
+# Phase of training -> the keys of [train] that weigh its loss terms (TERMS in train/losses.py).
+LOSS_WEIGHTS = {"clone": ("lm_weight", "kl_weight", "alpha"), "dense": ("lm_weight", "kl_weight", "dense_alpha")}
+
+
 def _check(recipe: Recipe) -> None:
     """Check the bounds of each key, then the rules that involve several keys. Raises UserError."""
     _check_bounds(recipe)
@@ -385,11 +389,10 @@ def _check(recipe: Recipe) -> None:
                         "measure the loss from each type; set export.calibration_tokens above 0")
     if 0 < t.spike_factor <= 1:
         raise UserError(f"recipe: train.spike_factor = {t.spike_factor}: need more than 1, or 0 for no limit")
-    if t.lm_weight == t.kl_weight == 0:
-        for name, phase_runs in (("alpha", t.dense_share < 1), ("dense_alpha", t.dense_share > 0)):
-            if phase_runs and getattr(t, name) == 0:
-                raise UserError(f"recipe: train.lm_weight, train.kl_weight and train.{name} are all 0: "
-                                "nothing to train; set one above 0")
+    for phase, phase_runs in (("clone", t.dense_share < 1), ("dense", t.dense_share > 0)):
+        if phase_runs and not any(getattr(t, name) for name in LOSS_WEIGHTS[phase]):
+            raise UserError(f"recipe: {', '.join(f'train.{name}' for name in LOSS_WEIGHTS[phase])} are all 0: "
+                            "nothing to train; set one above 0")
 
 
 def to_toml(recipe: Recipe) -> str:

@@ -103,12 +103,17 @@ class ModelShape:
         return shape
 
 
-def student_width(recipe: Recipe, teacher: ModelShape) -> int:
-    """Return the recipe's hidden_size.
+def student_of(recipe: Recipe, teacher: ModelShape, name: str) -> tuple[ModelShape, str]:
+    """Return the shape and the name of the recipe's student of the teacher `name`.
 
-    By default it is half the teacher's, rounded down to a multiple of 256, 64 or 32, so that it quantizes well.
+    A hidden_size of 0 means half the teacher's, rounded down to a multiple of 256, 64 or 32. Raises UserError for a
+    student that is not narrower.
     """
-    if recipe.student.hidden_size:
-        return recipe.student.hidden_size
-    half = teacher.hidden_size // 2
-    return next((half // unit * unit for unit in (256, 64, 32) if half >= unit), max(1, half))
+    width = recipe.student.hidden_size
+    if not width:
+        half = teacher.hidden_size // 2
+        width = next((half // unit * unit for unit in (256, 64, 32) if half >= unit), max(1, half))
+    if width >= teacher.hidden_size:
+        raise UserError(f"student.hidden_size = {width}: the teacher {name} is {teacher.hidden_size} wide; "
+                        "need a smaller student")
+    return teacher.with_hidden_size(width), recipe.student.name or f"{name}-LRC-{width}"

@@ -14,8 +14,8 @@ from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
 from lrc_edge.export.audit.gguf_tensors import audit_tensors
 from lrc_edge.export.audit.gguf_vocabulary import audit_vocabulary
-from lrc_edge.export.gguf.metadata import check_rope, yarn_attention_factor
-from lrc_edge.families import ARCHITECTURES, family_of
+from lrc_edge.export.gguf.metadata import architectures, check_rope, yarn_attention_factor
+from lrc_edge.families import ARCHITECTURES
 from lrc_edge.finding import Finding, differs
 from lrc_edge.gguf_header import GgufHeader, read_header
 
@@ -36,7 +36,7 @@ def audit_gguf(path: Path, checkpoint: DenseCheckpoint) -> list[Finding]:
     parts = header.metadata.get("split.count", 0)
     if isinstance(parts, int) and parts > 1:
         raise UserError(f"{path}: one of {parts} parts of a model; join them with llama-gguf-split --merge")
-    graph = ARCHITECTURES.get(_architecture(header), family_of(checkpoint.shape.family).gguf[0])
+    graph = ARCHITECTURES.get(_architecture(header), architectures(checkpoint)[0])
     return [*_audit_hyperparameters(header, checkpoint), *audit_vocabulary(header, checkpoint),
             *audit_tensors(header, checkpoint, graph.permutes_qk), *_audit_identity(header, checkpoint)]
 
@@ -47,7 +47,7 @@ def _architecture(header: GgufHeader) -> str:
 
 def _audit_hyperparameters(header: GgufHeader, checkpoint: DenseCheckpoint) -> Iterator[Finding]:
     shape, arch = checkpoint.shape, _architecture(header)
-    possible = [graph.name for graph in family_of(shape.family).gguf]
+    possible = [graph.name for graph in architectures(checkpoint)]
     if arch not in possible:
         yield differs("architecture", arch, " or ".join(possible))
     if arch in ARCHITECTURES and ARCHITECTURES[arch].square_attention and shape.q_size != shape.hidden_size:

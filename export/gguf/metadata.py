@@ -27,6 +27,15 @@ _SAMPLING = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p":
              "repetition_penalty": "penalty_repeat"}  # generation_config.json -> GGUFWriter.add_sampling_*
 
 
+def architectures(checkpoint: DenseCheckpoint) -> tuple[Architecture, ...]:
+    """Return llama.cpp's architectures for the checkpoint's family, the preferred one first. Raises UserError."""
+    found = family_of(checkpoint.shape.family).gguf
+    if not found:
+        raise UserError(f"{checkpoint.path}: {checkpoint.shape.family} is not supported in GGUF; "
+                        "leave gguf out of --formats")
+    return found
+
+
 def architecture(checkpoint: DenseCheckpoint) -> Architecture:
     """Return llama.cpp's architecture for the checkpoint: the first of its family that can compute it, else UserError.
 
@@ -35,7 +44,7 @@ def architecture(checkpoint: DenseCheckpoint) -> Architecture:
     """
     shape, scaling = checkpoint.shape, checkpoint.rope.scaling or {}
     llama3_rope = scaling.get("rope_type") == "llama3"
-    for graph in family_of(shape.family).gguf:
+    for graph in architectures(checkpoint):
         if (graph.llama3_rope or not llama3_rope) and (not graph.square_attention or shape.q_size == shape.hidden_size):
             return graph
     raise UserError(f"{checkpoint.path}: llama.cpp has no llama3 RoPE scaling for {shape.family}; "

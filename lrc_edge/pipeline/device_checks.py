@@ -62,8 +62,8 @@ class BuildFacts:
         """Return the artifacts that the profile runs. Raises UserError if there are none, or if one is missing."""
         wanted = [a for a in self.artifacts if a.name in profile.format_names]
         if not wanted:
-            raise UserError(f"{self.out}: no artifact for {profile.name}, which runs {', '.join(profile.format_names)}; "
-                            f"rebuild with --target {profile.name_or_path}")
+            raise UserError(f"{self.out}: no artifact for {profile.name}, which runs "
+                            f"{', '.join(profile.format_names)}; rebuild with --target {profile.name_or_path}")
         for artifact in wanted:
             if not (self.out / artifact.path).exists():
                 raise UserError(f"{self.out / artifact.path}: missing, though the build wrote it; copy it here or "

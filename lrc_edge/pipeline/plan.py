@@ -5,11 +5,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from lrc_edge.checkpoint import DenseCheckpoint, resolve_model
-from lrc_edge.errors import UserError
 from lrc_edge.formats import Format, format_of
 from lrc_edge.machine import threads_for
 from lrc_edge.recipe import Recipe
-from lrc_edge.shape import ModelShape, student_width
+from lrc_edge.shape import ModelShape, student_of
 from lrc_edge.targets.profile import Profile, load_profiles
 from lrc_edge.targets.runtimes.table import is_here
 
@@ -49,15 +48,10 @@ class Plan:
     def of_build(cls, given: str, recipe: Recipe, writes: bool = True) -> Plan:
         """Plan a student of the teacher `given`. Raises UserError, also if the student is not narrower."""
         source = Source.of(given)
-        teacher = source.checkpoint
-        width = student_width(recipe, teacher.shape)
-        if width >= teacher.shape.hidden_size:
-            raise UserError(f"student.hidden_size = {width}: the teacher {teacher.name} is {teacher.shape.hidden_size} "
-                            "wide; need a smaller student")
+        student, name = student_of(recipe, source.checkpoint.shape, source.checkpoint.name)
         profiles = tuple(load_profiles(recipe.export.targets))
-        return cls(recipe, source, True, teacher.shape.with_hidden_size(width),
-                   recipe.student.name or f"{teacher.name}-LRC-{width}",
-                   _wanted_formats(recipe, profiles, width) if writes else (), profiles)
+        formats = _wanted_formats(recipe, profiles, student.hidden_size) if writes else ()
+        return cls(recipe, source, True, student, name, formats, profiles)
 
     @classmethod
     def of_export(cls, given: str, recipe: Recipe) -> Plan:

@@ -7,10 +7,11 @@ from lrc_edge.corpus.sources import SELF, WANTED, looks_local
 from lrc_edge.errors import UserError
 from lrc_edge.families import weights_of
 from lrc_edge.figures import human_bytes
-from lrc_edge.formats import FORMATS
+from lrc_edge.formats import FORMATS, KINDS
 from lrc_edge.pipeline.plan import Plan
 from lrc_edge.recipe import Recipe
 from lrc_edge.targets.fit import check_fit
+from lrc_edge.targets.runtimes.table import verifiers_of
 from lrc_edge.workspace import free_bytes
 
 
@@ -86,6 +87,9 @@ def _check_runtimes(plan: Plan) -> None:
     if rows > model.shape.vocab_size:
         raise UserError(f"{model.path}: the tokenizer has {rows} tokens, the embedding {model.shape.vocab_size} rows; "
                         "get a tokenizer and weights that belong together")
+    for kind in KINDS:
+        if plan.formats and plan.writes(kind):
+            verifiers_of(kind)  # raises if no runtime here could verify the files
     if plan.formats and plan.writes("gguf"):
         from lrc_edge.export.gguf.to_gguf import check_gguf
         from lrc_edge.export.quantize.encodings import ENCODINGS, check_imatrix

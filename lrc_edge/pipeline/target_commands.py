@@ -17,7 +17,7 @@ from lrc_edge.errors import UserError, one_line
 from lrc_edge.exit_status import ExitStatus
 from lrc_edge.figures import human_bytes, human_count
 from lrc_edge.recipe import Recipe
-from lrc_edge.shape import ModelShape, student_width
+from lrc_edge.shape import ModelShape, student_of
 from lrc_edge.targets.devices import emulation
 from lrc_edge.targets.devices.kits import Kit
 from lrc_edge.targets.fit import Fit, FormatFit, check_fit
@@ -121,12 +121,8 @@ def fit(source: str, target: str, context: int | None, recipe: Recipe, console: 
     profile, model = load_profile(target), find_model(source)
     plans = [(model.name, check_fit(model.shape, profile, context))]
     if model.is_teacher:
-        width = student_width(recipe, model.shape)
-        if width >= model.shape.hidden_size:
-            raise UserError(f"student.hidden_size = {width}: the teacher {model.name} is {model.shape.hidden_size} "
-                            "wide; need a smaller student")
-        plans.insert(0, (recipe.student.name or f"{model.name}-LRC-{width}",
-                         check_fit(model.shape.with_hidden_size(width), profile, context)))
+        student, name = student_of(recipe, model.shape, model.name)
+        plans.insert(0, (name, check_fit(student, profile, context)))
     for i, (name, plan) in enumerate(plans):
         kind = ("student as planned", "its teacher, unchanged")[i] if model.is_teacher else "model"
         _print_fit(f"{name} ({kind})", plan, console)

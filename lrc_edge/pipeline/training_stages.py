@@ -116,7 +116,7 @@ def train_inputs(build: Build) -> Inputs:
     settings = build.recipe.train
     return {**named("train", settings, leave_out=RUN_SETTINGS),
             "train.precision": str(choose_precision(settings.precision, choose_device(settings.device))),
-            "student.hidden_size": build.plan.student.hidden_size,
+            **named("student", build.plan.student),
             "data.isolate_documents": build.recipe.data.isolate_documents,
             "teacher": build.digest(build.teacher), "data": build.digest_of_outputs("data")}
 

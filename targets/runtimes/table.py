@@ -133,7 +133,8 @@ def verifiers_of(kind: str) -> tuple[Runtime, tuple[Runtime, ...]]:
     for row in rows:
         if row.verifies == "logits":
             return row, tuple(other for other in rows if other.verifies == "text")
-    raise UserError(f"no runtime gives the logits of {kind} files; known: {', '.join(RUNTIMES)}")
+    raise UserError(f"no runtime gives the logits of {kind} files, so they cannot be verified; leave {kind} out of "
+                    f"--formats (runtimes: {', '.join(RUNTIMES)})")
 
 
 def runtimes_of(profile: Profile) -> list[DeviceRuntime]:

@@ -19,7 +19,7 @@ NAME_NODES = {ROOT / "export/onnx/graph.py"}
 HUGGING_FACE_NAME = re.compile(r"self_attn|\w_proj\b|embed_tokens|lm_head|rotary_emb|layernorm|model\.norm")
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_weight_and_module_is_transformers_own(family: str) -> None:
     config = AutoConfig.for_model(family, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=16,
                                   num_key_value_heads=1, intermediate_size=48, vocab_size=64, tie_word_embeddings=False)

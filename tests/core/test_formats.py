@@ -19,9 +19,13 @@ from lrc_edge.export.onnx.to_onnx import export_onnx
 from lrc_edge.export.quantize.encodings import ENCODINGS
 from lrc_edge.formats import FORMATS, QUANTIZED_TYPES, TYPES, format_of, formats_of, judged_as, onnx_format_of
 from lrc_edge.parity import gates_of_artifact, gates_of_device
+from lrc_edge.pipeline.stages import STAGES
 from lrc_edge.pipeline.verify import _examine
 from lrc_edge.recipe import Gates
+from lrc_edge.report import charts
+from lrc_edge.targets import memory
 from lrc_edge.targets.memory import memory_of
+from lrc_edge.targets.runtimes.table import verifiers_of
 
 NOT_OFFERED = {"mxfp4_moe", "nvfp4"}  # experts, which a dense model has none of; no quantizer
 
@@ -114,3 +118,12 @@ def test_without_a_row_nothing_predicts_writes_or_takes_its_file(tmp_path: Path,
         export_onnx(checkpoint, tmp_path / "onnx", ["q2"])
     with pytest.raises(UserError, match=r"4\.5 bits per weight"):
         onnx_format_of(4.5)
+
+
+def test_every_fact_about_a_kind_of_file_is_there() -> None:
+    """A new kind of file is a row in each of these tables, and a stage."""
+    for table in (charts._DOTS, memory._PADS, formats._LONGER_SCALES):
+        assert table.keys() == set(formats.KINDS)
+    assert set(formats.KINDS) <= {stage.name for stage in STAGES}
+    for kind in formats.KINDS:
+        assert verifiers_of(kind)

@@ -12,6 +12,7 @@ from rich.console import Console
 from tiny_models import make_tiny
 
 from lrc_edge.console import Task
+from lrc_edge.pipeline import training_stages
 from lrc_edge.pipeline.plan import Plan
 from lrc_edge.pipeline.stage import Build, Done, Stage, run_stages
 from lrc_edge.pipeline.stages import STAGES, stages
@@ -90,3 +91,12 @@ def test_commands_are_selections() -> None:
 def test_an_export_wants_no_stage_that_trains(plan: Plan) -> None:
     wanted = [stage.name for stage in STAGES if stage.wanted(plan)]
     assert wanted == ["weights", "imatrix", "gguf", "onnx", "check"]
+
+
+def test_every_part_of_the_students_shape_is_an_input_of_training(tiny_llama: Path, tmp_path: Path) -> None:
+    """Or a build of another shape would take the trained tensors of this one."""
+    recipe = load_recipe(None, ["student.hidden_size=32"], data={"sources": ["text.txt"]})
+    build = Build(Plan.of_build(str(tiny_llama), recipe, writes=False), tmp_path / "out", Console(quiet=True))
+    build.workspace.manifest["stages"]["data"] = {"outputs": {}}
+    inputs = training_stages.train_inputs(build)
+    assert {f"student.{key}": value for key, value in build.plan.student.as_dict().items()}.items() <= inputs.items()

@@ -12,7 +12,7 @@ from lrc_edge.targets import profile as profiles
 from lrc_edge.targets.profile import Profile, all_profiles, load_profile, profile_names
 
 SHIPPED = Path(profiles.__file__).parent / "profiles"
-EIGHT = {"laptop-x86", "laptop-arm64", "raspberry-pi-5", "android-high", "android-mid", "android-low",
+NAMES = {"laptop-x86", "laptop-arm64", "raspberry-pi-5", "android-high", "android-mid", "android-low",
          "browser-desktop", "browser-phone"}
 
 
@@ -25,7 +25,7 @@ def own(tmp_path: Path) -> Path:
 
 
 def test_the_eight_are_shipped() -> None:
-    assert {profile.name for profile in all_profiles()} == EIGHT == set(profile_names())
+    assert {profile.name for profile in all_profiles()} == NAMES == set(profile_names())
 
 
 @pytest.mark.parametrize("profile", all_profiles(), ids=lambda profile: profile.name)

@@ -22,6 +22,7 @@ from lrc_edge.train.loop import processes
 from lrc_edge.train.loop.schedule import Schedule
 from lrc_edge.train.loop.stage import Plan, load_clone, out_of_memory_told, run
 from lrc_edge.train.loop.trainer import Progress, choose_device, choose_precision
+from lrc_edge.train.losses import TERMS
 from lrc_edge.train.phases import DENSE, QUANTIZED
 
 
@@ -34,12 +35,13 @@ def row_off_the_grid(shape: ModelShape) -> int | None:
 def own_settings(recipe: Recipe, student: ModelShape) -> dict[str, Any]:
     """Return the training settings with the budget, learning rate and objective of this phase."""
     q = recipe.quantize
-    return dict(
-        tokens=q.tokens, batch_tokens=q.batch_tokens or min(32_768, max(1_024, q.tokens // 500)),
-        dense_share=1.0, dense_learning_rate=q.learning_rate or recipes.QUANTIZED_RATE / student.hidden_size,
-        lm_weight=0.0, kl_weight=1.0, kl_temperature=1.0, warmup_share=0.05, clone_terms="relative",
+    return {
+        **{term.settings[QUANTIZED.name]: 0.0 for term in TERMS.values()}, "kl_weight": 1.0, "kl_temperature": 1.0,
         # A teacher of another width has no layers to compare with: nothing maps its stream to the student's.
-        dense_alpha=q.alpha if q.teacher == "student" else 0.0)
+        "dense_alpha": q.alpha if q.teacher == "student" else 0.0, "clone_terms": "relative",
+        "tokens": q.tokens, "batch_tokens": q.batch_tokens or min(32_768, max(1_024, q.tokens // 500)),
+        "dense_learning_rate": q.learning_rate or recipes.QUANTIZED_RATE / student.hidden_size,
+        "dense_share": 1.0, "warmup_share": 0.05}
 
 
 def train_on_grid(student: DenseCheckpoint, teacher: DenseCheckpoint, recipe: Recipe, data: Path, folder: Path,
