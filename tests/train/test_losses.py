@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.lineage import Lineage
+from lrc_edge.recipe import LOSS_WEIGHTS
 from lrc_edge.train import losses
 from lrc_edge.train.clone import Clone
 
@@ -134,3 +135,8 @@ def test_a_row_counts_the_same_whatever_rows_are_beside_it() -> None:
     theirs[1] *= 100
     apart = [losses.clone_term(mine[i:i + 1], theirs[i:i + 1], True) for i in (0, 1)]
     torch.testing.assert_close(losses.clone_term(mine, theirs, True), sum(apart) / 2)
+
+
+def test_the_recipe_knows_the_weights_of_every_term() -> None:
+    for phase, names in LOSS_WEIGHTS.items():
+        assert sorted(names) == sorted(term.settings[phase] for term in losses.TERMS.values())
