@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -59,6 +60,11 @@ def test_imports(folder: str) -> None:
 
 def test_the_test_sees_imports() -> None:
     assert imported_stages(JOINS_THE_STAGES / "commands.py") == {"targets", "train"}
+
+
+def test_every_package_is_installed() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert sorted(listed) == sorted(name for name, file in MODULES.items() if file.name == "__init__.py")
 
 
 def test_no_module_imports_itself_through_others() -> None:
