@@ -22,9 +22,11 @@ Run an interrupted command again to resume it.
 
 [dim]lrc-edge build HuggingFaceTB/SmolLM2-360M --data stories.jsonl --out out[/]
 
-Exit status: 0 = every gate passed; 1 = a gate failed, and the report names it;
-2 = a mistake in the input, explained in one line; 3 = a requested device cannot
-be checked here.""")
+Exit status:
+0  every gate passed
+1  a gate failed; the report names it
+2  a mistake in the input; one line explains it
+3  a requested device cannot be checked on this machine""")
 
 Teacher = Annotated[str, typer.Argument(help="Hugging Face model directory, or hub id (HuggingFaceTB/SmolLM2-360M).")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Directory to build in; an interrupted build is resumed.")]
