@@ -94,7 +94,7 @@ def read_metadata(metadata: Mapping[str, str] | None, where: Path) -> tuple[Line
                        tuple(table["layers"]), table["axes"]), table["holds"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{where}: its metadata does not describe a student ({error}); another version of lrc-edge "
-                        "wrote it: delete it and run the same command again to train again") from error
+                        "wrote it: delete it, then run lrc-edge build or train again") from error
 
 
 def compose(weight: Weight, teacher: torch.Tensor, maps: Mapping[str, torch.Tensor]) -> torch.Tensor:

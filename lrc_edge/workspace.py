@@ -16,6 +16,7 @@ from lrc_edge.errors import UserError
 
 MANIFEST = "build.json"
 DIGEST = "sha256"  # key of the manifest: of all else in it
+MOST_CHANGES = 6  # that one line names
 PARTIAL = ".partial"  # what a stage has not finished; emptied when a build starts
 
 
@@ -43,8 +44,7 @@ class Workspace:
     def inputs(self, stage: str) -> dict[str, Any] | None:
         """Return the named inputs of the stage when it last finished; None if it never did."""
         record = self.manifest["stages"].get(stage)
-        # Versions before 0.2 recorded a digest alone.
-        return None if record is None else record.get("inputs", {"version of the stage": 0})
+        return None if record is None else record.get("inputs", {})  # {}: an earlier version recorded a digest alone
 
     def is_done(self, stage: str, inputs: dict[str, Any]) -> bool:
         """Whether the stage ran on these inputs and every file that it wrote is unchanged."""
@@ -127,12 +127,13 @@ def _plain(value: Any) -> Any:
 
 
 def changes(before: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
-    """ "train.tokens was 1000, is 2000" for each input that differs; empty if `before` is None."""
-    if before is None:
-        return []
+    """ "train.tokens was 1000, is 2000" for each input that differs, or how many more; empty if `before` is None."""
+    if not before:
+        return [] if before is None else ["recorded by an earlier version of lrc-edge"]
     now = _plain(now)
-    return [f"{name} was {_shown(before.get(name))}, is {_shown(now.get(name))}" for name in {**before, **now}
-            if before.get(name) != now.get(name)]
+    found = [f"{name} was {_shown(before.get(name))}, is {_shown(now.get(name))}" for name in {**before, **now}
+             if before.get(name) != now.get(name)]
+    return found[:MOST_CHANGES] + ([f"{len(found) - MOST_CHANGES} more"] if len(found) > MOST_CHANGES else [])
 
 
 def _shown(value: Any) -> str:

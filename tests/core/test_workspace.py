@@ -35,6 +35,9 @@ def test_what_changed_is_named() -> None:
     now = {"train.tokens": 2000, "data": "b" * 64, "formats": ("q8_0",), "new": "x" * 100}
     assert changes(before, now) == ["train.tokens was 1000, is 2000", "data was aaaaaaaa, is bbbbbbbb",
                                     "gone was 1, is None", f"new was None, is {'x' * 60}..."]
+    assert changes({}, now) == ["recorded by an earlier version of lrc-edge"]
+    many = {str(i): i for i in range(9)}
+    assert changes(many, dict.fromkeys(many, -1))[-1] == "3 more"
     assert changes(None, now) == changes({**now, "formats": ["q8_0"]}, now) == []
 
 
