@@ -69,7 +69,8 @@ class Aarch64:
     def install(self, say: Say) -> None:
         """Unpack the kit. Raises UserError, and leaves no files, if apt-get, pip or npm is missing or fails."""
         absent = [program for program in PROGRAMS if shutil.which(program) is None]
-        absent += [] if importlib.util.find_spec("pip") else ["pip"]
+        # Not by find_spec: for pip, setuptools turns off its own distutils, without which torch.compile fails.
+        absent += [] if any(importlib.metadata.distributions(name="pip")) else ["pip"]
         if absent:
             raise UserError(f"{self.name}: this machine has no {', '.join(absent)}; install that first")
         with unfinished(self.folder) as folder:

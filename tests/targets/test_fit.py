@@ -200,7 +200,7 @@ def test_fit_plans_the_student_beside_its_teacher(teacher: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "SmolLM2-360M-LRC-256 (student as planned)" in done.stdout
     assert "SmolLM2-360M (its teacher, unchanged): 362 M parameters" in done.stdout
-    assert "take gguf:q4_0: fits" in done.stdout and "an upper bound and no measurement" in done.stdout
+    assert "take gguf:q4_0: fits" in done.stdout and "an upper bound, not a measurement" in done.stdout
     wider = lrc_edge("targets", "fit", str(teacher), "-t", "android-low", "--set", "student.hidden_size=512")
     assert "SmolLM2-360M-LRC-512" in wider.stdout
     (teacher / "lrc_edge.json").write_text("{}")  # a student, made here: it is no teacher

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -246,3 +247,22 @@ def test_a_command_that_fails_is_told_with_its_last_words() -> None:
         kits.run([sys.executable, "-c", "raise SystemExit('no such')"], lambda line: None)
     with pytest.raises(UserError, match="no-such-program: cannot run it"):
         kits.run(["no-such-program"], lambda line: None)
+
+
+def test_looking_for_pip_leaves_setuptools_alone(tmp_path: Path) -> None:
+    """setuptools is imported by torch.compile; it refuses to work with the standard library's distutils."""
+    code = """
+import os, setuptools, sys
+from lrc_edge.errors import UserError
+from lrc_edge.targets.devices import emulation
+os.environ["PATH"] = "/nothing"
+try:
+    emulation.KIT.install(print)
+except UserError:
+    sys.modules.pop("distutils", None)
+import distutils
+assert "_distutils" in distutils.__file__
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True,
+                          env={**os.environ, "LRC_EDGE_CACHE": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
