@@ -41,7 +41,9 @@ def verdict(report: Report) -> str:
     missed = f"; NOT CHECKED: {_few(unchecked)}" if unchecked else ""
     if not failed:
         return ("The one gate passed" if len(gates) == 1 else f"All {len(gates)} gates passed") + missed
+    # The reason for a fault that an audit found begins with the gate's name.
     reasons = list(dict.fromkeys(
+        f"{g['artifact']} {g['why']}" if g["why"].startswith(f"{g['name']}: ") else
         f"{g['artifact']} {g['name']}: " + (g["why"] or f"{g['metric']} {g['value']} {g['relation']} {g['limit']}")
         for g in failed))
     return f"{len(failed)} of {len(gates)} gates FAILED: {_few(reasons)}{missed}"

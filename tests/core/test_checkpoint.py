@@ -191,7 +191,7 @@ def test_rope_parameters_are_refused_by_transformers_4(llama_copy: Path) -> None
     config.pop("rope_theta")
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": 500000.0}
     (llama_copy / "config.json").write_text(json.dumps(config))
-    refused(llama_copy, "rope_parameters", "install transformers >= 5")
+    refused(llama_copy, "rope_parameters", "nstall transformers >= 5")
 
 
 def test_rope_of_both_config_forms(llama_copy: Path) -> None:
