@@ -29,11 +29,11 @@ from lrc_edge.targets.runtimes.table import (
 
 SHAPE = ModelShape(family="llama", hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                    head_dim=16, intermediate_size=128, vocab_size=256, max_position_embeddings=512, tied=True)
-IN_PYTHON = {name for name, row in RUNTIMES.items() if row.python_flags}
+IN_PYTHON = [name for name, row in RUNTIMES.items() if row.python_flags]  # ordered: test workers must agree
 
 
 def test_what_stands_beside_the_table_has_its_names() -> None:
-    assert OPEN.keys() == emulation.BUILDS.keys() == emulated_worker.PREPARE.keys() == IN_PYTHON
+    assert OPEN.keys() == emulation.BUILDS.keys() == emulated_worker.PREPARE.keys() == set(IN_PYTHON)
     assert browser.KITS.keys() == browser.MODULES.keys() == {name for name, row in RUNTIMES.items() if row.in_page}
     assert memory._PREDICTIONS.keys() == RUNTIMES.keys()
     assert {"f32", *RUNTIMES["llama.cpp"].caches} == CACHES.keys()
