@@ -16,7 +16,9 @@ def model_card(teacher: DenseCheckpoint, shape: ModelShape, provenance: dict[str
     """
     front: dict[str, Any] = {
         "base_model": provenance["teacher"], "base_model_relation": "finetune", "library_name": "transformers",
-        "pipeline_tag": "text-generation", "tags": ["lrc-edge", "low-rank-clone", "distillation"]}
+        "pipeline_tag": "text-generation", "tags": ["lrc-edge", "distillation"]}
+    if "Low-Rank Clone" in provenance.get("method", ""):
+        front["tags"].append("low-rank-clone")
     for key in ("license", "license_name", "license_link", "language"):
         if key in teacher.card:
             front[key] = teacher.card[key]

@@ -84,7 +84,7 @@ def train(teacher: Teacher, out: Out, recipe: RecipeFile = None, settings: Setti
     """
     from lrc_edge.pipeline import commands
 
-    raise typer.Exit(commands.build(teacher, out, _recipe(recipe, settings, data), _console(), last="train"))
+    raise typer.Exit(commands.build(teacher, out, _recipe(recipe, settings, data), _console(), only_train=True))
 
 
 @app.command()

@@ -26,25 +26,25 @@ from lrc_edge.report.report_file import read_report, show_verdict, write_report
 from lrc_edge.workspace import MANIFEST, Workspace
 
 
-def build(source: str, out: Path, recipe: Recipe, console: Console, last: str = "report") -> ExitStatus:
-    """Run all stages, or those up to `last` ("train")."""
+def build(source: str, out: Path, recipe: Recipe, console: Console, only_train: bool = False) -> ExitStatus:
+    """Run all stages, or only those up to `train`."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        if last != "train":
+        if not only_train:
             raise UserError("several processes can only train: use lrc-edge train under torchrun, then build on one")
         return _train_together(source, out, recipe, console)
-    run = _start(source, out, recipe, console, last)
+    run = _start(source, out, recipe, console, only_train)
     if run is None:
         return ExitStatus.GATE_FAILED
-    if last == "train":
+    if only_train:
         run_stages(stages("train", "train"), run)
         return ExitStatus.PASSED
     return _finish(run, "train")
 
 
-def _start(source: str, out: Path, recipe: Recipe, console: Console, last: str) -> Build | None:
+def _start(source: str, out: Path, recipe: Recipe, console: Console, only_train: bool) -> Build | None:
     """Check everything, then run the stages before training. Returns None if the identity gate failed."""
     # A machine that only trains need not have the runtimes; the machine that writes the files checks the formats.
-    plan = Plan.of_build(source, recipe, writes=last != "train" or find_spec("llama_cpp") is not None)
+    plan = Plan.of_build(source, recipe, writes=not only_train or find_spec("llama_cpp") is not None)
     preflight.check(plan, out)
     for warning in preflight.fit_warnings(plan):
         console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
@@ -73,7 +73,7 @@ def _train_together(source: str, out: Path, recipe: Recipe, console: Console) ->
     ranks = join(choose_device(recipe.train.device))
     if ranks.is_main_process and (recipe.train.tokens or recipe.train.batch_tokens):
         _check_rows_divide(Plan.of_build(source, recipe, writes=False), ranks.num_processes)
-    run = _start(source, out, recipe, console, "train") if ranks.is_main_process else None
+    run = _start(source, out, recipe, console, only_train=True) if ranks.is_main_process else None
     if ranks.is_main_process and run is None:
         raise UserError(f"{out}: identity gate failed; not trained")
     try:

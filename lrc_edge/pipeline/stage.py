@@ -99,6 +99,7 @@ class Stage:
 
     inputs: everything that the outputs depend on, by name.
     outputs: files or folders below the output directory that the stage writes.
+    scratch: folders that it works in, which are not outputs.
     version: incremented when the stage writes different files from the same inputs.
     wanted: whether a plan includes the stage.
     is_optional: if a plan does not include the stage, outputs of an earlier run are removed.
@@ -112,6 +113,7 @@ class Stage:
     work: Callable[[Build, Task], Done]
     inputs: Callable[[Build], Inputs]
     outputs: tuple[str, ...] = ()
+    scratch: tuple[str, ...] = ()
     wanted: Callable[[Plan], bool] = lambda plan: True
     total: Callable[[Build], int | None] = lambda build: None
     is_optional: bool = False
@@ -155,10 +157,14 @@ def _run(stage: Stage, build: Build) -> None:
 
 
 def _drop(stage: Stage, build: Build) -> None:
-    """Remove the stage's outputs for an earlier recipe, which would be mistaken for this build's."""
+    """Remove what the stage wrote for an earlier recipe, which would be mistaken for this build's.
+
+    Only what is recorded or named by the stage: a folder with the stage's name may be the user's own.
+    """
+    recorded = build.workspace.inputs(stage.name) is not None
     build.workspace.forget(stage.name)
-    for output in (stage.name, *stage.outputs):
-        path = build.out / output
+    for name in (*(stage.outputs if recorded else ()), *stage.scratch):
+        path = build.out / name
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

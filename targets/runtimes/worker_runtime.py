@@ -27,9 +27,8 @@ class WorkerRuntime:
     or that cannot open the file, is not used again.
 
     n_params: parameters of the model, for the time limits. vocab_size: the size that the file must have; 0: any.
-    folder: on the disk that stores the logits which the worker returns. Use it as a
-    context manager. Every failure is a WorkerFailed whose text names the runtime and the stage (open, prefill,
-    decode, generate, tokenize, chat).
+    folder: on the disk that stores the logits which the worker returns. Use it as a context manager. Every failure is
+    a WorkerFailed whose text names the runtime and the stage (open, prefill, decode, generate, tokenize, chat).
     """
 
     def __init__(self, name: str, path: Path, n_ctx: int, threads: int, n_params: int, folder: Path | None = None,

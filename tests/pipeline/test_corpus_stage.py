@@ -141,7 +141,7 @@ def test_a_mistake_behind_the_teachers_own_text_keeps_it(tiny_llama: Path, tmp_p
     out = tmp_path / "out"
     with pytest.raises(UserError, match=r"broken\.jsonl"):
         build(str(tiny_llama), out, recipe_of("self", tmp_path / "broken.jsonl", weights=[1, 1], tokens=10**6),
-              Console(quiet=True), last="train")
+              Console(quiet=True), only_train=True)
     assert (out / "data.unfinished" / "self.jsonl").stat().st_size > 0
     with pytest.raises(UserError, match=r"broken\.jsonl"):
         build(str(tiny_llama), tmp_path / "nothing", recipe_of(tmp_path / "broken.jsonl"), Console(quiet=True))

@@ -70,6 +70,15 @@ def test_only_an_optional_stage_is_removed_with_the_plan_that_had_it(plan: Plan,
     assert run(plan, tmp_path, stage("removed"))[1] == ["removed  written"]
 
 
+def test_a_folder_with_a_stages_name_is_the_users(plan: Plan, tmp_path: Path) -> None:
+    """Above all `teacher`, next to which someone may build. Only what a stage recorded, or works in, is removed."""
+    for name in ("teacher", "gguf", "work"):
+        (tmp_path / name).mkdir()
+    unwanted = stage("gguf", is_optional=True, wanted=lambda plan: False, scratch=("work",))
+    run(plan, tmp_path, unwanted, *(stage for stage in STAGES if not stage.wanted(plan)))
+    assert [path.name for path in sorted(tmp_path.iterdir()) if path.is_dir()] == ["gguf", "teacher"]
+
+
 def test_what_finishes_a_stage_follows_the_record(plan: Plan, tmp_path: Path) -> None:
     seen: list[bool] = []
     given = stage(finish=lambda build: seen.append(build.workspace.inputs("write") is not None))

@@ -36,7 +36,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(teacher: Path, text: Path, out: Path, *settings: str) -> None:
     recipe = load_recipe(None, [*SETTINGS, *settings], data={"sources": [str(text)]})
-    assert build(str(teacher), out, recipe, Console(quiet=True), last="train") == ExitStatus.PASSED
+    assert build(str(teacher), out, recipe, Console(quiet=True), only_train=True) == ExitStatus.PASSED
 
 
 @pytest.fixture(scope="module")
