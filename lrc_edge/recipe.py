@@ -101,9 +101,10 @@ class Train:
              "`pca`, dense steps alone do best (benchmarks/sample_efficiency.py)", at_least=0, at_most=1)
     alpha: float = key(0.2, "weight of the clone loss in the clone phase", at_least=0)
     dense_alpha: float = key(0.2, "weight of the clone loss in the dense phase", at_least=0)
-    clone_terms: Literal["relative", "absolute"] = key(
-        "relative", "relative = squared error / the teacher's mean square, so that alpha means the same for every "
-                    "teacher; absolute = mean squared error, as published")
+    clone_terms: Literal["relative", "per_token", "absolute"] = key(
+        "relative", "relative = squared error of a sequence / the teacher's mean square in it, so that alpha means the "
+                    "same for every teacher; per_token = the same for each token, so that a few tokens with huge "
+                    "activations do not rule the loss; absolute = mean squared error, as published")
     kl_weight: float = key(1.0, "weight of the KL divergence from the teacher", at_least=0)
     lm_weight: float = key(1.0, "weight of the cross entropy", at_least=0)
     kl_temperature: float = key(1.0, "temperature of the KL, which is per token and scaled by temperature^2", above=0)

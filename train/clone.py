@@ -84,13 +84,13 @@ class LayerPair(nn.Module):
             outputs = self.teacher_tap.take()
             targets = outputs if objective.compares_activations else {}
         if self.recompute and torch.is_grad_enabled():
-            student_stream, terms = checkpoint(self._student, student_stream, targets, objective.relative, mask, rope,
-                                               use_reentrant=False, preserve_rng_state=False)
+            student_stream, terms = checkpoint(self._student, student_stream, targets, objective.clone_terms, mask,
+                                               rope, use_reentrant=False, preserve_rng_state=False)
         else:
-            student_stream, terms = self._student(student_stream, targets, objective.relative, mask, rope)
+            student_stream, terms = self._student(student_stream, targets, objective.clone_terms, mask, rope)
         return teacher_stream, student_stream, terms
 
-    def _student(self, stream: torch.Tensor, targets: dict[str, torch.Tensor], relative: bool,
+    def _student(self, stream: torch.Tensor, targets: dict[str, torch.Tensor], clone_terms: str,
                  mask: torch.Tensor | None, rope: tuple[torch.Tensor, torch.Tensor]
                  ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the student's layer. In its terms, the seven linears have equal weight (the paper, section 3.2)."""
@@ -100,7 +100,7 @@ class LayerPair(nn.Module):
         for name, target in targets.items():
             if key(name) in self.projections:
                 target = target @ self.projections[key(name)].to(target.dtype)
-            terms = terms + torch.stack([of_activations(outputs[name], target, relative)
+            terms = terms + torch.stack([of_activations(outputs[name], target, clone_terms)
                                          for of_activations in ACTIVATION_TERMS.values()])
         return stream, terms
 

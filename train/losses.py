@@ -26,13 +26,13 @@ class Objective:
     kl: float = 1.0
     clone: float = 0.2
     temperature: float = 1.0  # of the KL
-    relative: bool = True  # the clone term is relative to the teacher's activations, not absolute
+    clone_terms: str = "relative"  # a name of CLONE_ERRORS
 
     @classmethod
     def of(cls, train: recipes.Train, phase: str) -> Objective:
         """Return the objective of a phase, by its name in train/phases.py."""
         return cls(**{name: getattr(train, term.settings[phase]) for name, term in TERMS.items()},
-                   temperature=train.kl_temperature, relative=train.clone_terms == "relative")
+                   temperature=train.kl_temperature, clone_terms=train.clone_terms)
 
     def weight(self, term: str) -> float:
         return float(getattr(self, term))
@@ -83,21 +83,42 @@ def kl_divergence(tokens: Tokens, objective: Objective) -> tuple[torch.Tensor, t
     return loss, (log_q.exp() - p) * (t * objective.kl)
 
 
-def clone_term(student: torch.Tensor, teacher: torch.Tensor, relative: bool) -> torch.Tensor:
-    """Return the mean over rows of the mean squared error of an activation (rows, ...), summed in float32.
+def _absolute(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    return _squares(student - teacher).sum() / student.numel()
 
-    `relative`: each row's error is divided by the teacher's mean square in that row, so that a row's contribution does
-    not depend on the other rows of its batch. For the backward pass, only the difference is kept, in its operands'
-    type.
+
+def _relative(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    return (_squares(student - teacher).sum(1) / _squares(teacher.detach()).sum(1)).mean()
+
+
+def _relative_per_token(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    sizes_BL = _squares(teacher.detach())
+    # A token of almost no activation, such as what attention adds at an attention sink, must not rule the term either.
+    smallest_B1 = SMALLEST_TOKEN * sizes_BL.median(1, keepdim=True).values
+    return (_squares(student - teacher) / sizes_BL.maximum(smallest_B1)).mean()
+
+
+def _squares(x_BLD: torch.Tensor) -> torch.Tensor:
+    """Return each token's sum of squares, (B, L), in float32. For the backward pass only the operand is kept."""
+    return torch.linalg.vector_norm(x_BLD, dim=-1, dtype=torch.float32).square()
+
+
+# train.clone_terms -> the clone loss of an activation (B, L, D): the student's, the teacher's -> a mean over rows.
+CLONE_ERRORS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "relative": _relative,  # a row's squared error / the teacher's mean square in the row
+    "per_token": _relative_per_token,  # the same for each token, then the mean over tokens
+    "absolute": _absolute,  # the mean squared error (arXiv 2505.12781)
+}
+SMALLEST_TOKEN = 0.01  # of the row's median: what a token's size counts as, at least, in `per_token`
+
+
+def clone_term(student: torch.Tensor, teacher: torch.Tensor, terms: str) -> torch.Tensor:
+    """Return the clone loss of an activation (B, L, D), by the name in CLONE_ERRORS.
+
+    No row's contribution depends on the other rows of its batch. Sums are in float32; for the backward pass, only the
+    difference is kept, in its operands' type.
     """
-    errors = _squares_of_rows(student - teacher)
-    if not relative:
-        return errors.sum() / student.numel()
-    return (errors / _squares_of_rows(teacher.detach())).mean()
-
-
-def _squares_of_rows(x: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.float32).square()
+    return CLONE_ERRORS[terms](student, teacher)
 
 
 @dataclass(frozen=True)
@@ -108,7 +129,7 @@ class Term:
     settings: Mapping[str, str]  # phase -> the field of recipe.Train that is the term's weight
     needs_teacher: bool
     of_tokens: Callable[[Tokens, Objective], tuple[torch.Tensor, torch.Tensor]] | None = None
-    of_activations: Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor] | None = None  # summed over all of them
+    of_activations: Callable[[torch.Tensor, torch.Tensor, str], torch.Tensor] | None = None  # summed over all of them
 
 
 def _always(setting: str) -> dict[str, str]:

@@ -19,7 +19,7 @@ from lrc_edge.lineage import Lineage, compose
 from lrc_edge.recipe import Train, load_recipe
 from lrc_edge.train import initialize
 from lrc_edge.train.clone import Clone
-from lrc_edge.train.losses import ACTIVATION_TERMS, TERMS, Objective
+from lrc_edge.train.losses import ACTIVATION_TERMS, CLONE_ERRORS, TERMS, Objective
 from lrc_edge.train.phases import DENSE, PHASES
 
 
@@ -43,9 +43,9 @@ def test_full_width_identity_has_no_loss_but_the_teachers(name: str, tmp_path: P
     assert losses.parts["lm"].item() == pytest.approx(expected.item(), abs=1e-4)
 
 
-@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("clone_terms", CLONE_ERRORS)
 @pytest.mark.parametrize("name", ["llama-tied", "qwen2-untied", "qwen3-tied", "mistral-untied"])
-def test_losses_are_those_of_two_plain_forward_passes(name: str, relative: bool, tmp_path: Path) -> None:
+def test_losses_are_those_of_two_plain_forward_passes(name: str, clone_terms: str, tmp_path: Path) -> None:
     """Hooks on transformers' own whole-model forward passes give the same LM, KL and clone losses."""
     clone = make_clone(tmp_path / "t", 32, **FAMILIES[name])
     clone.initialize(initialize.gaussian_values(clone, seed=1))
@@ -65,10 +65,13 @@ def test_losses_are_those_of_two_plain_forward_passes(name: str, relative: bool,
         target = of_teacher[key]
         if key.endswith(tuple(role.module for role in roles if role.writes_stream)):
             target = target @ clone.trainable()[f"{key}.weight"].detach()
-        scale = target.square().mean((1, 2)) if relative else 1.0
-        terms.append(((of_student[key] - target).square().mean((1, 2)) / scale).mean())
+        size = target.square().mean(-1)  # of each token
+        scale = {"absolute": torch.ones(()), "relative": size.mean(1, keepdim=True),
+                 "per_token": size.maximum(0.01 * size.median(1, keepdim=True).values)}[clone_terms]
+        terms.append(((of_student[key] - target).square().mean(-1) / scale).mean())
     p, q = (F.log_softmax(side["logits"] / temperature, -1) for side in taken)
-    losses = clone(ids, objective=Objective(lm=0.5, kl=0.7, clone=0.3, temperature=temperature, relative=relative))
+    objective = Objective(lm=0.5, kl=0.7, clone=0.3, temperature=temperature, clone_terms=clone_terms)
+    losses = clone(ids, objective=objective)
     assert len(terms) == 7 * clone.lineage.student.num_hidden_layers
     assert losses.parts["clone"].item() == pytest.approx(sum(terms).item(), rel=1e-4)  # type: ignore[union-attr]
     kl = (p.exp() * (p - q)).sum(-1)[:, :-1].mean().item() * temperature**2  # the last position predicts nothing here
@@ -144,12 +147,12 @@ def test_recomputing_layers_changes_no_gradient(tmp_path: Path) -> None:
         assert grad is not None and torch.equal(grad, grads[1][name])  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("relative", [False, True])
-def test_forward_passes_of_one_row_or_of_four_give_the_same_gradients(relative: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("clone_terms", CLONE_ERRORS)
+def test_forward_passes_of_one_row_or_of_four_give_the_same_gradients(clone_terms: str, tmp_path: Path) -> None:
     clone = make_clone(tmp_path / "t", 32)
     clone.initialize(initialize.gaussian_values(clone, seed=1))
     ids = torch.cat([some_ids(), torch.full((1, 33), 7), some_ids(1)[:1]])  # rows that are unlike
-    objective, n_labels = Objective(clone=0.5, relative=relative), torch.tensor(4 * 32)
+    objective, n_labels = Objective(clone=0.5, clone_terms=clone_terms), torch.tensor(4 * 32)
     grads = []
     for size in (4, 1):
         for part in ids.split(size):
@@ -173,7 +176,7 @@ def test_isolated_documents_are_read_as_if_alone(window: int | None, tmp_path: P
     documents = torch.bucketize(torch.arange(33), torch.tensor(cuts[1:]), right=True)[None]
     labels = F.pad(ids[:, 1:], (0, 1), value=-100)
     labels[0, [4, 19]] = -100  # the last token of a document predicts nothing
-    absolute = Objective(relative=False)  # a relative term would be a ratio of sums
+    absolute = Objective(clone_terms="absolute")  # a relative term would be a ratio of sums
     together = clone(ids, labels, documents, objective=absolute)
     alone = [clone(ids[:, a:b], objective=absolute) for a, b in pairwise(cuts)]
     lengths = [b - a for a, b in pairwise(cuts)]

@@ -108,24 +108,49 @@ def test_without_a_teacher_there_is_no_kl() -> None:
     assert kl.item() == 0 and total.item() == pytest.approx(2 * lm.item())
 
 
-@pytest.mark.parametrize("relative", [False, True])
-def test_clone_term_is_summed_in_float32(relative: bool) -> None:
-    ones = torch.ones(2, 1000, dtype=torch.bfloat16)  # bfloat16 cannot count to 1000
-    term = losses.clone_term(3 * ones, 2 * ones, relative)
-    assert term.dtype == torch.float32 and term.item() == pytest.approx(0.25 if relative else 1.0, rel=1e-6)
+@pytest.mark.parametrize("terms", losses.CLONE_ERRORS)
+def test_clone_term_is_summed_in_float32(terms: str) -> None:
+    ones = torch.ones(2, 50, 1000, dtype=torch.bfloat16)  # bfloat16 cannot count to 1000
+    term = losses.clone_term(3 * ones, 2 * ones, terms)
+    assert term.dtype == torch.float32
+    assert term.item() == pytest.approx(1.0 if terms == "absolute" else 0.25, rel=1e-6)
 
 
-def test_relative_clone_term_does_not_see_scale() -> None:
-    a, b = torch.randn(2, 5, 7)
-    torch.testing.assert_close(losses.clone_term(a, b, True), losses.clone_term(9 * a, 9 * b, True))
+@pytest.mark.parametrize("terms", ["relative", "per_token"])
+def test_relative_clone_terms_do_not_depend_on_scale(terms: str) -> None:
+    a, b = torch.randn(2, 2, 5, 7)
+    torch.testing.assert_close(losses.clone_term(a, b, terms), losses.clone_term(9 * a, 9 * b, terms))
 
 
-@pytest.mark.parametrize("relative", [False, True])
-def test_clone_term_keeps_no_float32_copy_for_the_backward_pass(relative: bool) -> None:
+def test_an_attention_sink_rules_the_term_of_a_sequence_but_not_the_terms_of_its_tokens() -> None:
+    """The first token of a large model has activations thousands of times larger than those of the other tokens."""
+    mine, theirs = torch.randn(2, 1, 64, 16, generator=torch.Generator().manual_seed(0))
+    for x in (mine, theirs):
+        x[:, 0] *= 1000
+    shares = {}
+    for terms in ("relative", "per_token"):
+        student = mine.clone().requires_grad_(True)
+        losses.clone_term(student, theirs, terms).backward()
+        assert student.grad is not None
+        # The gradient relative to each token's size: what its error weighs.
+        weight_L = (student.grad * mine).norm(dim=-1)[0]
+        shares[terms] = (weight_L[0] / weight_L.sum()).item()
+    assert shares["relative"] > 0.99 and shares["per_token"] < 0.1
+
+
+def test_a_token_of_almost_no_activation_does_not_rule_the_terms_of_tokens() -> None:
+    mine, theirs = torch.randn(2, 1, 64, 16, generator=torch.Generator().manual_seed(0))
+    before = losses.clone_term(mine, theirs, "per_token")
+    theirs[:, 0] *= 1e-4
+    assert losses.clone_term(mine, theirs, "per_token") < 4 * before
+
+
+@pytest.mark.parametrize("terms", losses.CLONE_ERRORS)
+def test_clone_term_keeps_no_float32_copy_for_the_backward_pass(terms: str) -> None:
     kept: list[torch.Tensor] = []
-    mine, theirs = (torch.randn(4, 50, 30).bfloat16().requires_grad_(own) for own in (True, False))
+    mine, theirs = (torch.randn(4, 50, 300).bfloat16().requires_grad_(own) for own in (True, False))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
-        losses.clone_term(mine, theirs, relative)
+        losses.clone_term(mine, theirs, terms)
     assert sum(t.nbytes for t in kept) < 1.1 * mine.nbytes
 
 
@@ -133,8 +158,9 @@ def test_a_row_counts_the_same_whatever_rows_are_beside_it() -> None:
     """One row of a teacher a hundred times as loud as the other's must not drown it."""
     mine, theirs = torch.randn(2, 2, 5, 7, generator=torch.Generator().manual_seed(0))
     theirs[1] *= 100
-    apart = [losses.clone_term(mine[i:i + 1], theirs[i:i + 1], True) for i in (0, 1)]
-    torch.testing.assert_close(losses.clone_term(mine, theirs, True), sum(apart) / 2)
+    for terms in losses.CLONE_ERRORS:
+        apart = [losses.clone_term(mine[i:i + 1], theirs[i:i + 1], terms) for i in (0, 1)]
+        torch.testing.assert_close(losses.clone_term(mine, theirs, terms), sum(apart) / 2)
 
 
 def test_the_recipe_knows_the_weights_of_every_term() -> None:
