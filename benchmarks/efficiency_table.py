@@ -1,21 +1,37 @@
-"""Write the table and the plot of sample_efficiency.py from its runs.jsonl."""
+"""Write the tables and the plot of sample_efficiency.py from its runs.jsonl."""
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+Pair = tuple[float, float]  # learning rate, alpha
+Curve = list[tuple[int, float]]  # (tokens, held-out loss)
+
+# Start -> phase and terms -> method: what each part of the method contributes.
+ATTRIBUTION = {
+    "gaussian (LRC)": {"projections": "gaussian, clone", "projections, terms": "gaussian, clone, terms",
+                       "weights": "gaussian, dense", "weights, terms": "gaussian, dense, terms"},
+    "strongest channels (RED)": {"projections": "selection, clone", "projections, terms": "selection, clone, terms",
+                                 "weights": "hard pruning + KD", "weights, terms": "selection, dense, terms"},
+    "principal components": {"projections": "components, clone", "projections, terms": "components, clone, terms",
+                             "weights": "SliceGPT start + KD", "weights, terms": "components, dense, terms"},
+}
 
 
 @dataclass(frozen=True)
 class Run:
+    width: int
     method: str
     rate: float
+    alpha: float
     seed: int
     tokens: int
-    seconds: float
-    tokens_per_second: float
+    judged: str  # `pick`: on text that only picks the pair; `eval`: on text that picked nothing
+    seconds: float  # of CPU time, without evaluations
     curve: Sequence[tuple[int, float]]  # (tokens, held-out loss)
     skipped: int
 
@@ -23,81 +39,142 @@ class Run:
     def loss(self) -> float:
         return self.curve[-1][1]
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return self.width, self.method, self.rate, self.alpha, self.seed, self.tokens, self.judged
+
 
 def read_runs(out: Path) -> list[Run]:
     file = out / "runs.jsonl"
     return [Run(**json.loads(line)) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def best_rate(runs: list[Run], method: str) -> float:
-    """Return the learning rate with which seed 0 ended at the lowest loss."""
-    return min((run for run in runs if run.method == method and run.seed == 0), key=lambda run: run.loss).rate
+def best_pair(runs: list[Run], width: int, method: str) -> Pair:
+    """Return the (rate, alpha) whose run ended at the lowest loss on the text that picks."""
+    best = min((run for run in runs if (run.width, run.method, run.judged) == (width, method, "pick")),
+               key=lambda run: run.loss)
+    return best.rate, best.alpha
 
 
-def mean_curve(runs: list[Run]) -> list[tuple[int, float]]:
+def final_runs(runs: list[Run], width: int) -> dict[str, list[Run]]:
+    """Return the runs of the shortest final budget, by method."""
+    judged = [run for run in runs if (run.width, run.judged) == (width, "eval")]
+    shortest = min((run.tokens for run in judged), default=0)
+    found: dict[str, list[Run]] = {}
+    for run in judged:
+        if run.tokens == shortest and (run.rate, run.alpha) == best_pair(runs, width, run.method):
+            found.setdefault(run.method, []).append(run)
+    return found
+
+
+def leaders(runs: list[Run], width: int) -> list[str]:
+    """Return the methods that have final runs, the best first."""
+    found = final_runs(runs, width)
+    return sorted(found, key=lambda name: statistics.fmean(run.loss for run in found[name]))
+
+
+def mean_curve(runs: list[Run]) -> Curve:
     return [(points[0][0], statistics.fmean(loss for _, loss in points))
             for points in zip(*(run.curve for run in runs), strict=True)]
 
 
-def tokens_to_reach(curve: list[tuple[int, float]], loss: float) -> float | None:
-    """Return where the curve first reaches `loss`, interpolated linearly; None if never."""
-    for (before, high), (after, low) in zip([curve[0], *curve], curve, strict=False):
-        if low <= loss:
-            return after if high <= loss or high == low else before + (after - before) * (high - loss) / (high - low)
-    return None
+def at_edge(pair: Pair, pairs: list[Pair]) -> str:
+    """Say whether a better rate may lie outside the grid."""
+    rates = sorted({rate for rate, _ in pairs})
+    return {rates[0]: " (lowest)", rates[-1]: " (highest)"}.get(pair[0], "")
 
 
-def render(out: Path, order: list[str], teacher_loss: float, what: str) -> str:
-    """Write table.md and, with matplotlib, curves.png; returns the table."""
+def spread(losses: list[float]) -> str:
+    return f"± {(max(losses) - min(losses)) / 2:.3f}" if len(losses) > 1 else "one seed"
+
+
+def render(out: Path, grids: Mapping[str, list[Pair]], teacher: str) -> str:
+    """Write table.md and, with matplotlib, curves.png; return the tables."""
     runs = read_runs(out)
-    at_best = {name: [run for run in runs if run.method == name and run.rate == best_rate(runs, name)]
-               for name in order if any(run.method == name for run in runs)}
-    curves = {name: mean_curve(mine) for name, mine in at_best.items()}
-    text = "\n".join([f"{what}; teacher's loss {teacher_loss:.4f}; {runs[0].tokens:,} tokens a run.\n",
-                      *_losses(at_best, curves), "", *_crossings(curves), ""])
+    sections = [teacher + "."]
+    for width in sorted({run.width for run in runs}, reverse=True):
+        finals = final_runs(runs, width)
+        order = [name for name in grids if name in finals]
+        sections += ["", f"### {width} wide", "", *_losses(runs, finals, order, grids), "", *_attribution(finals),
+                     *_long(runs, width)]
+    text = "\n".join(sections) + "\n"
     (out / "table.md").write_text(text)
-    _plot(curves, teacher_loss, out / "curves.png")
+    _plot(runs, list(grids), out / "curves.png")
     return text
 
 
-def _losses(at_best: dict[str, list[Run]], curves: dict[str, list[tuple[int, float]]]) -> list[str]:
-    curve = next(iter(curves.values()))
-    columns = [len(curve) * k // 4 for k in range(4)] + [len(curve) - 1]
-    rows = ["| method | best rate | seeds | " + " | ".join(f"{curve[c][0]:,}" for c in columns)
-            + " | spread | tokens/s |", "|---|---|---|" + "---|" * (len(columns) + 2)]
-    for name, runs in at_best.items():
-        ends = [run.loss for run in runs]
-        spread = f"± {(max(ends) - min(ends)) / 2:.3f}" if len(ends) > 1 else "one seed"
-        speed = statistics.fmean(run.tokens_per_second for run in runs)
-        rows.append(f"| {name} | {runs[0].rate:g} | {len(runs)} | "
-                    + " | ".join(f"{curves[name][c][1]:.3f}" for c in columns) + f" | {spread} | {speed:,.0f} |")
+def _losses(runs: list[Run], finals: dict[str, list[Run]], order: list[str], grids: Mapping[str, list[Pair]]
+            ) -> list[str]:
+    if not order:
+        return ["(no final runs yet)"]
+    curve = finals[order[0]][0].curve
+    columns = sorted({0, len(curve) // 4, len(curve) // 2, len(curve) - 1})
+    rows = ["| method | rate | alpha | pairs tried | " + " | ".join(f"{curve[c][0]:,}" for c in columns)
+            + " | spread | CPU s per 1,000 tokens |", "|---|---|---|---|" + "---|" * (len(columns) + 2)]
+    for name in order:
+        mine = finals[name]
+        pair, means = (mine[0].rate, mine[0].alpha), mean_curve(mine)
+        tried = sum((run.width, run.method, run.judged) == (mine[0].width, name, "pick") for run in runs)
+        speed = statistics.fmean(run.seconds / run.tokens * 1000 for run in mine)
+        cells = [name, f"{pair[0]:g}{at_edge(pair, grids[name])}", f"{pair[1]:g}" if pair[1] else "-", str(tried),
+                 *(f"{means[c][1]:.3f}" for c in columns), spread([run.loss for run in mine]), f"{speed:.2f}"]
+        rows.append("| " + " | ".join(cells) + " |")
     return rows
 
 
-def _crossings(curves: dict[str, list[tuple[int, float]]]) -> list[str]:
-    """Return a table: the share of the run after which a row's method reaches the final loss of a column's method."""
-    rows = ["Share of its tokens that the method of the row needs to reach the final loss of the column's:", "",
-            "| | " + " | ".join(curves) + " |", "|---|" + "---|" * len(curves)]
-    for name, curve in curves.items():
-        cells = [tokens_to_reach(curve, other[-1][1]) for other in curves.values()]
-        rows.append(f"| {name} | " + " | ".join("never" if c is None else f"{c / curve[-1][0]:.2f}" for c in cells)
-                    + " |")
-    return rows
+def _attribution(finals: dict[str, list[Run]]) -> list[str]:
+    """Return a table: start x (what is trained, with or without clone terms) -> final loss."""
+    columns = list(next(iter(ATTRIBUTION.values())))
+    rows = []
+    for start, cells in ATTRIBUTION.items():
+        losses = [[run.loss for run in finals.get(cells[column], [])] for column in columns]
+        if any(losses):
+            rows.append(f"| {start} | "
+                        + " | ".join(f"{statistics.fmean(found):.3f}" if found else "" for found in losses) + " |")
+    if not rows:
+        return []
+    return ["What each part contributes: the final loss by start (rows), by what is trained, and by clone terms:", "",
+            "| start | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns), *rows]
 
 
-def _plot(curves: dict[str, list[tuple[int, float]]], teacher_loss: float, file: Path) -> None:
+def _long(runs: list[Run], width: int) -> list[str]:
+    judged = [run for run in runs if (run.width, run.judged) == (width, "eval")]
+    shortest = min((run.tokens for run in judged), default=0)
+    longer = sorted((run for run in judged if run.tokens > shortest), key=lambda run: run.loss)
+    if not longer:
+        return []
+    points = [tokens for tokens, _ in longer[0].curve]
+    return ["", "The leaders with more tokens (seed 0):", "",
+            "| method | rate | alpha | " + " | ".join(f"{tokens:,}" for tokens in points) + " |",
+            "|---|---|---|" + "---|" * len(points),
+            *(f"| {run.method} | {run.rate:g} | {run.alpha:g} | " + " | ".join(f"{loss:.3f}" for _, loss in run.curve)
+              + " |" for run in longer)]
+
+
+def _plot(runs: list[Run], names: list[str], file: Path) -> None:
+    """Draw held-out loss against tokens and against CPU time, a row of panels for each width."""
     try:
         from matplotlib import pyplot
     except ImportError:
         print(f"no matplotlib: {file} is not drawn")
         return
-    figure, axes = pyplot.subplots(figsize=(11, 5.5), layout="constrained")
-    for i, (name, curve) in enumerate(curves.items()):
-        axes.plot(*zip(*curve, strict=True), label=name, linewidth=1.5, color=f"C{i % 10}", linestyle="-:"[i // 10])
-    axes.axhline(teacher_loss, color="black", linestyle="--", linewidth=1, label="teacher")
-    axes.set(xlabel="tokens", ylabel="held-out loss, nats a token", yscale="log", yticks=[2.5, 3, 3.5, 4, 5, 6, 7, 8])
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("")
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
-    figure.savefig(file, dpi=130)
+    widths = sorted({run.width for run in runs if run.judged == "eval"}, reverse=True)
+    if not widths:
+        return
+    figure, axes = pyplot.subplots(len(widths), 2, figsize=(13, 5 * len(widths)), layout="constrained", squeeze=False)
+    for row, width in zip(axes, widths, strict=True):
+        finals = final_runs(runs, width)
+        for i, name in enumerate(names):
+            if name not in finals:
+                continue
+            mine, curve = finals[name], mean_curve(finals[name])
+            seconds = statistics.fmean(run.seconds / run.tokens for run in mine)
+            style = {"linewidth": 1.5, "color": f"C{i % 10}", "linestyle": ("-", "--")[i // 10 % 2]}
+            row[0].plot(*zip(*curve, strict=True), label=name, **style)
+            row[1].plot([tokens * seconds for tokens, _ in curve], [loss for _, loss in curve], **style)
+        for panel, label in zip(row, ("tokens", "CPU seconds"), strict=True):
+            panel.set(xlabel=label, ylabel="held-out loss, nats per token", yscale="log", title=f"{width} wide")
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_formatter("{x:g}")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.savefig(file, dpi=110)

@@ -1,12 +1,13 @@
 """Sample efficiency of ways to train a student: same teacher, text, order, student shape and steps.
 
-    python benchmarks/sample_efficiency.py --quick                     # under 15 minutes on 2 cores
-    python benchmarks/sample_efficiency.py --text stories.jsonl --held-out other.jsonl --out OUT
+    python benchmarks/sample_efficiency.py --quick                     # about 15 minutes on 2 cores
+    python benchmarks/sample_efficiency.py --text stories.jsonl --text books.txt --held-out other.jsonl --out OUT
 
-Every method uses lrc_edge's own trainer, with seed 0 at each learning rate of a small grid, then with the other seeds
-at the best rate. Finished runs are stored in OUT/runs.jsonl and not repeated, so a killed benchmark resumes, and
-several processes may share OUT with different --methods. At the end it writes the table OUT/table.md and, if matplotlib
-is installed, OUT/curves.png; --render does only that.
+Every method uses lrc_edge's own trainer. Six (rate, alpha) pairs are tried for each method, with --tune-tokens and
+seed 0; a method without clone loss gets six rates. The pair with the lowest loss on text that only picks is used for
+the final runs, which are judged on other text. Finished runs are stored in OUT/runs.jsonl and not repeated, so a killed
+benchmark resumes, and several processes may share OUT with different --methods. --long runs the best methods once more
+with ten times the tokens. --render only writes the tables and, if matplotlib is installed, the plot.
 """
 from __future__ import annotations
 
@@ -16,13 +17,14 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from efficiency_table import Run, best_rate, read_runs, render
+from efficiency_table import Pair, Run, best_pair, leaders, read_runs, render
 from torch import nn
 
 from lrc_edge.checkpoint import DenseCheckpoint
@@ -40,8 +42,8 @@ from lrc_edge.train.masks import positions_of
 from lrc_edge.train.phases import DENSE
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo"
-EVAL_TOKENS, CALIBRATION_ROWS = 8_192, 16
-WEIGHT_GRID, PROJECTION_GRID = (1e-3, 3e-3, 1e-2), (3e-4, 1e-3, 3e-3)
+PICK_TOKENS, EVAL_TOKENS, CALIBRATION_ROWS, POINTS = 16_384, 65_536, 16, 4
+PUBLISHED_LENGTH = 2048  # the weight 1.28 of the published KL holds at this sequence length, and falls with it
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,13 @@ class Method:
     name: str
     start: Callable[[Clone, torch.Tensor, int], None]
     settings: dict[str, Any]
-    grid: tuple[float, ...]
+    rates: tuple[float, ...]
+    alphas: tuple[float, ...] = (0.0,)
     kind: type[Clone] = Clone
+
+    @property
+    def pairs(self) -> list[Pair]:
+        return [(rate, alpha) for rate in self.rates for alpha in self.alphas]
 
 
 def from_random(clone: Clone, rows: torch.Tensor, seed: int) -> None:
@@ -99,135 +106,174 @@ class Aligned(Clone):
             features = below.new_zeros(1)
             for i, pair in enumerate(self.pairs):
                 above, below, _ = pair(above, below, losses.Objective(clone=0.0), None, rope)
-                features = features + losses.clone_term(below @ self.align[str(i)], above, relative=True)
+                features = features + losses.clone_term(below @ self.align[str(i)], above, "relative")
             total, terms = losses.head_losses(
                 student.norm(below).flatten(0, 1), student.head.weight, teacher.norm(above).flatten(0, 1),
                 teacher.head.weight, labels.flatten(), objective, n_labels)
         return losses.Losses.of(total, terms, features * share, objective)
 
 
-CLONE, KD = {"dense_share": 0.0}, {"dense_share": 1.0, "dense_alpha": 0.0}
-ABSOLUTE = {"clone_terms": "absolute"}
+PROJECTIONS, WEIGHTS = {"dense_share": 0.0}, {"dense_share": 1.0}
+THEN_WEIGHTS = {"dense_share": 0.75}
+ABSOLUTE, PER_TOKEN = {"clone_terms": "absolute"}, {"clone_terms": "per_token"}
+PUBLISHED_KL = {"kl_temperature": 40.0}
+RATES, HIGH_RATES = (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2)
+SIX, SIX_LOW = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3)
+RELATIVE_ALPHAS, ABSOLUTE_ALPHAS = (0.05, 0.2), (0.02, 0.2)
 METHODS = {method.name: method for method in (
-    Method("from scratch", from_random, KD | {"kl_weight": 0.0}, WEIGHT_GRID),
-    Method("KD from scratch", from_random, KD, WEIGHT_GRID),
-    Method("TinyBERT-like", from_random, {"dense_share": 1.0, "dense_alpha": 1.0}, WEIGHT_GRID, Aligned),
-    Method("hard pruning + KD", selection, KD, WEIGHT_GRID),
-    Method("LRC as published", gaussian, CLONE | ABSOLUTE | {"kl_temperature": 40.0, "kl_weight": 1.28},
-           PROJECTION_GRID),
-    Method("LRC, selection (RED)", selection, CLONE | ABSOLUTE, PROJECTION_GRID),
-    Method("LRC, selection, then dense", selection, ABSOLUTE | {"dense_share": 0.75}, WEIGHT_GRID),
-    Method("LRC, components, absolute terms", pca, CLONE | ABSOLUTE, PROJECTION_GRID),
-    Method("LRC, components, no terms", pca, CLONE | {"alpha": 0.0}, PROJECTION_GRID),
-    Method("LRC, components", pca, CLONE, PROJECTION_GRID),
-    Method("LRC, components, then dense", pca, {"dense_share": 0.75}, WEIGHT_GRID),
-    Method("components, dense, no terms", pca, KD, WEIGHT_GRID),
-    Method("components, dense, absolute terms", pca, ABSOLUTE, WEIGHT_GRID),
-    Method("components, dense (default)", pca, {}, WEIGHT_GRID),
+    Method("from scratch", from_random, WEIGHTS | {"kl_weight": 0.0}, SIX),
+    Method("KD from scratch", from_random, WEIGHTS, SIX),
+    Method("TinyBERT-like", from_random, WEIGHTS, HIGH_RATES, RELATIVE_ALPHAS, Aligned),
+    Method("hard pruning + KD", selection, WEIGHTS, SIX),
+    Method("SliceGPT start + KD", pca, WEIGHTS, SIX_LOW),
+    Method("LRC as published", gaussian, PROJECTIONS | ABSOLUTE | PUBLISHED_KL, HIGH_RATES, ABSOLUTE_ALPHAS),
+    Method("RED", selection, PROJECTIONS | ABSOLUTE, RATES, ABSOLUTE_ALPHAS),
+    Method("RED, then dense", selection, THEN_WEIGHTS | ABSOLUTE, RATES, ABSOLUTE_ALPHAS),
+    Method("components, clone, then dense", pca, THEN_WEIGHTS, RATES, RELATIVE_ALPHAS),
+    Method("components, dense, terms", pca, WEIGHTS, RATES, RELATIVE_ALPHAS),
+    Method("components, dense, terms per token", pca, WEIGHTS | PER_TOKEN, RATES, RELATIVE_ALPHAS),
+    # Only for the table of attribution, whose other cells are methods above.
+    Method("components, clone, terms", pca, PROJECTIONS, RATES, RELATIVE_ALPHAS),
+    Method("components, clone", pca, PROJECTIONS, SIX),
+    Method("selection, dense, terms", selection, WEIGHTS, RATES, RELATIVE_ALPHAS),
+    Method("selection, clone, terms", selection, PROJECTIONS, RATES, RELATIVE_ALPHAS),
+    Method("selection, clone", selection, PROJECTIONS, SIX),
+    Method("gaussian, dense, terms", gaussian, WEIGHTS, HIGH_RATES, RELATIVE_ALPHAS),
+    Method("gaussian, dense", gaussian, WEIGHTS, SIX),
+    Method("gaussian, clone, terms", gaussian, PROJECTIONS, HIGH_RATES, RELATIVE_ALPHAS),
+    Method("gaussian, clone", gaussian, PROJECTIONS, SIX),
 )}
 
 
-def train_once(method: Method, rate: float, seed: int, args: argparse.Namespace, data: Path) -> Run:
-    teacher = DenseCheckpoint.open(args.teacher)
+class TimedTrainer(Trainer):
+    """Counts the CPU seconds of evaluations, which are not the method's."""
+
+    evaluating = 0.0
+
+    def evaluate(self, step: int) -> float:
+        before = time.process_time()
+        loss = super().evaluate(step)
+        self.evaluating += time.process_time() - before
+        return loss
+
+
+def train_once(method: Method, pair: Pair, seed: int, tokens: int, judged: str, args: argparse.Namespace) -> Run:
+    """`judged`: the name of the file of held-out rows."""
+    teacher, (rate, alpha) = DenseCheckpoint.open(args.teacher), pair
+    steps = tokens // args.batch_tokens
     settings = load_recipe(None, (), train={
-        "tokens": args.tokens, "seq_len": args.seq_len, "batch_tokens": args.batch_tokens, "seed": seed,
-        "dense_learning_rate": rate,
-        "learning_rate": rate if method.settings.get("dense_share") == 0 else args.clone_rate,
-        "log_every": 10, "eval_every": max(1, args.tokens // args.batch_tokens // 20), "checkpoint_every": 10**9,
-        "spike_factor": 0.0, "on_bad_batch": "skip", **method.settings}).train
+        "tokens": tokens, "seq_len": args.seq_len, "batch_tokens": args.batch_tokens, "seed": seed,
+        "dense_learning_rate": rate, "learning_rate": rate, "alpha": alpha, "dense_alpha": alpha,
+        "warmup_share": 0.05, "log_every": 10, "eval_every": max(1, steps // POINTS) if judged == "eval" else 10**9,
+        "checkpoint_every": 10**9, "spike_factor": 0.0, "on_bad_batch": "skip", "compile": args.compile,
+        **({"kl_weight": 1.28 * args.seq_len / PUBLISHED_LENGTH} if "kl_temperature" in method.settings else {}),
+        **method.settings}).train
     device = choose_device("auto")
     dtype = choose_precision("auto", device)
-    rows = PackedRows(data, args.seq_len)
+    rows = PackedRows(args.out / "data", args.seq_len)
     lineage = Lineage.of(teacher.shape, teacher.shape.with_hidden_size(args.hidden_size))
-    schedule = Schedule.of(settings, lineage.student, 0)
-    clone = method.kind(teacher.model().to(device, dtype), lineage, dtype).to(device)
+    clone = method.kind(teacher.model(dtype).to(device), lineage, dtype).to(device)
     picked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:CALIBRATION_ROWS]
     sample = torch.stack([rows[int(i)]["input_ids"] for i in picked]).to(device)
-    started = time.monotonic()
-    method.start(clone, sample, seed)
-    held_out_BL = HeldOut.load(data / "held_out.npz").rows(args.seq_len, EVAL_TOKENS, None)
+    held_out_BL = np.load(args.out / "data" / f"{judged}.npy")
     with tempfile.TemporaryDirectory() as folder:
         metrics: list[dict[str, Any]] = []
-        trainer = Trainer(clone, settings, schedule, rows, held_out_BL, Path(folder), metrics.append)
+        before = time.process_time()
+        method.start(clone, sample, seed)
+        trainer = TimedTrainer(clone, settings, Schedule.of(settings, lineage.student, 0), rows, held_out_BL,
+                               Path(folder), metrics.append)
         trainer.run()
-    return Run(method.name, rate, seed, args.tokens, time.monotonic() - started, trainer.clock.rate,
-               [(row["tokens"], row["held_out_loss"]) for row in metrics if "held_out_loss" in row],
+        seconds = time.process_time() - before - trainer.evaluating
+    return Run(args.hidden_size, method.name, rate, alpha, seed, tokens, judged, round(seconds, 1),
+               [(row["tokens"], round(row["held_out_loss"], 5)) for row in metrics if "held_out_loss" in row],
                sum("skipped" in row for row in metrics))
 
 
-def prepare_data(args: argparse.Namespace) -> Path:
-    """Return the packed tokens of the text, and held-out documents of it or of another text."""
+def prepare_data(args: argparse.Namespace) -> None:
+    """Pack the training text, and write rows of other text: some to pick settings on, some to judge on."""
     data: Path = args.out / "data"
-    if (data / "held_out.npz").exists():
-        return data
+    if (data / "eval.npy").exists():
+        return
     partial_folder = args.out / ".data"
     shutil.rmtree(partial_folder, ignore_errors=True)
     partial_folder.mkdir(parents=True)
-    tokenizer = DenseCheckpoint.open(args.teacher).tokenizer()
-    texts = documents([str(args.text)], Fields())
-    prepare([("text", texts)], tokenizer, partial_folder, held_out_share=0.05, max_tokens=None, seq_len=args.seq_len,
-            progress=lambda n: None)
-    if args.held_out:
-        HeldOut.from_texts(documents([str(args.held_out)], Fields()), tokenizer).save(
-            partial_folder / "held_out.npz")
+    teacher = DenseCheckpoint.open(args.teacher)
+    tokenizer = teacher.tokenizer()
+    sources = [(str(text), documents([str(text)], Fields())) for text in args.text]
+    prepare(sources, tokenizer, partial_folder, weights=[1.0] * len(sources), held_out_share=0.03,
+            max_tokens=args.data_tokens, seq_len=args.seq_len, progress=lambda n: None)
+    pick = HeldOut.load(partial_folder / "held_out.npz")
+    np.save(partial_folder / "pick.npy", pick.rows(args.seq_len, PICK_TOKENS, teacher.bos()))
+    judged = [HeldOut.from_texts(documents([str(text)], Fields()), tokenizer) for text in args.held_out]
+    rows = [text.rows(args.seq_len, EVAL_TOKENS // len(judged), teacher.bos()) for text in judged]
+    np.save(partial_folder / "eval.npy", np.concatenate(rows))
+    shutil.rmtree(data, ignore_errors=True)
     partial_folder.rename(data)
-    return data
 
 
-def teacher_loss(args: argparse.Namespace, data: Path) -> float:
-    rows = HeldOut.load(data / "held_out.npz").rows(args.seq_len, EVAL_TOKENS, None)
-    return held_out_loss(DenseCheckpoint.open(args.teacher).model(), rows, torch.float32)
+def run_all(methods: list[Method], args: argparse.Namespace) -> None:
+    def once(method: Method, pair: Pair, seed: int, tokens: int, judged: str) -> None:
+        key = (args.hidden_size, method.name, *pair, seed, tokens, judged)
+        if any(run.key == key for run in read_runs(args.out)):
+            return
+        run = train_once(method, pair, seed, tokens, judged, args)
+        with (args.out / "runs.jsonl").open("a") as file:
+            file.write(json.dumps(asdict(run)) + "\n")
+        print(f"{args.hidden_size} wide, {method.name}, rate {pair[0]:g}, alpha {pair[1]:g}, seed {seed}, "
+              f"{tokens:,} tokens: {run.loss:.4f} ({judged}) in {run.seconds:.0f} CPU s", flush=True)
+
+    for method in methods:
+        for pair in method.pairs[1:2] if args.quick else method.pairs:
+            once(method, pair, 0, args.tune_tokens, "pick")
+        best = best_pair(read_runs(args.out), args.hidden_size, method.name)
+        for seed in range(args.seeds):
+            once(method, best, seed, args.tokens, "eval")
+    for name in leaders(read_runs(args.out), args.hidden_size)[:args.long]:
+        best = best_pair(read_runs(args.out), args.hidden_size, name)
+        once(METHODS[name], best, 0, 10 * args.tokens, "eval")
+
+
+def describe(args: argparse.Namespace) -> str:
+    """Return the line above the table, with the teacher's own loss."""
+    teacher = DenseCheckpoint.open(args.teacher)
+    loss = held_out_loss(teacher.model(), np.load(args.out / "data" / "eval.npy"), torch.float32)
+    shape = teacher.shape
+    return (f"Teacher `{args.teacher.name}`: {shape.num_hidden_layers} layers, {shape.hidden_size} wide, "
+            f"{shape.n_params:,} parameters, loss {loss:.4f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", type=Path, default=DEMO / "storyteller", help="Hugging Face directory")
-    parser.add_argument("--text", type=Path, default=DEMO / "stories.jsonl")
-    parser.add_argument("--held-out", type=Path, help="text to evaluate on; default: a twentieth of --text")
+    parser.add_argument("--text", type=Path, action="append", help="training text, in equal shares; repeatable")
+    parser.add_argument("--held-out", type=Path, action="append", help="text to judge on, in equal shares; repeatable")
+    parser.add_argument("--data-tokens", type=int, default=2_500_000, help="training tokens to prepare")
     parser.add_argument("--hidden-size", type=int, default=128)
-    parser.add_argument("--tokens", type=int, default=409_600, help="tokens per run")
-    parser.add_argument("--batch-tokens", type=int, default=4_096, help="tokens per optimizer step")
+    parser.add_argument("--tokens", type=int, default=204_800, help="tokens of a final run")
+    parser.add_argument("--tune-tokens", type=int, default=102_400, help="tokens of a run that tries a pair")
+    parser.add_argument("--batch-tokens", type=int, default=1_024, help="tokens per optimizer step")
     parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--clone-rate", type=float, default=3e-3, help="rate of a clone phase before a dense phase")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rates", default="", help="comma-separated learning rates, instead of each method's grid")
-    parser.add_argument("--methods", default="", help=f"comma-separated numbers, 0 to {len(METHODS) - 1}; default: all")
+    parser.add_argument("--long", type=int, default=0, help="run this many of the best methods with 10 x the tokens")
+    parser.add_argument("--compile", choices=("on", "off"), default="on")
+    parser.add_argument("--methods", default="", help="comma-separated numbers; default: all. "
+                        + "; ".join(f"{i} {name}" for i, name in enumerate(METHODS)))
     parser.add_argument("--out", type=Path, default=Path("sample-efficiency-out"))
-    parser.add_argument("--quick", action="store_true", help="81,920 tokens, one seed, the middle rate of each grid")
-    parser.add_argument("--render", action="store_true", help="only write the table and the plot of finished runs")
+    parser.add_argument("--quick", action="store_true", help="few tokens, one seed, one pair for each method")
+    parser.add_argument("--render", action="store_true", help="only write the tables and the plot of finished runs")
     args = parser.parse_args()
+    args.text, args.held_out = args.text or [DEMO / "stories.jsonl"], args.held_out or [DEMO / "stories.jsonl"]
     if args.quick:
-        args.tokens, args.seeds, args.out = 81_920, 1, args.out.with_name("sample-efficiency-quick")
+        args.tokens = args.tune_tokens = 20_480
+        args.seeds, args.out = 1, args.out.with_name("sample-efficiency-quick")
         shutil.rmtree(args.out, ignore_errors=True)
+    torch._dynamo.config.recompile_limit = 256  # one for each objective
     methods = list(METHODS.values())
-    chosen = [methods[int(i)] for i in args.methods.split(",")] if args.methods else methods
     args.out.mkdir(parents=True, exist_ok=True)
-    data = prepare_data(args)
+    prepare_data(args)
     if not args.render:
-        run_all(chosen, args, data)
-    shape = DenseCheckpoint.open(args.teacher).shape
-    print(render(args.out, list(METHODS), teacher_loss(args, data),
-                 f"teacher {shape.hidden_size} wide ({shape.n_params:,} parameters), student {args.hidden_size} wide "
-                 f"({shape.with_hidden_size(args.hidden_size).n_params:,})"))
-
-
-def run_all(methods: list[Method], args: argparse.Namespace, data: Path) -> None:
-    def once(method: Method, rate: float, seed: int) -> None:
-        if any((r.method, r.rate, r.seed, r.tokens) == (method.name, rate, seed, args.tokens)
-               for r in read_runs(args.out)):
-            return
-        run = train_once(method, rate, seed, args, data)
-        with (args.out / "runs.jsonl").open("a") as file:
-            file.write(json.dumps(vars(run)) + "\n")
-        print(f"{method.name}, rate {rate:g}, seed {seed}: {run.loss:.4f} in {run.seconds:.0f} s", flush=True)
-
-    for method in methods:
-        grid = [float(rate) for rate in args.rates.split(",")] if args.rates else method.grid
-        for rate in grid[1:2] if args.quick else grid:
-            once(method, rate, 0)
-    for seed in range(1, args.seeds):
-        for method in methods:
-            once(method, best_rate(read_runs(args.out), method.name), seed)
+        run_all([methods[int(i)] for i in args.methods.split(",")] if args.methods else methods, args)
+    print(render(args.out, {method.name: method.pairs for method in methods}, describe(args)))
 
 
 if __name__ == "__main__":
