@@ -36,11 +36,7 @@ def key(default: Value, help: str, **bounds: float) -> Value:
     return typing.cast(Value, field(default=default, metadata={"help": help, "bounds": bounds}))
 
 
-# Peak learning rate x the student's hidden_size: best of a grid in both phases for students 128 and 256 wide of a
-# teacher 512 wide (docs/LOG.md). That it falls with the width agrees with muP for Adam (arXiv 2203.03466): it is 2.6e-4
-# for a width of 1536.
-PEAK_RATE, MAX_RATE = 0.4, 3e-3
-# The same for quantization-aware training: best of a grid (docs/LOG.md).
+# Peak learning rate x the student's hidden_size of quantization-aware training: best of a grid (docs/LOG.md).
 QUANTIZED_RATE = 0.01
 
 
@@ -81,16 +77,16 @@ class Train:
         0, "training tokens; 0 = one pass over the data; more than the data holds = several passes", at_least=0)
     seq_len: int = key(2048, "tokens per sequence; at most the teacher's max_position_embeddings", at_least=1)
     batch_tokens: int = key(
-        0, "tokens per optimizer step; 0 = budget / 400, clamped to 4,096..32,768", at_least=0)
+        0, "tokens per optimizer step; 0 = budget / 2,000, clamped to 1,024..32,768", at_least=0)
     micro_batch: int = key(
         8, "sequences per forward pass of one process; the rest of a step is gradient accumulation", at_least=1)
     learning_rate: float = key(
-        0.0, f"peak learning rate of the clone phase; 0 = {PEAK_RATE} / the student's hidden_size, at most {MAX_RATE}",
-        at_least=0)
+        0.0, "peak learning rate of the clone phase; 0 = it follows the student's width, the tokens and number of "
+             "steps, and how far the student starts from its teacher (docs/training.md)", at_least=0)
     dense_learning_rate: float = key(0.0, "peak learning rate of the dense phase; 0 = as for learning_rate", at_least=0)
     warmup_share: float = key(
-        0.02, "share of each phase's steps with linear warmup; afterwards the rate falls linearly to 0 over the run",
-        at_least=0, below=1)
+        0.0, "share of each phase's steps with linear warmup, after which the rate falls linearly to 0 over the run; "
+             "0 = a fiftieth of the steps, but at least 20 steps or a fifth of them", at_least=0, below=1)
     max_grad_norm: float = key(1.0, "the gradient norm is clipped to this", above=0)
     init: Literal["pca", "selection", "gaussian"] = key(
         "pca", "pca = principal components of the residual stream; selection = its strongest channels (RED); gaussian "
@@ -120,9 +116,10 @@ class Train:
     keep_checkpoints: int = key(2, "number of checkpoints to keep", at_least=1)
     log_every: int = key(10, "steps between lines in the log", at_least=1)
     on_bad_batch: Literal["stop", "skip"] = key(
-        "stop", "a bad batch has a loss that is not finite or above spike_factor times its running average, and never "
-                "changes the weights; stop = end the run and name it, skip = continue without it")
-    spike_factor: float = key(5.0, "limit of a loss in units of its running average; 0 = no limit")
+        "stop", "a bad batch has a loss that is not finite or above its limit (spike_factor), and never changes the "
+                "weights; stop = end the run and name it, skip = continue without it")
+    spike_factor: float = key(
+        5.0, "limit of a loss in units of its running average, but never less than 1 above the average; 0 = no limit")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -137,8 +137,8 @@ def train(build: Build, task: Task) -> Done:
         return None, ""
     summary = json.loads((folder / SUMMARY_FILE).read_text())
     return summary, (f"{summary['tokens']:,} tokens on {summary['device']} in {summary['precision']}: held-out "
-                     f"loss {summary['student_held_out_loss']:.3f} (teacher's "
-                     f"{summary['teacher_held_out_loss']:.3f}) nats per token")
+                     f"loss {summary['student_held_out_loss']:.3f} nats per token (before training "
+                     f"{summary['first_held_out_loss']:.3f}, teacher's {summary['teacher_held_out_loss']:.3f})")
 
 
 def train_finished(build: Build) -> None:

@@ -3,9 +3,9 @@ from __future__ import annotations
 
 import pytest
 
-from lrc_edge.recipe import MAX_RATE, PEAK_RATE, load_recipe
+from lrc_edge.recipe import load_recipe
 from lrc_edge.shape import ModelShape
-from lrc_edge.train.loop.schedule import Schedule
+from lrc_edge.train.loop.schedule import FAR_RATE, MAX_RATE, NEAR_RATE, Schedule, default_rate
 
 
 def student(width: int, positions: int) -> ModelShape:
@@ -19,7 +19,8 @@ def schedule(*settings: str, n_tokens: int = 10**7, positions: int = 4096, width
 @pytest.mark.parametrize(("settings", "n_tokens", "expected"), [
     (["train.tokens=1000000", "train.batch_tokens=8192"], 1, (2048, 4, 122)),
     (["train.tokens=1000000", "train.batch_tokens=65536"], 1, (2048, 32, 15)),
-    ([], 400 * 4096, (2048, 2, 400)),  # one pass, a 400th of it a step
+    ([], 2000 * 4096, (2048, 2, 2000)),  # one pass, a 2000th of it a step
+    (["train.seq_len=256"], 40_960, (256, 4, 40)),  # at least 1,024 tokens a step
     (["train.seq_len=100"], 10**10, (100, 328, 304878)),  # at most 32,768 tokens a step
 ])
 def test_steps_and_rows(settings: list[str], n_tokens: int, expected: tuple[int, int, int]) -> None:
@@ -38,10 +39,28 @@ def test_forward_passes_divide_the_rows(rows: int, world: int, micro_batch: int,
     assert Schedule(64, rows, 10, 10, 1, 1e-3, 1e-3).rows_of_process(world, micro_batch) == expected
 
 
-def test_default_rates_follow_the_width() -> None:
-    assert schedule(width=1024).clone_rate == schedule(width=1024).dense_rate == pytest.approx(PEAK_RATE / 1024)
-    assert schedule(width=64).clone_rate == schedule(width=64).dense_rate == MAX_RATE
-    assert schedule("train.learning_rate=1e-4", width=64).clone_rate == 1e-4
+@pytest.mark.parametrize(("width", "steps", "batch", "kl", "expected"), [
+    (1024, 100, 1024, 0.1, NEAR_RATE / 1024), (256, 100, 1024, 0.1, NEAR_RATE / 256),  # falls with the width
+    (1024, 100, 1024, 0.8, 2 * NEAR_RATE / 1024),  # grows with the distance from the teacher
+    (1024, 100, 1024, 9.0, FAR_RATE / 1024),
+    (1024, 100, 4096, 0.1, 2 * NEAR_RATE / 1024), (1024, 10**5, 32_768, 0.1, FAR_RATE / 1024),  # grows with the batch
+    (1024, 10, 4096, 0.1, NEAR_RATE / 1024),  # but not in a few steps
+    (16, 100, 1024, 9.0, MAX_RATE)])
+def test_default_rates(width: int, steps: int, batch: int, kl: float, expected: float) -> None:
+    assert default_rate(width, steps, batch, kl) == pytest.approx(expected)
+
+
+def test_both_phases_have_the_default_rate_unless_it_is_set() -> None:
+    recipe = load_recipe(None, ["train.learning_rate=1e-4", "train.dense_share=0.5"]).train
+    found = Schedule.of(recipe, student(1024, 2048), 10**6, start_kl=0.1)
+    assert found.clone_rate == 1e-4 and found.dense_rate == pytest.approx(NEAR_RATE / 1024 * 2**0.5)
+    assert found.peaks == {"clone": found.clone_rate, "dense": found.dense_rate}
+    assert [*schedule("train.dense_share=0").peaks] == ["clone"] and [*schedule().peaks] == ["dense"]
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 1), (5, 1), (10, 2), (50, 10), (100, 20), (1000, 20), (5000, 100)])
+def test_the_default_warmup_is_neither_a_single_step_nor_most_of_a_short_run(steps: int, warmup: int) -> None:
+    assert schedule(f"train.tokens={steps * 2048}", "train.batch_tokens=2048").warmup == warmup
 
 
 def test_rates_warm_up_in_both_phases_and_end_at_zero() -> None:

@@ -15,6 +15,7 @@ from lrc_edge.train.losses import TERMS
 WATCHED = (*(f"{name} loss" for name in TERMS), "gradient norm")
 N_LOSSES = len(TERMS)
 DECAY = 0.9  # of the running average that a spike is measured against
+SLACK = 1.0  # a loss this little above its average is no spike: near the teacher, KL may be small and vary by factors
 MOST_SKIPPED = 10  # bad batches in a row: no bad batch, but a run that has diverged
 
 
@@ -36,7 +37,7 @@ class Guard:
     """Judges each step's values of WATCHED, a tensor on the device: the loss terms and the gradient's norm."""
 
     def __init__(self, device: torch.device, spike_factor: float):
-        """`spike_factor`: how far above its running average a loss may be; 0: any finite value passes."""
+        """A loss may be `spike_factor` times its running average, or SLACK above it. 0: any finite value passes."""
         self.spike_factor = spike_factor
         self.average = torch.zeros(len(WATCHED), device=device)
         self._seen: list[tuple[int, torch.Tensor]] = []
@@ -47,7 +48,7 @@ class Guard:
         fine = terms.isfinite().all()
         started = self.average > 0  # a term that has been 0 so far has no average to compare with
         if self.spike_factor:
-            limits = self.average * self.spike_factor
+            limits = torch.maximum(self.average * self.spike_factor, self.average + SLACK)
             # The gradient's norm may jump: clipping is there for that.
             fine &= ((terms <= limits) | ~started)[:N_LOSSES].all()
         self._seen.append((step, torch.cat([terms, self.average, fine[None].float()])))

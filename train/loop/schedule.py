@@ -10,6 +10,24 @@ from lrc_edge import recipe as recipes
 from lrc_edge.errors import UserError
 from lrc_edge.shape import ModelShape
 
+MIN_BATCH, MAX_BATCH, BATCHES = 1_024, 32_768, 2_000  # default tokens of a step, and how many steps a budget makes
+WARMUP_STEPS = 20  # Adam's first steps move every weight by the full rate, whatever its gradient
+# The default peak rate x the student's width, and where it ends; docs/LOG.md has the grid that they come from.
+NEAR_RATE, FAR_RATE, MAX_RATE = 0.16, 0.4, 1e-2
+NEAR_KL, FEW_STEPS = 0.4, 50
+
+
+def default_rate(width: int, steps: int, batch_tokens: int, start_kl: float) -> float:
+    """Return the peak learning rate of a student of this width that starts `start_kl` nats per token from its teacher.
+
+    It falls with the width (muP for Adam, arXiv 2203.03466). A student that starts near its teacher has more to lose
+    than to gain from large steps. A large batch averages out noise, so it allows a larger rate, but not in a run of few
+    steps.
+    """
+    distance = max(1.0, start_kl / NEAR_KL)
+    batch = max(1.0, min(math.sqrt(batch_tokens / MIN_BATCH), steps / FEW_STEPS))
+    return min(MAX_RATE, min(FAR_RATE, NEAR_RATE * distance * batch) / width)
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -24,17 +42,18 @@ class Schedule:
     dense_rate: float
 
     @classmethod
-    def of(cls, train: recipes.Train, student: ModelShape, n_tokens: int) -> Schedule:
-        """`n_tokens`: the tokens of the data, which are the budget if the recipe has none."""
+    def of(cls, train: recipes.Train, student: ModelShape, n_tokens: int, start_kl: float = math.inf) -> Schedule:
+        """`n_tokens`: the tokens of the data, which are the budget if the recipe has none. `start_kl`: nats per token
+        between the teacher and the student before the first step, which default rates follow."""
         seq_len = min(train.seq_len, student.max_position_embeddings)
         budget = train.tokens or n_tokens
-        batch_tokens = train.batch_tokens or min(32_768, max(4_096, budget // 400))
+        batch_tokens = train.batch_tokens or min(MAX_BATCH, max(MIN_BATCH, budget // BATCHES))
         rows = max(1, round(batch_tokens / seq_len))
         steps = max(1, round(budget / (rows * seq_len)))
-        rate = min(recipes.MAX_RATE, recipes.PEAK_RATE / student.hidden_size)
-        return cls(seq_len, rows, steps, round(steps * (1 - train.dense_share)),
-                   math.ceil(train.warmup_share * steps), train.learning_rate or rate,
-                   train.dense_learning_rate or rate)
+        rate = default_rate(student.hidden_size, steps, rows * seq_len, start_kl)
+        warmup = math.ceil(train.warmup_share * steps) or max(steps / 50, min(WARMUP_STEPS, steps / 5))
+        return cls(seq_len, rows, steps, round(steps * (1 - train.dense_share)), math.ceil(warmup),
+                   train.learning_rate or rate, train.dense_learning_rate or rate)
 
     @property
     def tokens_per_step(self) -> int:
@@ -43,6 +62,12 @@ class Schedule:
     @property
     def tokens(self) -> int:
         return self.steps * self.tokens_per_step
+
+    @property
+    def peaks(self) -> dict[str, float]:
+        """The peak learning rate of each phase that runs."""
+        phases = {"clone": (self.clone_rate, self.dense_from), "dense": (self.dense_rate, self.steps - self.dense_from)}
+        return {phase: rate for phase, (rate, steps) in phases.items() if steps}
 
     def is_dense(self, step: int) -> bool:
         return step >= self.dense_from

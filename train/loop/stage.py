@@ -4,7 +4,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,15 +36,17 @@ from lrc_edge.train.loop.trainer import (
     read_metrics,
     save_trained,
 )
-from lrc_edge.train.losses import TERMS
+from lrc_edge.train.losses import TERMS, Objective
 from lrc_edge.train.phases import DENSE
+from lrc_edge.workspace import write_atomically
 
-SUMMARY_FILE = "training.json"
+SUMMARY_FILE, START_FILE = "training.json", "start.json"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The settings of a training run that follow from its recipe, teacher, data and machine."""
+    """The settings of a training run that follow from its recipe, teacher, data and machine. The schedule's default
+    rates also follow from the start, which is measured first."""
 
     lineage: Lineage
     schedule: Schedule
@@ -107,8 +109,12 @@ def _train(teacher: DenseCheckpoint, recipe: Recipe, plan: Plan, data: Path, fol
                        recompute=settings.gradient_checkpointing)
     rows = PackedRows(data, plan.schedule.seq_len, recipe.data.isolate_documents)
     if processes.agreed(latest(folder / "checkpoints"), ranks) is None:
-        _initialize(clone, settings.init, rows, settings.seed)
-    run(clone, teacher, settings, plan, rows, data, folder, progress)
+        start_kl = _initialize(clone, settings.init, rows, settings.seed)
+        if ranks.is_main_process:
+            write_atomically(folder / START_FILE, json.dumps({"kl": start_kl}))
+        ranks.wait_for_everyone()
+    schedule = Schedule.of(settings, plan.lineage.student, rows.n_tokens, _start_kl(folder))
+    run(clone, teacher, settings, replace(plan, schedule=schedule), rows, data, folder, progress)
 
 
 def run(clone: Clone, teacher: DenseCheckpoint, settings: recipes.Train, plan: Plan, rows: PackedRows, data: Path,
@@ -130,6 +136,7 @@ def run(clone: Clone, teacher: DenseCheckpoint, settings: recipes.Train, plan: P
         "steps": schedule.steps, "tokens": schedule.tokens, "dense_from_step": schedule.dense_from,
         "seconds": round(trainer.clock.seconds, 1), "device": plan.device.type,
         "processes": trainer.processes.num_processes,
+        "learning_rates": schedule.peaks, "warmup_steps": schedule.warmup,
         "precision": "bf16" if plan.dtype == torch.bfloat16 else "fp32", "init": settings.init,
         "terms": {name: term.label for name, term in TERMS.items()},
         "skipped_batches": sum("skipped" in row for row in curve),
@@ -137,7 +144,20 @@ def run(clone: Clone, teacher: DenseCheckpoint, settings: recipes.Train, plan: P
         "bytes_per_token": held_out.bytes_per_token}, indent=1))
 
 
-def _initialize(clone: Clone, init: str, rows: PackedRows, seed: int) -> None:
+def _initialize(clone: Clone, init: str, rows: PackedRows, seed: int) -> float:
+    """Set the clone's initial values from some rows. Return its KL from the teacher on them, in nats per token."""
     picked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[: CALIBRATION_ROWS]
-    sample = torch.stack([rows[int(i)]["input_ids"] for i in picked]).to(next(clone.parameters()).device)
-    clone.initialize(INITS[init](clone, sample, seed))
+    sample_BL = torch.stack([rows[int(i)]["input_ids"] for i in picked]).to(next(clone.parameters()).device)
+    clone.initialize(INITS[init](clone, sample_BL, seed))
+    with torch.no_grad():
+        losses = [clone(row[None], objective=Objective(clone=0.0)).parts["kl"].item() for row in sample_BL]
+    return sum(losses) / len(losses)
+
+
+def _start_kl(folder: Path) -> float:
+    """Return what `_initialize` found when the run began. Raises UserError if that is not recorded."""
+    try:
+        return float(json.loads((folder / START_FILE).read_text())["kl"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / START_FILE}: cannot be read ({error}), and the learning rate follows from it; "
+                        f"remove {folder} to start again") from error

@@ -1,0 +1,110 @@
+"""Do the default settings of training improve every student? A grid of teachers, widths and budgets.
+
+    python benchmarks/defaults.py --teacher DIR --text stories.jsonl --out OUT
+
+Each cell trains with default settings, only the width and the budget given, and reports the held-out loss before and
+after, and whether the run stopped by itself. --teacher can be repeated. Finished cells are stored in OUT/cells.jsonl
+and not repeated. Exit status 1: a run stopped or ended above the loss that it started from.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from lrc_edge.checkpoint import DenseCheckpoint
+from lrc_edge.corpus.sources import Fields, documents
+from lrc_edge.errors import UserError
+from lrc_edge.recipe import load_recipe
+from lrc_edge.train.data.tokenize import prepare
+from lrc_edge.train.loop.stage import SUMMARY_FILE, Plan, train
+
+BUDGETS = (20_480, 102_400, 409_600, 2_048_000)
+SHARES = (0.25, 0.5, 0.75)  # of the teacher's width
+
+
+def run(teacher: DenseCheckpoint, width: int, tokens: int, data: Path, folder: Path) -> dict[str, Any]:
+    """Train with default settings. Return what the cell of the table needs."""
+    recipe = load_recipe(None, (), train={"tokens": tokens})
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    plan = Plan.of(recipe, teacher, teacher.shape.with_hidden_size(width), data)
+    cell: dict[str, Any] = {"teacher": teacher.path.name, "width": width, "tokens": tokens}
+    try:
+        train(teacher, recipe, plan, data, folder, lambda row: None)
+    except UserError as error:
+        return cell | {"steps": plan.schedule.steps, "stopped": str(error)}
+    summary = json.loads((folder / SUMMARY_FILE).read_text())
+    return cell | {"steps": summary["steps"], "rate": summary["learning_rates"]["dense"], "stopped": "",
+                   "start": summary["first_held_out_loss"], "end": summary["student_held_out_loss"],
+                   "teacher_loss": summary["teacher_held_out_loss"]}
+
+
+def cells(out: Path) -> list[dict[str, Any]]:
+    file = out / "cells.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def is_bad(cell: dict[str, Any]) -> bool:
+    return bool(cell["stopped"]) or cell["end"] > cell["start"]
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """Return a row for each teacher and width: the loss before the first step and after each budget."""
+    budgets = sorted({cell["tokens"] for cell in found})
+    rows = ["| teacher, its loss | width | start | " + " | ".join(f"{tokens:,} tokens" for tokens in budgets) + " |",
+            "|---|---|---|" + "---|" * len(budgets)]
+    for name, width in sorted({(cell["teacher"], cell["width"]) for cell in found}):
+        mine = {cell["tokens"]: cell for cell in found if (cell["teacher"], cell["width"]) == (name, width)}
+        ran = next((cell for cell in mine.values() if not cell["stopped"]), None)
+        texts = []
+        for tokens in budgets:
+            cell = mine.get(tokens)
+            texts.append("" if cell is None else "stopped" if cell["stopped"] else
+                         f"{cell['end']:.3f} ({cell['steps']} steps, rate {cell['rate']:.2g})"
+                         + " WORSE" * (cell["end"] > cell["start"]))
+        loss, start = (f"{ran['teacher_loss']:.3f}", f"{ran['start']:.3f}") if ran else ("", "")
+        rows.append(f"| {name}, {loss} | {width} | {start} | " + " | ".join(texts) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def prepared(teacher: DenseCheckpoint, text: Path, folder: Path) -> Path:
+    if not (folder / "held_out.npz").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        prepare([(str(text), documents([str(text)], Fields()))], teacher.tokenizer(), folder, held_out_share=0.03,
+                max_tokens=None, seq_len=min(2048, teacher.shape.max_position_embeddings), progress=lambda n: None)
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", type=Path, action="append", required=True, help="Hugging Face folder; repeatable")
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)), help="comma-separated training tokens")
+    parser.add_argument("--out", type=Path, default=Path("defaults-out"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    for path in args.teacher:
+        teacher = DenseCheckpoint.open(path)
+        data = prepared(teacher, args.text, args.out / f"data-{path.name}")
+        for tokens in map(int, args.budgets.split(",")):
+            for width in (max(8, round(teacher.shape.hidden_size * share / 8) * 8) for share in SHARES):
+                key = (path.name, width, tokens)
+                if any((c["teacher"], c["width"], c["tokens"]) == key for c in cells(args.out)):
+                    continue
+                cell = run(teacher, width, tokens, data, args.out / "run")
+                with (args.out / "cells.jsonl").open("a") as file:
+                    file.write(json.dumps(cell) + "\n")
+                print(cell, flush=True)
+    found = cells(args.out)
+    (args.out / "table.md").write_text(table(found))
+    print(table(found))
+    sys.exit(any(map(is_bad, found)))
+
+
+if __name__ == "__main__":
+    main()
