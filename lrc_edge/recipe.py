@@ -19,6 +19,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from lrc_edge.corpus.filters import Filters
 from lrc_edge.corpus.sources import SELF
 from lrc_edge.errors import UserError
 
@@ -64,7 +65,12 @@ class Data:
         (), "each source's share of the tokens, in any unit; empty = one source after another")
     text_field: str = key("text", "field that holds the text in jsonl, parquet and hub records")
     messages_field: str = key(
-        "messages", "field that holds a conversation, of which only the answers are learned; empty = no conversations")
+        "messages", "field that holds a conversation; empty = no conversations")
+    conversation_loss: Literal["answers", "all"] = key(
+        "answers", "tokens of a conversation that the loss covers: the assistant's answers, or all")
+    filters: tuple[str, ...] = key(
+        (), "conditions on numeric fields of jsonl, parquet and hub records, as in \"score >= 4\" or "
+            "\"metadata.int_score >= 4\" (a nested field); records without the field are kept")
     isolate_documents: bool = key(
         False, "true = no attention from one document to earlier documents in the same sequence")
     cache: str = key("", "folder that keeps tokenized corpora for other builds; empty = tokens stay in the build")
@@ -368,6 +374,7 @@ def _check_data(recipe: Recipe) -> None:
     if bad := [w for w in d.weights if not 0 < w < math.inf]:
         raise UserError(f"recipe: data.weights contains {bad[0]}; need finite numbers above 0. To leave a source out, "
                         "remove it")
+    Filters(d.filters)  # raises
     if d.sources.count(SELF) > 1:
         raise UserError("recipe: data.sources contains `self` more than once; list it once and give it a weight")
     if SELF in d.sources and not recipe.train.tokens:

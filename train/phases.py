@@ -108,8 +108,8 @@ class DensePhase(Phase):
 
 
 class QuantizedPhase(Phase):
-    """Trains latent matrices, and every other weight. No output is compared through a projection: the teacher is the unquantized student, which
-    has the same width, or there is no clone loss."""
+    """Trains latent matrices, and every other weight. No output is compared through a projection: the teacher is the
+    unquantized student, which has the same width, or there is no clone loss."""
 
     name = "quantized"
 

@@ -13,7 +13,7 @@ from lrc_edge.stored_reference import REFERENCE_FILE, TEACHER_FILE
 
 STAGES = (
     Stage("weights", 1, check_stages.weights, check_stages.weights_inputs),
-    Stage("data", 3, training_stages.data, training_stages.data_inputs, outputs=("data",),
+    Stage("data", 4, training_stages.data, training_stages.data_inputs, outputs=("data",),
           wanted=lambda plan: plan.trains or plan.trains_on_grid, total=lambda build: build.recipe.train.tokens or None,
           finish=training_stages.data_finished),
     Stage("identity", 2, training_stages.identity, training_stages.identity_inputs, is_gate=True,

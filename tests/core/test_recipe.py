@@ -52,6 +52,8 @@ def test_toml_of_a_recipe_reads_back(tmp_path: Path) -> None:
     ("data.sources=self", "train.tokens"),
     ("data.sources=self,self", "more than once"),
     ("data.isolate_documents=1", "need a bool"),
+    ("data.conversation_loss=questions", "need one of answers, all"),
+    ("data.filters=score is 4", "'score is 4' is not a condition"),
     ("data.held_out_share=1", "need more than 0 and less than 1"),
     ("parity.prompts=3", "need a list of strings"),
     ("tokens=3", "need section.key=value"),

@@ -77,6 +77,22 @@ def test_a_cached_corpus_is_tokenized_once(tiny_llama: Path, text: Path, tmp_pat
     assert len(calls) == 4
 
 
+def test_changed_filters_and_learned_tokens_are_named_and_tokenized_again(tiny_llama: Path, tmp_path: Path) -> None:
+    file, out, console = tmp_path / "rows.jsonl", tmp_path / "out", []
+    turns = [{"role": "user", "content": "How are you today, my friend?"}, {"role": "assistant", "content": "Fine."}]
+    file.write_text("".join(json.dumps({"text": TEXT[i * 200:i * 200 + 200], "score": i % 4}) + "\n" for i in range(80))
+                    + "".join(json.dumps({"messages": [*turns, {"role": "user", "content": f"{i}?"}, turns[1]]}) + "\n"
+                              for i in range(20)))
+    for settings in ({}, {"filters": ["score >= 2"]}, {"filters": ["score >= 2"], "conversation_loss": "all"}):
+        console.append(build_data(out, tiny_llama, recipe_of(file, **settings)))
+        assert "unchanged" in build_data(out, tiny_llama, recipe_of(file, **settings))
+        tally, = read_summary(out / "data")
+        assert tally.filtered_records == (40 if settings else 0)
+        assert (out / "data" / "loss-00000.npy").exists() == ("conversation_loss" not in settings)
+    assert "runs again: data.filters was [], is ['score >= 2']" in console[1] and "filtered records: 40" in console[1]
+    assert "runs again: data.conversation_loss was answers, is all" in console[2]
+
+
 def test_a_cached_corpus_must_fill_a_row(tiny_llama: Path, tmp_path: Path) -> None:
     (tmp_path / "short.jsonl").write_text("".join(json.dumps({"text": f"Text {i}."}) + "\n" for i in range(40)))
     recipe = recipe_of(tmp_path / "short.jsonl", cache=str(tmp_path / "cache"))
