@@ -95,8 +95,9 @@ class Train:
         at_least=0)
     dense_learning_rate: float = key(0.0, "peak learning rate of the dense phase; 0 = as for learning_rate", at_least=0)
     warmup_share: float = key(
-        0.02, "share of each phase's steps with linear warmup; afterwards the rate falls linearly to 0 over the run",
-        at_least=0, below=1)
+        0.02, "share of all steps with linear warmup at the beginning of the clone phase; afterwards the rate falls "
+              "linearly to 0 over the run", at_least=0, below=1)
+    dense_warmup_share: float = key(0.02, "the same at the beginning of the dense phase", at_least=0, below=1)
     max_grad_norm: float = key(1.0, "the gradient norm is clipped to this", above=0)
     init: Literal["pca", "selection", "gaussian"] = key(
         "pca", "pca = principal components of the residual stream; selection = its strongest channels (RED); gaussian "

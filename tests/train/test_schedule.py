@@ -46,11 +46,13 @@ def test_default_rates_follow_the_width() -> None:
 
 def test_rates_warm_up_in_both_phases_and_end_at_zero() -> None:
     found = schedule("train.tokens=409600", "train.batch_tokens=4096", "train.dense_share=0.6",
-                     "train.warmup_share=0.1", "train.learning_rate=0.1", "train.dense_learning_rate=0.2")
-    assert (found.steps, found.dense_from, found.warmup) == (100, 40, 10)
+                     "train.warmup_share=0.1", "train.dense_warmup_share=0.05", "train.learning_rate=0.1",
+                     "train.dense_learning_rate=0.2")
+    assert (found.steps, found.dense_from, found.warmup, found.dense_warmup) == (100, 40, 10, 5)
     rates = [found.learning_rate(step) for step in range(100)]
     assert rates[0] == pytest.approx(0.01) and rates[9] == pytest.approx(0.1 * 0.91)
-    assert rates[39] == pytest.approx(0.1 * 0.61) and rates[40] == pytest.approx(0.02 * 0.6)
+    assert rates[39] == pytest.approx(0.1 * 0.61) and rates[40] == pytest.approx(0.04 * 0.6)
+    assert rates[43] == pytest.approx(0.16 * 0.57) and rates[44] == pytest.approx(0.2 * 0.56)
     assert rates[49] == pytest.approx(0.2 * 0.51) and rates[99] == pytest.approx(0.2 * 0.01)
     assert [found.is_dense(step) for step in (39, 40)] == [False, True]
 

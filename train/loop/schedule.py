@@ -19,9 +19,10 @@ class Schedule:
     rows: int  # of an optimizer step, over all processes and batches
     steps: int
     dense_from: int
-    warmup: int  # steps, at the beginning of each phase
+    warmup: int  # steps, at the beginning of the clone phase
     clone_rate: float  # peaks
     dense_rate: float
+    dense_warmup: int = 0
 
     @classmethod
     def of(cls, train: recipes.Train, student: ModelShape, n_tokens: int) -> Schedule:
@@ -34,7 +35,7 @@ class Schedule:
         rate = min(recipes.MAX_RATE, recipes.PEAK_RATE / student.hidden_size)
         return cls(seq_len, rows, steps, round(steps * (1 - train.dense_share)),
                    math.ceil(train.warmup_share * steps), train.learning_rate or rate,
-                   train.dense_learning_rate or rate)
+                   train.dense_learning_rate or rate, math.ceil(train.dense_warmup_share * steps))
 
     @property
     def tokens_per_step(self) -> int:
@@ -49,8 +50,9 @@ class Schedule:
 
     def learning_rate(self, step: int) -> float:
         """Return the rate: linear warmup in each phase (each has a new optimizer), linear decay to 0 over the run."""
-        begin, peak = (self.dense_from, self.dense_rate) if self.is_dense(step) else (0, self.clone_rate)
-        warm = min(1.0, (step - begin + 1) / self.warmup) if self.warmup else 1.0
+        begin, peak, warmup = (self.dense_from, self.dense_rate, self.dense_warmup) if self.is_dense(step) \
+            else (0, self.clone_rate, self.warmup)
+        warm = min(1.0, (step - begin + 1) / warmup) if warmup else 1.0
         return peak * warm * (1 - step / self.steps)
 
     def rows_of_process(self, world: int, micro_batch: int) -> tuple[int, int]:
