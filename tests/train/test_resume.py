@@ -156,7 +156,7 @@ def test_a_spike_stops_the_run_with_its_name_and_skip_goes_on(tiny_llama: Path, 
 
 def test_a_run_that_diverged_stops_even_where_batches_are_skipped(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is (nan|inf) at step \d+ of 60"):
-        run(tiny_llama, data, tmp_path / "t", *LONG, "train.learning_rate=1e30", "train.dense_warmup_share=0",
+        run(tiny_llama, data, tmp_path / "t", *LONG, "train.learning_rate=1e30", "train.warmup_share=0",
             "train.max_grad_norm=1e30", "train.on_bad_batch=skip", "train.dense_share=0")
 
 
