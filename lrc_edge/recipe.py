@@ -51,7 +51,8 @@ class Student:
 
     hidden_size: int = key(0, "residual width; 0 = half the teacher's, rounded down to a multiple of 256, 64 or 32",
                            at_least=0)
-    name: str = key("", "name in file names and the model card; empty = <teacher>-LRC-<hidden_size>")
+    name: str = key("", "name in file names and the model card; empty = <teacher>-Edge-<hidden_size>, or "
+                         "<teacher>-LRC-<hidden_size> if there is a clone phase")
 
 
 @dataclass(frozen=True, kw_only=True)

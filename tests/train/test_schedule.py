@@ -55,12 +55,3 @@ def test_rates_warm_up_in_both_phases_and_end_at_zero() -> None:
     assert rates[43] == pytest.approx(0.16 * 0.57) and rates[44] == pytest.approx(0.2 * 0.56)
     assert rates[49] == pytest.approx(0.2 * 0.51) and rates[99] == pytest.approx(0.2 * 0.01)
     assert [found.is_dense(step) for step in (39, 40)] == [False, True]
-
-
-@pytest.mark.parametrize(("name", "steps", "tokens"), [
-    ("lrc-1.5b", 203_451, 10e9), ("lrc-1.7b", 610_352, 20e9), ("lrc-4b", 549_316, 18e9)])
-def test_the_papers_recipes(name: str, steps: int, tokens: float) -> None:
-    recipe = load_recipe(name)
-    found = Schedule.of(recipe.train, student(1536, 131_072), 0)
-    assert found.steps == steps and found.tokens == pytest.approx(tokens, rel=1e-4)
-    assert recipe.student.hidden_size % 256 == 0
