@@ -71,8 +71,9 @@ class Filters:
 
     def note(self, fields: Iterable[str]) -> None:
         """Remember the names of fields that a source has."""
-        if self.filters and len(self.fields) < MOST_FIELDS:
-            self.fields.update(dict.fromkeys(fields))
+        if self.filters:
+            full = len(self.fields) >= MOST_FIELDS
+            self.fields.update(dict.fromkeys(name for name in fields if not full or name in self.columns))
 
     def keeps(self, record: Mapping[str, Any], where: str) -> bool:
         """Whether the record passes every filter. Raises UserError for a value that is not a number."""

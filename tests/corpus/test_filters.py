@@ -14,7 +14,7 @@ from tiny_models import make_tokenizer
 
 from lrc_edge.corpus.filters import COMPARISONS, Filter, Filters
 from lrc_edge.corpus.held_out import HeldOut, is_held_out
-from lrc_edge.corpus.sources import LEFT_OUT, Document, Fields, documents, source_documents
+from lrc_edge.corpus.sources import LEFT_OUT, Document, Fields, documents, known_fields, source_documents
 from lrc_edge.errors import UserError
 from lrc_edge.recipe import load_recipe, to_toml
 from lrc_edge.train.data.shards import shard_file
@@ -128,6 +128,25 @@ def test_a_field_that_no_source_has_is_named_with_those_found(tmp_path: Path) ->
     with pytest.raises(UserError, match="fields found: none"):
         kept(tmp_path / "c.txt", "score >= 4")
     assert kept(tmp_path / "c.txt") == ["Text."]
+
+
+def test_fields_that_are_known_before_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only of sources with a schema; of others, only the records show them."""
+    table = pyarrow.table({"text": ["One."], "metadata": [{"int_score": 4, "url": "x"}]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    (tmp_path / "b.txt").write_text("Text.")
+    assert known_fields(str(tmp_path)) == known_fields(str(tmp_path / "a.parquet")) == [
+        "text", "metadata.int_score", "metadata.url"]
+    assert known_fields("self") == known_fields(str(tmp_path / "b.txt")) == []
+    write(tmp_path / "c.jsonl", *ROWS)
+    assert known_fields(str(tmp_path)) is known_fields(str(tmp_path / "c.jsonl")) is None
+    (tmp_path / "d.parquet").write_text("not parquet")
+    with pytest.raises(UserError, match="not a readable parquet file"):
+        known_fields(str(tmp_path / "d.parquet"))
+    typed = datasets.Dataset.from_list([{"text": "x", "metadata": {"int_score": 4}}]).to_iterable_dataset()
+    untyped = datasets.IterableDataset.from_generator(lambda: iter(ROWS))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, *_, **__: {"typed": typed, "untyped": untyped}[name])
+    assert known_fields("typed") == ["text", "metadata.int_score"] and known_fields("untyped") is None
 
 
 # -- through the data stage --------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.corpus.filters import Filters
-from lrc_edge.corpus.sources import SELF, Document, Fields, LeftOut, source_documents
+from lrc_edge.corpus.sources import SELF, Document, Fields, LeftOut, known_fields, source_documents
 from lrc_edge.recipe import Recipe
 from lrc_edge.train.data.self_data import SELF_FILE, self_documents
 from lrc_edge.train.data.token_cache import make_or_link, make_resumable
@@ -24,6 +24,7 @@ def tokenize_corpus(teacher: DenseCheckpoint, recipe: Recipe, folder: Path, key:
 
     def make(work: Path) -> None:
         fields = Fields(settings.text_field, settings.messages_field, Filters(settings.filters))
+        _check_filters(fields.filters, settings.sources)
         sources = [(source, _documents(source, teacher, recipe, fields, work)) for source in settings.sources]
         with _all_processors():
             prepare(sources, teacher.tokenizer(), work, weights=settings.weights, filters=fields.filters,
@@ -37,6 +38,15 @@ def tokenize_corpus(teacher: DenseCheckpoint, recipe: Recipe, folder: Path, key:
     tallies = read_summary(folder)
     check_enough(tallies, seq_len, settings.held_out_share)
     return describe(tallies)
+
+
+def _check_filters(filters: Filters, sources: tuple[str, ...]) -> None:
+    """Raise UserError for a filter whose field no source has, if their schemas show it: before hours of reading."""
+    known = [known_fields(source) for source in sources] if filters.filters else []
+    for names in known:
+        filters.note(names or ())
+    if None not in known:
+        filters.check_found()
 
 
 def row_length(recipe: Recipe, teacher: DenseCheckpoint) -> int:
