@@ -77,6 +77,21 @@ def test_weights(text: str, tmp_path: Path) -> None:
             load_recipe(None, ["data.sources=a.txt,b.txt", f"data.weights={bad}"])
 
 
+@pytest.mark.parametrize("name", ["lrc-1.5b", "lrc-1.7b", "lrc-4b", "edge-1.5b", "edge-1.7b", "edge-4b"])
+def test_built_in_recipes_print_values_that_read_back(name: str, tmp_path: Path) -> None:
+    recipe, paper = load_recipe(name), name.startswith("lrc")
+    printed = to_toml(recipe)
+    assert f'init = "{"gaussian" if paper else "pca"}"' in printed.splitlines()
+    assert f"kl_temperature = {40.0 if paper else 1.0}" in printed.splitlines()
+    (tmp_path / "r.toml").write_text(printed)
+    assert load_recipe(tmp_path / "r.toml") == recipe
+
+
+def test_an_unknown_recipe_names_the_known_ones() -> None:
+    with pytest.raises(UserError, match=r"lrc-9b: .* edge-1.5b, edge-1.7b, edge-4b, lrc-1.5b, lrc-1.7b, lrc-4b$"):
+        load_recipe("lrc-9b")
+
+
 def test_wrong_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot read the recipe"):
         load_recipe(tmp_path / "missing.toml")
