@@ -59,10 +59,10 @@ class Filters:
     A record passes a filter whose field it lacks, or has as null: other sources of a mixture have no such field.
     """
 
-    def __init__(self, texts: Iterable[str] = (), fields: Iterable[str] = ()):
-        """`fields`: names that an interrupted run has seen. Raises UserError for a text that is not a condition."""
+    def __init__(self, texts: Iterable[str] = ()):
+        """Raises UserError for a text that is not a condition."""
         self.filters = tuple(Filter.parse(text) for text in texts)
-        self.fields: dict[str, None] = dict.fromkeys(fields)  # in the order of reading
+        self.fields: dict[str, None] = {}  # in the order of reading
 
     @property
     def columns(self) -> list[str]:
