@@ -23,7 +23,7 @@ from lrc_edge.lineage import Holds, Lineage, compose, read_metadata
 from lrc_edge.shape import ModelShape
 
 SHARD_BYTES = 2 * 1024**3
-SAME_TEACHER = "fold with the teacher that it was trained on"
+SAME_TEACHER = "fold with the teacher that it was trained on, or train again"
 # Fields of a teacher's config about its own files, or about code to run.
 DROPPED_CONFIG = ("_name_or_path", "auto_map", "torch_dtype", "transformers_version")
 
@@ -32,9 +32,10 @@ def fold(teacher: DenseCheckpoint, trained_file: Path, folder: Path, provenance:
          progress: Callable[[str], None] | None = None) -> DenseCheckpoint:
     """Write the student to `folder` (which must not exist) and open it.
 
-    `trained_file`: safetensors with a lineage in its metadata, tensors named after the student's weights. The file has
-    norms as they are. For each other weight with a projected axis it has P (teacher width x student width) or, after a
-    dense phase, the weight itself. Weights are composed in float32, one at a time. Raises UserError.
+    `trained_file`: safetensors with a lineage in its metadata, tensors named after the student's weights. After a dense
+    phase it has every weight. Before, it has norms, P (teacher width x student width) of each matrix with a projected
+    axis, and nothing of the weights that are the teacher's. Weights are composed in float32, one at a time. Raises
+    UserError.
     """
     with safe_open(trained_file, framework="pt") as trained:
         lineage, holds = read_metadata(trained.metadata(), trained_file)
@@ -80,11 +81,10 @@ def with_weights(source: DenseCheckpoint, trained_file: Path, folder: Path, prov
 
 
 def _check_tensors(trained: Any, lineage: Lineage, holds: Holds, where: Path) -> None:
-    """Raise UserError unless the file has a tensor for each weight that is not copied, of the right shape, and no more.
-    """
+    """Raise UserError unless the file has a tensor of the right shape for each weight that was trained, and no more."""
     names = set(trained.keys())
     for weight in weights_of(lineage.student):
-        if lineage.is_copied(weight.role):
+        if holds == "projections" and lineage.is_copied(weight.role):
             continue
         is_projection = holds == "projections" and lineage.is_composed(weight.role)
         wanted = [lineage.teacher.hidden_size, lineage.student.hidden_size] if is_projection else list(weight.shape)
@@ -102,9 +102,11 @@ def _folded(teacher: DenseCheckpoint, lineage: Lineage, holds: Holds, trained: A
     for weight in weights_of(lineage.student):
         if progress:
             progress(weight.name)
-        if lineage.is_copied(weight.role):
+        if holds == "weights":
+            yield weight.name, trained.get_tensor(weight.name)
+        elif lineage.is_copied(weight.role):
             yield weight.name, teacher.tensor(lineage.source_of(weight)).float()
-        elif lineage.is_composed(weight.role) and holds == "projections":
+        elif lineage.is_composed(weight.role):
             # float32, whatever the operands were stored in: folding must add no error of its own.
             maps = {RESIDUAL: trained.get_tensor(weight.name).float()}
             yield weight.name, compose(weight, teacher.tensor(lineage.source_of(weight)).float(), maps).contiguous()

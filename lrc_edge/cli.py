@@ -31,8 +31,9 @@ Exit status:
 Teacher = Annotated[str, typer.Argument(help="Hugging Face model directory, or hub id (HuggingFaceTB/SmolLM2-360M).")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Directory to build in; an interrupted build is resumed.")]
 RecipeFile = Annotated[Path | None, typer.Option(
-    "--recipe", "-r", help="TOML file with settings, or a built-in recipe: lrc-1.5b, lrc-1.7b, lrc-4b. "
-                           "`lrc-edge recipe` prints every setting.")]
+    "--recipe", "-r", help="TOML file with settings, or a built-in recipe: edge-1.5b, edge-1.7b, edge-4b; or the "
+                           "Low-Rank Clone paper's method, lrc-1.5b, lrc-1.7b, lrc-4b. `lrc-edge recipe` prints "
+                           "every setting.")]
 Settings = Annotated[list[str] | None, typer.Option(
     "--set", "-s", metavar="SECTION.KEY=VALUE", help="Override one setting of the recipe. May be repeated.")]
 Sources = Annotated[list[str] | None, typer.Option(

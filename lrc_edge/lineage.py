@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 AXES = ("vocab_size", RESIDUAL, "intermediate_size", "q_size", "kv_size", "head_dim")
 Source = Literal["identity", "projection"]
-Holds = Literal["projections", "weights"]  # what a trained file has for each composed matrix: its P, or the matrix
+# What a trained file has: P of each composed matrix, and norms; or every weight of the student.
+Holds = Literal["projections", "weights"]
 METADATA_KEY = "lrc_edge"  # the only one: safetensors does not keep the order of several
 
 
@@ -61,7 +62,10 @@ class Lineage:
                              f"make a student of {self.student.num_hidden_layers}")
 
     def is_copied(self, role: Role) -> bool:
-        """Whether the student's weights of this role equal the teacher's: none of their axes is projected."""
+        """Whether weights of this role start as the teacher's, because none of their axes is projected.
+
+        They stay so while projections are trained. Once weights are trained, these are, too (train/phases.py).
+        """
         return all(self.axes[axis] == "identity" for axis in role.axes)
 
     def is_composed(self, role: Role) -> bool:

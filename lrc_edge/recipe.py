@@ -19,6 +19,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from lrc_edge.corpus.filters import Filters
 from lrc_edge.corpus.sources import SELF
 from lrc_edge.errors import UserError
 
@@ -46,7 +47,8 @@ class Student:
 
     hidden_size: int = key(0, "residual width; 0 = half the teacher's, rounded down to a multiple of 256, 64 or 32",
                            at_least=0)
-    name: str = key("", "name in file names and the model card; empty = <teacher>-LRC-<hidden_size>")
+    name: str = key("", "name in file names and the model card; empty = <teacher>-Edge-<hidden_size>, or "
+                         "<teacher>-LRC-<hidden_size> if there is a clone phase")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,12 @@ class Data:
         (), "each source's share of the tokens, in any unit; empty = one source after another")
     text_field: str = key("text", "field that holds the text in jsonl, parquet and hub records")
     messages_field: str = key(
-        "messages", "field that holds a conversation, of which only the answers are learned; empty = no conversations")
+        "messages", "field that holds a conversation; empty = no conversations")
+    conversation_loss: Literal["answers", "all"] = key(
+        "answers", "tokens of a conversation that the loss covers: the assistant's answers, or all")
+    filters: tuple[str, ...] = key(
+        (), "conditions on numeric fields of jsonl, parquet and hub records, as in \"score >= 4\" or "
+            "\"metadata.int_score >= 4\" (a nested field); records without the field are kept")
     isolate_documents: bool = key(
         False, "true = no attention from one document to earlier documents in the same sequence")
     cache: str = key("", "folder that keeps tokenized corpora for other builds; empty = tokens stay in the build")
@@ -85,8 +92,10 @@ class Train:
              "steps, and how far the student starts from its teacher (docs/training.md)", at_least=0)
     dense_learning_rate: float = key(0.0, "peak learning rate of the dense phase; 0 = as for learning_rate", at_least=0)
     warmup_share: float = key(
-        0.0, "share of each phase's steps with linear warmup, after which the rate falls linearly to 0 over the run; "
-             "0 = a fiftieth of the steps, but at least 20 steps or a fifth of them", at_least=0, below=1)
+        0.0, "share of all steps with linear warmup at the beginning of the clone phase, after which the rate falls "
+             "linearly to 0 over the run; 0 = a fiftieth of the steps, but at least 20 steps or a fifth of them",
+        at_least=0, below=1)
+    dense_warmup_share: float = key(0.0, "the same at the beginning of the dense phase", at_least=0, below=1)
     max_grad_norm: float = key(1.0, "the gradient norm is clipped to this", above=0)
     init: Literal["pca", "selection", "gaussian"] = key(
         "pca", "pca = principal components of the residual stream; selection = its strongest channels (RED); gaussian "
@@ -366,6 +375,7 @@ def _check_data(recipe: Recipe) -> None:
     if bad := [w for w in d.weights if not 0 < w < math.inf]:
         raise UserError(f"recipe: data.weights contains {bad[0]}; need finite numbers above 0. To leave a source out, "
                         "remove it")
+    Filters(d.filters)  # raises
     if d.sources.count(SELF) > 1:
         raise UserError("recipe: data.sources contains `self` more than once; list it once and give it a weight")
     if SELF in d.sources and not recipe.train.tokens:

@@ -1,6 +1,7 @@
 """ModelShape: the integers of a decoder's config, and sizes that follow from them."""
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -103,6 +104,16 @@ class ModelShape:
         return shape
 
 
+# In a student's name, between its teacher's and its width: Low-Rank Clone's projections were trained, or weights alone.
+CLONE_LABEL, DENSE_LABEL = "LRC", "Edge"
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Split a name as `student_of` makes it into the teacher's and the rest; the rest of any other name is empty."""
+    match = re.fullmatch(rf"(.+)-((?:{CLONE_LABEL}|{DENSE_LABEL})-\d+)", name)
+    return (match[1], match[2]) if match else (name, "")
+
+
 def student_of(recipe: Recipe, teacher: ModelShape, name: str) -> tuple[ModelShape, str]:
     """Return the shape and the name of the recipe's student of the teacher `name`.
 
@@ -116,4 +127,5 @@ def student_of(recipe: Recipe, teacher: ModelShape, name: str) -> tuple[ModelSha
     if width >= teacher.hidden_size:
         raise UserError(f"student.hidden_size = {width}: the teacher {name} is {teacher.hidden_size} wide; "
                         "need a smaller student")
-    return teacher.with_hidden_size(width), recipe.student.name or f"{name}-LRC-{width}"
+    label = CLONE_LABEL if recipe.train.dense_share < 1 else DENSE_LABEL
+    return teacher.with_hidden_size(width), recipe.student.name or f"{name}-{label}-{width}"

@@ -144,12 +144,14 @@ class Clone(nn.Module):
         for weight in self.weights:
             if lineage.is_copied(weight.role):
                 self.student_weights[weight.name].data.copy_(self.teacher_of(weight).data)
-                self.student_weights[weight.name].requires_grad_(False)
         self.start(CLONE)
 
     def start(self, phase: Phase) -> None:
         phase.begin(self)
         self.phase = phase
+        for weight in self.weights:
+            if self.lineage.is_copied(weight.role):
+                self.student_weights[weight.name].requires_grad_(phase.trains_copied)
 
     def compile_(self) -> None:
         """Apply torch.compile to every layer and to the losses at the LM head."""
@@ -198,10 +200,10 @@ class Clone(nn.Module):
         return {weight.name: self.writer(weight) for weight in self.weights if weight.role.writes_stream}
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Return what the optimizer trains, by resulting weight: the tensors of the phase, and norms."""
+        """Return what the optimizer trains, by resulting weight: the tensors of the phase, and vectors."""
         return {weight.name: self.phase.master(self, weight) if self.lineage.is_composed(weight.role)
                 else self.student_weights[weight.name]
-                for weight in self.weights if not self.lineage.is_copied(weight.role)}
+                for weight in self.weights if self.phase.trains_copied or not self.lineage.is_copied(weight.role)}
 
     def initialize(self, values: dict[str, torch.Tensor]) -> None:
         """Set all trainable tensors, by name, and compose the student. `values` must have exactly these names."""

@@ -6,8 +6,9 @@ dense      the matrices themselves, as in a folded student (Train What You Deplo
 quantized  latent matrices. The model uses them rounded to the grid of the 4-bit files; gradients pass through the
            rounding unchanged (straight-through, Bengio et al., arXiv 1308.3432).
 
-The gains of the student's norms are trained directly in every phase. A clone starts in the phase `clone`;
-`Clone.start` starts another one.
+The gains of the student's norms are trained directly in every phase. Biases and the gains of q/k norms are the
+teacher's: they stay frozen in the clone phase, as published, and are trained with all other weights from the dense
+phase on. A clone starts in the phase `clone`; `Clone.start` starts another one.
 """
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ class Phase:
     """What the optimizer trains during the phase. It has no state; the clone holds all tensors."""
 
     name: ClassVar[str]
-    holds: ClassVar[Holds] = "weights"  # what a file of trained tensors has for each matrix
+    holds: ClassVar[Holds] = "weights"  # what a file of trained tensors has
+    trains_copied: ClassVar[bool] = True  # weights that are the teacher's: biases, gains of q/k norms
 
     def begin(self, clone: Clone) -> None:
         """Prepare the clone's tensors while the clone is still in its previous phase."""
@@ -57,7 +59,7 @@ class Phase:
 class ClonePhase(Phase):
     """Trains projections. Projections of matrices that write into the stream also map the teacher's outputs."""
 
-    name, holds = "clone", "projections"
+    name, holds, trains_copied = "clone", "projections", False
 
     def begin(self, clone: Clone) -> None:
         sizes = clone.lineage.teacher.hidden_size, clone.lineage.student.hidden_size
@@ -87,7 +89,7 @@ class ClonePhase(Phase):
 
 
 class DensePhase(Phase):
-    """Trains the matrices. The projections through which the clone loss compares outputs stay fixed."""
+    """Trains every weight. The projections through which the clone loss compares outputs stay fixed."""
 
     name = "dense"
 
@@ -106,8 +108,8 @@ class DensePhase(Phase):
 
 
 class QuantizedPhase(Phase):
-    """Trains latent matrices. No output is compared through a projection: the teacher is the unquantized student, which
-    has the same width, or there is no clone loss."""
+    """Trains latent matrices, and every other weight. No output is compared through a projection: the teacher is the
+    unquantized student, which has the same width, or there is no clone loss."""
 
     name = "quantized"
 

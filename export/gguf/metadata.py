@@ -14,6 +14,7 @@ from lrc_edge.errors import UserError
 from lrc_edge.export.gguf.vocabulary import Vocabulary
 from lrc_edge.export.quantize.encodings import Encoding
 from lrc_edge.families import Architecture, family_of
+from lrc_edge.shape import split_name
 
 # rope_type -> its fields; all except attention_factor are required. Any other field would be dropped silently.
 _ROPE_FIELDS = {
@@ -132,11 +133,11 @@ def yarn_attention_factor(scaling: dict[str, Any]) -> float:
 def write_identity(writer: GGUFWriter, checkpoint: DenseCheckpoint) -> None:
     """Write name, size, licence, lineage, our own keys lrc_edge.*, and the sampling that the model's authors advise."""
     card = checkpoint.card
-    base, made_by_us, tune = checkpoint.name.partition("-LRC-")
+    base, tune = split_name(checkpoint.name)
     writer.add_name(checkpoint.name)
     writer.add_basename(base)
-    if made_by_us:
-        writer.add_finetune(f"LRC-{tune}")
+    if tune:
+        writer.add_finetune(tune)
     writer.add_size_label(model_size(checkpoint))
     writer.add_quantized_by(f"lrc-edge {lrc_edge.__version__}")
     # Hugging Face's licence ids are SPDX identifiers in lower case, and SPDX compares without regard to case.

@@ -33,10 +33,15 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list
     return [ids + eos for ids in tokenizer(texts, verbose=False)["input_ids"]] if texts else []
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, documents: list[Document]) -> list[Encoded | None]:
-    """Return each document as ids; None for a conversation that the template refuses or that has no answer to learn."""
+def encode(tokenizer: PreTrainedTokenizerBase, documents: list[Document], all_tokens: bool = False
+           ) -> list[Encoded | None]:
+    """Return each document as ids; None for a conversation that the template refuses or that has no answer to learn.
+
+    `all_tokens`: the loss covers every token of a conversation, as of a text, not the answers only.
+    """
     texts = iter(token_ids(tokenizer, [d for d in documents if isinstance(d, str)]))
-    chats = iter(_encode_chats(tokenizer, [d for d in documents if not isinstance(d, str)]))
+    of_chats = _encode_complete_chats if all_tokens else _encode_chats
+    chats = iter(of_chats(tokenizer, [d for d in documents if not isinstance(d, str)]))
     return [Encoded(next(texts)) if isinstance(d, str) else next(chats) for d in documents]
 
 
@@ -50,6 +55,14 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, answer_next: 
                                                  date_string=DAY))
     except jinja2.TemplateError:
         return None
+
+
+def _encode_complete_chats(tokenizer: PreTrainedTokenizerBase, chats: list[Messages]) -> Iterator[Encoded | None]:
+    rendered = [render(tokenizer, messages) for messages in chats]
+    texts = [text for text in rendered if text is not None]
+    rows: Any = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
+    for text in rendered:
+        yield None if text is None else Encoded(next(rows))
 
 
 def _encode_chats(tokenizer: PreTrainedTokenizerBase, chats: list[Messages]) -> Iterator[Encoded | None]:

@@ -2,12 +2,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from lrc_edge.corpus.filters import Filters
 from lrc_edge.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 SELF = "self"  # the teacher's own samples (train/data/self_data.py)
@@ -22,12 +26,23 @@ Messages = list[dict[str, str]]  # a conversation: a list of {"role": ..., "cont
 Document = str | Messages
 
 
+class LeftOut:
+    """Stands in a stream for a record that a filter left out: a resumed run counts records, whether kept or not."""
+
+
+LEFT_OUT = LeftOut()
+
+
 @dataclass(frozen=True)
 class Fields:
-    """Names of a record's fields. A record with `messages` is a conversation, one with `text` is plain text."""
+    """Names of a record's fields, and the filters of records.
+
+    A record with `messages` is a conversation, one with `text` is plain text.
+    """
 
     text: str = "text"
     messages: str = "messages"  # empty: no record is a conversation
+    filters: Filters = field(default_factory=Filters)
 
     @property
     def wanted(self) -> list[str]:
@@ -40,15 +55,16 @@ class Fields:
 
 
 def documents(sources: Iterable[str], fields: Fields) -> Iterator[Document]:
-    """Stream the documents of all sources, one after another. Raises UserError as `source_documents` does."""
+    """Stream the documents of all sources that pass the filters. Raises UserError as `source_documents` does."""
     for source in sources:
-        yield from source_documents(source, fields)
+        yield from (document for document in source_documents(source, fields) if not isinstance(document, LeftOut))
 
 
-def source_documents(source: str, fields: Fields) -> Iterator[Document]:
+def source_documents(source: str, fields: Fields) -> Iterator[Document | LeftOut]:
     """Stream one source: a .txt/.jsonl/.parquet file, a folder of them, or a hub dataset (name:config:split).
 
-    Raises UserError on any other source, an unreadable file, or a record without text or messages.
+    Records that a filter leaves out are LEFT_OUT in the stream. Raises UserError on any other source, an unreadable
+    file, a record without text or messages, or a value that a filter cannot compare.
     """
     path = Path(source).expanduser()
     if source == SELF:
@@ -83,7 +99,46 @@ def local_files(sources: Iterable[str]) -> list[Path]:
     return found
 
 
-def _file_documents(path: Path, fields: Fields) -> Iterator[Document]:
+def known_fields(source: str) -> list[str] | None:
+    """Return the names of the fields of a source's records, nested ones by their paths, without reading a record.
+
+    None if only the records show them (jsonl; a hub dataset without a schema). Raises UserError as `source_documents`
+    does.
+    """
+    path = Path(source).expanduser()
+    if source == SELF or path.suffix == ".txt":
+        return []
+    if path.exists():
+        files = local_files([source])
+        return None if any(file.suffix == ".jsonl" for file in files) else [
+            name for file in files if file.suffix == ".parquet" for name in _parquet_fields(file)]
+    features = None if looks_local(source) else _hub_dataset(source).features
+    return None if features is None else list(_paths(features))
+
+
+def _paths(features: Mapping[str, Any]) -> Iterator[str]:
+    for name, kind in features.items():
+        yield from (f"{name}.{inner}" for inner in _paths(kind)) if isinstance(kind, Mapping) else (name,)
+
+
+def _parquet_fields(path: Path) -> list[str]:
+    import pyarrow.parquet
+
+    try:
+        return _column_paths(pyarrow.parquet.ParquetFile(path))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _unreadable_parquet(path, error) from error
+
+
+def _column_paths(file: ParquetFile) -> list[str]:
+    return [file.schema.column(i).path for i in range(len(file.schema))]
+
+
+def _unreadable_parquet(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: not a readable parquet file ({one_line(error)}); download it again")
+
+
+def _file_documents(path: Path, fields: Fields) -> Iterator[Document | LeftOut]:
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path}: unknown kind of text file; need one of {', '.join(SUFFIXES)}")
     if path.suffix == ".parquet":
@@ -103,7 +158,7 @@ def _file_documents(path: Path, fields: Fields) -> Iterator[Document]:
         raise UserError(f"{path}:{number}: not JSON ({error}); write one JSON object per line") from error
 
 
-def _parquet_documents(path: Path, fields: Fields) -> Iterator[Document]:
+def _parquet_documents(path: Path, fields: Fields) -> Iterator[Document | LeftOut]:
     import pyarrow
     import pyarrow.parquet
 
@@ -115,25 +170,30 @@ def _parquet_documents(path: Path, fields: Fields) -> Iterator[Document]:
         if not columns:
             raise UserError(f"{path}: no {fields} among its columns ({', '.join(names)}); "
                             "name the right one with --set data.text_field=...")
+        fields.filters.note(_column_paths(file))
+        columns = list(dict.fromkeys(columns + fields.filters.columns))  # pyarrow reads those that exist
         for batch in file.iter_batches(columns=columns, batch_size=1024):
             for table in batch.to_pylist():
                 row += 1
                 yield from _row_documents(table, fields, f"{path} row {row}")
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable parquet file ({one_line(error)}); download it again") from error
+        raise _unreadable_parquet(path, error) from error
 
 
-def _hub_documents(source: str, fields: Fields) -> Iterator[Document]:
+def _hub_dataset(source: str) -> Any:
+    """Return the dataset for streaming; nothing of it is read yet."""
     from datasets import load_dataset
 
     name, config, split = (*source.split(":"), "", "")[:3]
-    number = 0
     try:
-        rows: Any = load_dataset(name, config or None, split=split or "train", streaming=True)
+        return load_dataset(name, config or None, split=split or "train", streaming=True)
     except Exception as error:  # offline, misspelt, gated, no such split: the client raises many types
         raise UserError(f"{source}: no such file, and the hub has no such dataset ({one_line(error)}); "
                         f"{WANTED}") from error
-    stream = iter(rows)
+
+
+def _hub_documents(source: str, fields: Fields) -> Iterator[Document | LeftOut]:
+    stream, number = iter(_hub_dataset(source)), 0
     while True:
         try:
             row = next(stream)
@@ -146,8 +206,8 @@ def _hub_documents(source: str, fields: Fields) -> Iterator[Document]:
         yield from _row_documents(row, fields, f"{source} row {number}")
 
 
-def _row_documents(row: Any, fields: Fields, where: str) -> Iterator[Document]:
-    """Yield the record's document; nothing if all its fields are null."""
+def _row_documents(row: Any, fields: Fields, where: str) -> Iterator[Document | LeftOut]:
+    """Yield the record's document, or LEFT_OUT; nothing if all its fields are null."""
     found = [name for name in fields.wanted if name in row] if isinstance(row, dict) else []
     if not found:
         has = f"has {', '.join(row)}" if isinstance(row, dict) else f"is a {type(row).__name__}"
@@ -156,7 +216,9 @@ def _row_documents(row: Any, fields: Fields, where: str) -> Iterator[Document]:
     if name is None:
         return
     value = row[name]
-    if name != fields.text:
+    if not fields.filters.keeps(row, where):
+        yield LEFT_OUT
+    elif name != fields.text:
         yield _messages(value, f"{where}: {name}")
     elif isinstance(value, str):
         yield value

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lrc_edge.checkpoint import DenseCheckpoint
+from lrc_edge.corpus.filters import Filters
 from lrc_edge.corpus.held_out import Calibration, HeldOut, built_in_text
 from lrc_edge.corpus.sources import Fields, documents
 from lrc_edge.recipe import Recipe
@@ -21,10 +22,13 @@ def held_out_text(out: Path, recipe: Recipe, model: DenseCheckpoint) -> HeldOut:
     """Return the build's held-out text; for an export, --data or Python's own documentation."""
     if (out / "data" / "held_out.npz").exists():
         return HeldOut.load(out / "data" / "held_out.npz")
-    fields = Fields(recipe.data.text_field, recipe.data.messages_field)
-    texts = documents(recipe.data.sources, fields) if recipe.data.sources else built_in_text()
     n_tokens = 2 * recipe.parity.positions + recipe.export.calibration_tokens
-    return HeldOut.from_texts(texts, model.tokenizer(), n_tokens)
+    if not recipe.data.sources:
+        return HeldOut.from_texts(built_in_text(), model.tokenizer(), n_tokens)
+    fields = Fields(recipe.data.text_field, recipe.data.messages_field, Filters(recipe.data.filters))
+    held_out = HeldOut.from_texts(documents(recipe.data.sources, fields), model.tokenizer(), n_tokens)
+    fields.filters.check_found()
+    return held_out
 
 
 def row_length(recipe: Recipe, model: DenseCheckpoint) -> int:

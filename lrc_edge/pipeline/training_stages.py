@@ -5,7 +5,6 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from lrc_edge import __version__
 from lrc_edge.checkpoint import DenseCheckpoint
@@ -15,6 +14,7 @@ from lrc_edge.corpus.sources import SELF, local_files
 from lrc_edge.lineage import Lineage
 from lrc_edge.parity import gates_of_copy
 from lrc_edge.pipeline import texts
+from lrc_edge.pipeline.method import method_of
 from lrc_edge.pipeline.stage import ON_GRID, STUDENT, Build, Done, Inputs, gate_tables, named
 from lrc_edge.workspace import digest, replace_tree
 
@@ -193,7 +193,7 @@ def _provenance(build: Build) -> dict[str, str]:
         "teacher": source.given if source.revision != "local" else teacher.name,
         "teacher_revision": source.revision,
         "teacher_sha256": build.digest(teacher),
-        "method": _method(training),
+        "method": method_of(build.recipe.train, training["dense_from_step"], training["steps"]),
         "teacher_hidden_size": str(teacher.shape.hidden_size),
         "student_hidden_size": str(build.plan.student.hidden_size),
         "init": training["init"],
@@ -201,14 +201,6 @@ def _provenance(build: Build) -> dict[str, str]:
         "recipe_sha256": digest([asdict(build.recipe.train), asdict(build.recipe.student)]),
         "tool": f"lrc-edge {__version__}",
     }
-
-
-def _method(training: dict[str, Any]) -> str:
-    clone, dense = "Low-Rank Clone (arXiv 2505.12781)", "dense distillation of all weights (arXiv 2609.02006)"
-    first = training.get("dense_from_step", training["steps"])
-    if first == training["steps"]:
-        return clone
-    return f"{clone} for {first} steps, then {dense} for {training['steps'] - first}" if first else dense
 
 
 # quantize

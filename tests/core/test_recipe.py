@@ -52,6 +52,8 @@ def test_toml_of_a_recipe_reads_back(tmp_path: Path) -> None:
     ("data.sources=self", "train.tokens"),
     ("data.sources=self,self", "more than once"),
     ("data.isolate_documents=1", "need a bool"),
+    ("data.conversation_loss=questions", "need one of answers, all"),
+    ("data.filters=score is 4", "'score is 4' is not a condition"),
     ("data.held_out_share=1", "need more than 0 and less than 1"),
     ("parity.prompts=3", "need a list of strings"),
     ("tokens=3", "need section.key=value"),
@@ -73,6 +75,21 @@ def test_weights(text: str, tmp_path: Path) -> None:
     for bad in ("0,1", "1,-1", "1,inf", "1,nan"):
         with pytest.raises(UserError, match="need finite numbers above 0"):
             load_recipe(None, ["data.sources=a.txt,b.txt", f"data.weights={bad}"])
+
+
+@pytest.mark.parametrize("name", ["lrc-1.5b", "lrc-1.7b", "lrc-4b", "edge-1.5b", "edge-1.7b", "edge-4b"])
+def test_built_in_recipes_print_values_that_read_back(name: str, tmp_path: Path) -> None:
+    recipe, paper = load_recipe(name), name.startswith("lrc")
+    printed = to_toml(recipe)
+    assert f'init = "{"gaussian" if paper else "pca"}"' in printed.splitlines()
+    assert f"kl_temperature = {40.0 if paper else 1.0}" in printed.splitlines()
+    (tmp_path / "r.toml").write_text(printed)
+    assert load_recipe(tmp_path / "r.toml") == recipe
+
+
+def test_an_unknown_recipe_names_the_known_ones() -> None:
+    with pytest.raises(UserError, match=r"lrc-9b: .* edge-1.5b, edge-1.7b, edge-4b, lrc-1.5b, lrc-1.7b, lrc-4b$"):
+        load_recipe("lrc-9b")
 
 
 def test_wrong_files(tmp_path: Path) -> None:

@@ -80,6 +80,29 @@ def test_an_answer_that_changes_when_another_follows_is_left_out() -> None:
     assert learnt == "<think>\n\n</think>\n\nA model, of course.<|im_end|>\n"
 
 
+@pytest.mark.parametrize("kind", ["llama3", "qwen2"])
+def test_the_loss_may_cover_every_token_of_a_conversation(kind: str) -> None:
+    """Also of one without an answer; one that the template refuses is still left out."""
+    tokenizer = make_tokenizer(kind)
+    encoded, text, question = encode(tokenizer, [CHAT, "Plain.", CHAT[:2]], all_tokens=True)
+    assert encoded is not None and question is not None and text == encode(tokenizer, ["Plain."])[0]
+    assert encoded.ids == tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=False)
+    assert question.ids == tokenizer.apply_chat_template(CHAT[:2], tokenize=True, return_dict=False)
+    assert encoded.counts is None and question.counts is None and encoded.n_missed == 0
+    tokenizer.chat_template = REFUSING_TEMPLATE
+    assert [one is None for one in encode(tokenizer, [CHAT, CHAT[1:]], all_tokens=True)] == [True, False]
+
+
+def test_labels_of_conversations_that_are_learned_completely(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer("llama3")
+    documents: list[Document] = [[*CHAT[:4], {"role": "assistant", "content": f"Answer {i}."}] for i in range(30)]
+    n = prepare([("chats", documents)], tokenizer, tmp_path, held_out_share=0.1, max_tokens=None, seq_len=50,
+                progress=lambda n: None, all_tokens=True)
+    rows = PackedRows(tmp_path, n)
+    assert rows[0]["labels"].tolist() == [*rows[0]["input_ids"].tolist()[1:], -100]
+    assert not list(tmp_path.glob("loss-*"))
+
+
 def test_tokens_do_not_depend_on_the_day() -> None:
     tokenizer = make_tokenizer("llama3")
     tokenizer.chat_template = ("{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') %}"

@@ -31,6 +31,7 @@ from lrc_edge.export.passes import Passes
 from lrc_edge.export.quantize.encodings import ENCODINGS
 from lrc_edge.families import EMBEDDING, FINAL_NORM, HEAD, Role, Weight
 from lrc_edge.families import FAMILIES as RECORDS
+from lrc_edge.shape import split_name
 from lrc_edge.targets.runtimes.llamacpp import LlamaCpp
 
 LINEAR = {"rope_type": "linear", "factor": 2.0}
@@ -161,6 +162,13 @@ def test_metadata(tmp_path: Path) -> None:
     assert fields["tokenizer.ggml.tokens"][512:] == [f"[PAD{i}]" for i in range(512, 520)]
     assert fields["general.quantized_by"].startswith("lrc-edge ")
     assert file.name == "Tiny-LRC-64-107K-Q8_0.gguf"
+
+
+@pytest.mark.parametrize(("name", "parts"), [
+    ("Foo-1B-LRC-256", ("Foo-1B", "LRC-256")), ("Foo-Edge-Base-Edge-64", ("Foo-Edge-Base", "Edge-64")),
+    ("Foo-Edge-Base", ("Foo-Edge-Base", "")), ("LRC-1.5B", ("LRC-1.5B", "")), ("Foo", ("Foo", ""))])
+def test_a_students_name_is_split_into_its_teachers_and_its_own(name: str, parts: tuple[str, str]) -> None:
+    assert split_name(name) == parts
 
 
 @pytest.mark.parametrize("name, expected", [

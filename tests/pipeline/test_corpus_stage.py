@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from rich.console import Console
 from tiny_models import TEXT, make_tiny
@@ -75,6 +77,36 @@ def test_a_cached_corpus_is_tokenized_once(tiny_llama: Path, text: Path, tmp_pat
     moved = Path(shutil.copy(text, tmp_path / "copy.txt"))
     build_data(tmp_path / "f", tiny_llama, recipe_of(moved, cache=str(tmp_path / "cache")))
     assert len(calls) == 4
+
+
+def test_changed_filters_and_learned_tokens_are_named_and_tokenized_again(tiny_llama: Path, tmp_path: Path) -> None:
+    file, out, console = tmp_path / "rows.jsonl", tmp_path / "out", []
+    turns = [{"role": "user", "content": "How are you today, my friend?"}, {"role": "assistant", "content": "Fine."}]
+    file.write_text("".join(json.dumps({"text": TEXT[i * 200:i * 200 + 200], "score": i % 4}) + "\n" for i in range(80))
+                    + "".join(json.dumps({"messages": [*turns, {"role": "user", "content": f"{i}?"}, turns[1]]}) + "\n"
+                              for i in range(20)))
+    for settings in ({}, {"filters": ["score >= 2"]}, {"filters": ["score >= 2"], "conversation_loss": "all"}):
+        console.append(build_data(out, tiny_llama, recipe_of(file, **settings)))
+        assert "unchanged" in build_data(out, tiny_llama, recipe_of(file, **settings))
+        tally, = read_summary(out / "data")
+        assert tally.filtered_records == (40 if settings else 0)
+        assert (out / "data" / "loss-00000.npy").exists() == ("conversation_loss" not in settings)
+    assert "runs again: data.filters was [], is ['score >= 2']" in console[1] and "filtered records: 40" in console[1]
+    assert "runs again: data.conversation_loss was answers, is all" in console[2]
+
+
+def test_a_misspelt_filter_is_refused_before_reading_if_a_schema_shows_it(tiny_llama: Path, tmp_path: Path) -> None:
+    texts = [TEXT[i:i + 200] for i in range(0, 16_000, 200)]
+    table = pyarrow.table({"text": texts, "score": [i % 4 for i in range(80)]})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+    for name, reads in (("rows.parquet", False), ("rows.jsonl", True)):
+        out = tmp_path / name.replace(".", "-")
+        with pytest.raises(UserError, match=r"no record has a field 'scoer' .*; fields found: text, score; correct"):
+            build_data(out, tiny_llama, recipe_of(tmp_path / name, filters=["scoer >= 2"]))
+        assert bool(list((out / "data.unfinished").glob("tokens-*"))) == reads
+    both = recipe_of(tmp_path / "rows.parquet", tmp_path / "rows.jsonl", filters=["score >= 1", "score <= 2"])
+    assert "filtered records: 80" in build_data(tmp_path / "out", tiny_llama, both)
 
 
 def test_a_cached_corpus_must_fill_a_row(tiny_llama: Path, tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def test_stages_alone_make_the_same_student(built: Path, inputs: tuple[Path, Pat
     assert exported.returncode == 0, exported.stdout + exported.stderr
     assert report_of(tmp_path / "exported")["teacher"] is None
     files = [f.name for f in (tmp_path / "exported" / "gguf").glob("*.gguf")]
-    assert len(files) == 1 and files[0].startswith("teacher-LRC-32-"), "the name that the fold gave it"
+    assert len(files) == 1 and files[0].startswith("teacher-Edge-32-"), "the name that the fold gave it"
 
 
 def test_onnx_q4_is_made_with_the_importance_matrix(built: Path, tmp_path: Path) -> None:

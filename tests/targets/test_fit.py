@@ -198,11 +198,13 @@ def test_targets_lists_and_explains() -> None:
 def test_fit_plans_the_student_beside_its_teacher(teacher: Path) -> None:
     done = lrc_edge("targets", "fit", str(teacher), "--target", "android-low", "--context", "512")
     assert done.returncode == 0, done.stderr
-    assert "SmolLM2-360M-LRC-256 (student as planned)" in done.stdout
+    assert "SmolLM2-360M-Edge-256 (student as planned)" in done.stdout
     assert "SmolLM2-360M (its teacher, unchanged): 362 M parameters" in done.stdout
     assert "take gguf:q4_0: fits" in done.stdout and "an upper bound, not a measurement" in done.stdout
     wider = lrc_edge("targets", "fit", str(teacher), "-t", "android-low", "--set", "student.hidden_size=512")
-    assert "SmolLM2-360M-LRC-512" in wider.stdout
+    assert "SmolLM2-360M-Edge-512" in wider.stdout
+    cloned = lrc_edge("targets", "fit", str(teacher), "-t", "android-low", "--set", "train.dense_share=0")
+    assert "SmolLM2-360M-LRC-256" in cloned.stdout
     (teacher / "lrc_edge.json").write_text("{}")  # a student, made here: it is no teacher
     alone = lrc_edge("targets", "fit", f"{teacher}/", "-t", "android-low")
     assert "SmolLM2-360M (model)" in alone.stdout and "teacher" not in alone.stdout

@@ -107,8 +107,9 @@ def test_pulled_back_gradients_equal_autograd_through_the_composition(name: str,
         assert (got[name_] - p.grad).norm() <= 1e-6 * p.grad.norm(), name_
 
 
-def test_dense_phase_starts_at_the_composed_weights_and_trains_them(tmp_path: Path) -> None:
-    clone = make_clone(tmp_path / "t", 32)
+@pytest.mark.parametrize("name", ["llama-tied", "qwen2-untied", "qwen3-tied"])
+def test_dense_phase_starts_at_the_composed_weights_and_trains_all_weights(name: str, tmp_path: Path) -> None:
+    clone = make_clone(tmp_path / "t", 32, **FAMILIES[name])
     clone.initialize(initialize.pca_values(clone, some_ids()))
     before = clone(some_ids())
     clone.start(DENSE)
@@ -118,8 +119,7 @@ def test_dense_phase_starts_at_the_composed_weights_and_trains_them(tmp_path: Pa
     losses.total.backward()
     clone.pull_back_()
     assert all(p.grad is not None for p in clone.trainable().values())
-    assert {name: tuple(p.shape) for name, p in clone.trainable().items()} == \
-        {w.name: w.shape for w in clone.weights if not clone.lineage.is_copied(w.role)}
+    assert {name: tuple(p.shape) for name, p in clone.trainable().items()} == {w.name: w.shape for w in clone.weights}
     assert len(clone.unread) == 0 and all(p.grad is None for p in clone.writers().values())
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from paths import ROOT
 from safetensors.torch import load_file
-from tiny_models import TEXT, tiny_data
+from tiny_models import TEXT, make_tiny, tiny_data
 
 from lrc_edge.corpus.held_out import HeldOut
 from lrc_edge.errors import UserError
@@ -72,6 +72,19 @@ def same_as(alone: Path, folder: Path) -> None:
 def test_two_processes_learn_what_one_does(alone: Path, tiny_llama: Path, data: Path, tmp_path: Path) -> None:
     assert start(2, tiny_llama, data, tmp_path / "train").wait() == 0
     same_as(alone, tmp_path / "train")
+
+
+def test_two_processes_train_biases_as_one_does(tmp_path: Path) -> None:
+    """They are frozen when the parameters are sharded, and trained after the dense phase has begun."""
+    teacher = make_tiny(tmp_path / "teacher", family="qwen2", tied=False, tokenizer="qwen2")
+    (tmp_path / "data").mkdir()
+    data = tiny_data(teacher, tmp_path / "data")
+    for n_processes in (1, 2):
+        assert start(n_processes, teacher, data, tmp_path / str(n_processes)).wait() == 0
+    same_as(tmp_path / "1", tmp_path / "2")
+    bias = "model.layers.0.self_attn.q_proj.bias"
+    before, after = (load_file(file)[bias] for file in (teacher / "model.safetensors", tmp_path / "2" / TRAINED_FILE))
+    assert (after - before).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(("first", "then", "step"), [(2, 1, 9), (1, 2, 13)])

@@ -65,7 +65,7 @@ def test_saved_projections_make_the_same_student(tiny_llama: Path, data: Path, t
 
 def test_a_loss_that_is_not_finite_stops_and_is_named(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the [\w ]+ is (nan|inf) at step \d+ of 20 \(rows \d+, .*lower the"):
-        run(tiny_llama, data, tmp_path / "train", "train.dense_learning_rate=1e30", "train.warmup_share=0",
+        run(tiny_llama, data, tmp_path / "train", "train.dense_learning_rate=1e30", "train.dense_warmup_share=0",
             "train.max_grad_norm=1e30")
 
 

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lrc_edge.checkpoint import DenseCheckpoint
-from lrc_edge.corpus.sources import SELF, Document, Fields, source_documents
+from lrc_edge.corpus.filters import Filters
+from lrc_edge.corpus.sources import SELF, Document, Fields, LeftOut, known_fields, source_documents
 from lrc_edge.recipe import Recipe
 from lrc_edge.train.data.self_data import SELF_FILE, self_documents
 from lrc_edge.train.data.token_cache import make_or_link, make_resumable
@@ -19,31 +20,43 @@ Progress = Callable[[str, int], None]  # gets a status line and the number of to
 
 def tokenize_corpus(teacher: DenseCheckpoint, recipe: Recipe, folder: Path, key: str, progress: Progress) -> str:
     """Write the corpus of this key to `folder`, or link it from the cache. Returns facts for the stage's line."""
-    seq_len = row_length(recipe, teacher)
+    seq_len, settings = row_length(recipe, teacher), recipe.data
 
     def make(work: Path) -> None:
-        sources = [(source, _documents(source, teacher, recipe, work)) for source in recipe.data.sources]
+        fields = Fields(settings.text_field, settings.messages_field, Filters(settings.filters))
+        _check_filters(fields.filters, settings.sources)
+        sources = [(source, _documents(source, teacher, recipe, fields, work)) for source in settings.sources]
         with _all_processors():
-            prepare(sources, teacher.tokenizer(), work, weights=recipe.data.weights,
-                    held_out_share=recipe.data.held_out_share, max_tokens=recipe.train.tokens or None, seq_len=seq_len,
-                    progress=_with_speed(progress))
+            prepare(sources, teacher.tokenizer(), work, weights=settings.weights, filters=fields.filters,
+                    all_tokens=settings.conversation_loss == "all", held_out_share=settings.held_out_share,
+                    max_tokens=recipe.train.tokens or None, seq_len=seq_len, progress=_with_speed(progress))
 
-    if recipe.data.cache:
-        make_or_link(Path(recipe.data.cache).expanduser(), key, folder, make)
+    if settings.cache:
+        make_or_link(Path(settings.cache).expanduser(), key, folder, make)
     else:
         make_resumable(folder, key, make)
     tallies = read_summary(folder)
-    check_enough(tallies, seq_len, recipe.data.held_out_share)
+    check_enough(tallies, seq_len, settings.held_out_share)
     return describe(tallies)
+
+
+def _check_filters(filters: Filters, sources: tuple[str, ...]) -> None:
+    """Raise UserError for a filter whose field no source has, if their schemas show it: before hours of reading."""
+    known = [known_fields(source) for source in sources] if filters.filters else []
+    for names in known:
+        filters.note(names or ())
+    if None not in known:
+        filters.check_found()
 
 
 def row_length(recipe: Recipe, teacher: DenseCheckpoint) -> int:
     return min(recipe.train.seq_len, teacher.shape.max_position_embeddings)
 
 
-def _documents(source: str, teacher: DenseCheckpoint, recipe: Recipe, work: Path) -> Iterator[Document]:
+def _documents(source: str, teacher: DenseCheckpoint, recipe: Recipe, fields: Fields, work: Path
+               ) -> Iterator[Document | LeftOut]:
     if source != SELF:
-        yield from source_documents(source, Fields(recipe.data.text_field, recipe.data.messages_field))
+        yield from source_documents(source, fields)
         return
     from lrc_edge.train.loop.trainer import choose_device, choose_precision
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lrc_edge.corpus.encode import encode
+from lrc_edge.corpus.encode import Encoded, encode
+from lrc_edge.corpus.filters import Filters
 from lrc_edge.corpus.held_out import HELD_OUT_TOKENS, HeldOut, is_held_out
-from lrc_edge.corpus.sources import Document
+from lrc_edge.corpus.sources import Document, LeftOut
 from lrc_edge.errors import UserError
 from lrc_edge.train.data.rows import PackedRows
 from lrc_edge.train.data.shards import SHARD_TOKENS, ShardWriter
@@ -33,10 +34,11 @@ class Tally:
     documents: int = 0  # trained on
     tokens: int = 0
     held_out_documents: int = 0
+    filtered_records: int = 0  # left out by data.filters: neither trained on nor held out
     skipped_conversations: int = 0  # refused by the chat template, or without an answer to learn
     missed_answers: int = 0  # answers of the others without loss (lrc_edge/corpus/encode.py has the reason)
     ran_out: bool = False
-    read: int = 0  # documents read from the stream, including blank ones: where to resume
+    read: int = 0  # documents read from the stream, including blank and filtered ones: where to resume
 
 
 @dataclass
@@ -45,6 +47,7 @@ class _State:
     n_shards: int = 0
     held_out: list[Document] = field(default_factory=list)
     held_out_chars: int = 0
+    fields: list[str] = field(default_factory=list)  # names that records had, for the check of the filters
 
     @classmethod
     def load(cls, folder: Path, names: Iterable[str]) -> _State:
@@ -73,30 +76,35 @@ class _State:
         return min(left, key=lambda i: self.tallies[i].tokens / weights[i] if weights else i, default=None)
 
 
-def prepare(sources: Sequence[tuple[str, Iterable[Document]]], tokenizer: PreTrainedTokenizerBase, folder: Path, *,
-            weights: Sequence[float] = (), held_out_share: float, max_tokens: int | None, seq_len: int,
-            progress: Callable[[int], None], shard_tokens: int = SHARD_TOKENS) -> int:
+def prepare(sources: Sequence[tuple[str, Iterable[Document | LeftOut]]], tokenizer: PreTrainedTokenizerBase,
+            folder: Path, *, weights: Sequence[float] = (), held_out_share: float, max_tokens: int | None, seq_len: int,
+            progress: Callable[[int], None], shard_tokens: int = SHARD_TOKENS, filters: Filters | None = None,
+            all_tokens: bool = False) -> int:
     """Write shards (about max_tokens, or all), held_out.npz and data.json into `folder`; return the training tokens.
 
     `sources` are (name, documents). When a source runs out, the others continue; data.json holds the resulting shares.
-    If a killed call worked on the same sources in `folder`, resumes after the last shard that it closed. Raises
-    UserError if there is no text, or too little to fill one row and hold some out.
+    `filters` are those that the sources apply. `all_tokens`: the loss covers conversations completely. If a killed call
+    worked on the same sources in `folder`, resumes after the last shard that it closed. Raises UserError if there is no
+    text, or too little to fill one row and hold some out, or if no record has the field of a filter.
     """
-    state = _State.load(folder, (name for name, _ in sources))
+    state, filters = _State.load(folder, (name for name, _ in sources)), filters or Filters()
+    filters.fields.update(dict.fromkeys(state.fields))
     writer = ShardWriter(folder, len(tokenizer), state.n_shards)
     streams = [_batches(islice(documents, tally.read, None))
                for (_, documents), tally in zip(sources, state.tallies, strict=True)]
     progress(state.n_tokens)
     for tally, batch in _mixture(state, streams, weights, max_tokens):
-        _take(batch, state, tally, held_out_share, tokenizer, writer)
+        documents = _split(batch, state, tally, held_out_share)
+        _write(encode(tokenizer, documents, all_tokens), tally, writer)
         if writer.n_tokens >= shard_tokens:
             writer.close_shard()
-            state.n_shards = writer.n_shards
+            state.n_shards, state.fields = writer.n_shards, list(filters.fields)
             state.save(folder)
         progress(state.n_tokens)
     writer.close_shard()
     state.n_shards = writer.n_shards
     _look_on(state, streams, held_out_share)
+    filters.check_found()
     check_enough(state.tallies, seq_len, held_out_share)
     HeldOut.from_texts(state.held_out, tokenizer).save(folder / HELD_OUT_FILE)
     _write_summary(folder, state)
@@ -104,8 +112,11 @@ def prepare(sources: Sequence[tuple[str, Iterable[Document]]], tokenizer: PreTra
     return state.n_tokens
 
 
-def _mixture(state: _State, streams: Sequence[Iterator[list[Document]]], weights: Sequence[float],
-             max_tokens: int | None) -> Iterator[tuple[Tally, list[Document]]]:
+Batch = list[Document | LeftOut]
+
+
+def _mixture(state: _State, streams: Sequence[Iterator[Batch]], weights: Sequence[float],
+             max_tokens: int | None) -> Iterator[tuple[Tally, Batch]]:
     """Yield batches in the order given by the weights, until there are enough tokens."""
     while max_tokens is None or state.n_tokens < max_tokens:
         i = state.next_source(weights)
@@ -118,13 +129,13 @@ def _mixture(state: _State, streams: Sequence[Iterator[list[Document]]], weights
             yield state.tallies[i], batch
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def _batches(documents: Iterable[Document | LeftOut]) -> Iterator[Batch]:
     """Yield batches so small that the shares of a mixture are exact to about ten thousand tokens."""
-    batch: list[Document] = []
+    batch: Batch = []
     size = 0
     for document in documents:
         batch.append(document)
-        size += _size(document)
+        size += 0 if isinstance(document, LeftOut) else _size(document)
         if len(batch) == BATCH_DOCUMENTS or size >= BATCH_CHARS:
             yield batch
             batch, size = [], 0
@@ -137,10 +148,9 @@ def _size(document: Document) -> int:
     return len(document) if isinstance(document, str) else sum(len(message["content"]) for message in document)
 
 
-def _take(batch: list[Document], state: _State, tally: Tally, held_out_share: float,
-          tokenizer: PreTrainedTokenizerBase, writer: ShardWriter) -> None:
-    """Tokenize the training documents of a batch."""
-    for encoded in encode(tokenizer, _split(batch, state, tally, held_out_share)):
+def _write(documents: Iterable[Encoded | None], tally: Tally, writer: ShardWriter) -> None:
+    """Add training documents to the shard, and count them."""
+    for encoded in documents:
         if encoded is None:
             tally.skipped_conversations += 1
             continue
@@ -150,13 +160,15 @@ def _take(batch: list[Document], state: _State, tally: Tally, held_out_share: fl
         tally.missed_answers += encoded.n_missed
 
 
-def _split(batch: list[Document], state: _State, tally: Tally, held_out_share: float) -> list[Document]:
+def _split(batch: Batch, state: _State, tally: Tally, held_out_share: float) -> list[Document]:
     """Return the training documents of a batch; hold the others out."""
     kept: list[Document] = []
     for document in batch:
-        if isinstance(document, str) and not document.strip():
+        if isinstance(document, LeftOut):
+            tally.filtered_records += 1
+        elif isinstance(document, str) and not document.strip():
             continue
-        if is_held_out(document, held_out_share):
+        elif is_held_out(document, held_out_share):
             tally.held_out_documents += 1
             state.hold_out(document)
         else:
@@ -165,7 +177,7 @@ def _split(batch: list[Document], state: _State, tally: Tally, held_out_share: f
     return kept
 
 
-def _look_on(state: _State, streams: Sequence[Iterator[list[Document]]], held_out_share: float) -> None:
+def _look_on(state: _State, streams: Sequence[Iterator[Batch]], held_out_share: float) -> None:
     """Hold out some of the documents after the budget, in case it ended too early. None of them is trained on."""
     n_seen = 0
     for tally, stream in zip(state.tallies, streams, strict=True):
@@ -191,7 +203,8 @@ def describe(tallies: list[Tally]) -> str:
     total = sum(tally.tokens for tally in tallies)
     parts = [f"{tally.source} {tally.tokens / total:.1%}" + ", ran out" * tally.ran_out for tally in tallies]
     told = "; ".join(parts) if len(tallies) > 1 else ""
-    for what, n in (("skipped conversations", sum(t.skipped_conversations for t in tallies)),
+    for what, n in (("filtered records", sum(t.filtered_records for t in tallies)),
+                    ("skipped conversations", sum(t.skipped_conversations for t in tallies)),
                     ("answers without loss", sum(t.missed_answers for t in tallies))):
         told += f"; {what}: {n:,}" if n else ""
     return told.removeprefix("; ")
@@ -206,7 +219,9 @@ def check_enough(tallies: list[Tally], seq_len: int, held_out_share: float) -> N
         raise UserError(f"--data: the teacher's chat template refuses all {skipped:,} conversations, or none has an "
                         "answer to learn; give conversations that it can render")
     if n_documents == 0:
-        raise UserError("--data: no text in it; give files with text")
+        filtered = sum(tally.filtered_records for tally in tallies)
+        raise UserError(f"--data: data.filters leaves out all {filtered:,} records; lower the limit" if filtered
+                        else "--data: no text in it; give files with text")
     if n_tokens < seq_len:
         raise UserError(f"--data: {n_tokens} training tokens in {n_documents} documents, need at least "
                         f"train.seq_len = {seq_len}; give more text or lower train.seq_len")

@@ -29,6 +29,10 @@ def default_rate(width: int, steps: int, batch_tokens: int, start_kl: float) -> 
     return min(MAX_RATE, min(FAR_RATE, NEAR_RATE * distance * batch) / width)
 
 
+def _warmup(share: float, steps: int) -> int:
+    return math.ceil(share * steps or max(steps / 50, min(WARMUP_STEPS, steps / 5)))
+
+
 @dataclass(frozen=True)
 class Schedule:
     """`dense_from` is the first step (counted from 0) of the dense phase, or `steps` if there is none."""
@@ -37,9 +41,10 @@ class Schedule:
     rows: int  # of an optimizer step, over all processes and batches
     steps: int
     dense_from: int
-    warmup: int  # steps, at the beginning of each phase
+    warmup: int  # steps, at the beginning of the clone phase
     clone_rate: float  # peaks
     dense_rate: float
+    dense_warmup: int = 0
 
     @classmethod
     def of(cls, train: recipes.Train, student: ModelShape, n_tokens: int, start_kl: float = math.inf) -> Schedule:
@@ -51,9 +56,9 @@ class Schedule:
         rows = max(1, round(batch_tokens / seq_len))
         steps = max(1, round(budget / (rows * seq_len)))
         rate = default_rate(student.hidden_size, steps, rows * seq_len, start_kl)
-        warmup = math.ceil(train.warmup_share * steps) or max(steps / 50, min(WARMUP_STEPS, steps / 5))
-        return cls(seq_len, rows, steps, round(steps * (1 - train.dense_share)), math.ceil(warmup),
-                   train.learning_rate or rate, train.dense_learning_rate or rate)
+        return cls(seq_len, rows, steps, round(steps * (1 - train.dense_share)), _warmup(train.warmup_share, steps),
+                   train.learning_rate or rate, train.dense_learning_rate or rate,
+                   _warmup(train.dense_warmup_share, steps))
 
     @property
     def tokens_per_step(self) -> int:
@@ -74,8 +79,9 @@ class Schedule:
 
     def learning_rate(self, step: int) -> float:
         """Return the rate: linear warmup in each phase (each has a new optimizer), linear decay to 0 over the run."""
-        begin, peak = (self.dense_from, self.dense_rate) if self.is_dense(step) else (0, self.clone_rate)
-        warm = min(1.0, (step - begin + 1) / self.warmup) if self.warmup else 1.0
+        begin, peak, warmup = (self.dense_from, self.dense_rate, self.dense_warmup) if self.is_dense(step) \
+            else (0, self.clone_rate, self.warmup)
+        warm = min(1.0, (step - begin + 1) / warmup) if warmup else 1.0
         return peak * warm * (1 - step / self.steps)
 
     def rows_of_process(self, world: int, micro_batch: int) -> tuple[int, int]:

@@ -1,0 +1,61 @@
+"""The name of the method that trained a student, for its provenance and model card: what ran, and nothing else."""
+from __future__ import annotations
+
+from lrc_edge.recipe import Train
+
+LRC = "Low-Rank Clone (arXiv 2505.12781)"
+DENSE = "dense distillation"
+
+# train.init -> where the student starts.
+STARTS = {
+    "gaussian": "random projections",
+    "selection": "selected channels (RED, arXiv 2605.29327)",
+    "pca": "principal components (arXiv 2401.15024)",
+}
+# train.clone_terms -> the clone loss.
+CLONE_TERMS = {
+    "absolute": "clone terms",
+    "relative": "relative clone terms",
+    "per_token": "relative clone terms per token",
+}
+# The paper's own values of what else is part of the method: of the clone weight, one of those that it uses.
+PUBLISHED_INIT, PUBLISHED_TERMS = "gaussian", "absolute"
+PUBLISHED_KL = (1.28, 40.0)  # weight, temperature
+PUBLISHED_ALPHAS = (0.2, 0.5)
+
+
+def method_of(train: Train, dense_from: int, steps: int) -> str:
+    """Return the method of a run whose dense phase began at step `dense_from` of `steps` (`steps`: there was none)."""
+    if dense_from == steps:
+        return _listed(LRC, _changes(train))
+    terms = [_clone_terms(train.clone_terms, train.dense_alpha, " (arXiv 2505.12781)"), *_without(train)]
+    if dense_from == 0:
+        return _listed(f"{DENSE} from {STARTS[train.init]}", terms)
+    return (f"{_listed(LRC, _changes(train))}, for {dense_from} steps, then "
+            f"{_listed(f'{DENSE} (arXiv 2609.02006)', terms)}, for {steps - dense_from}")
+
+
+def _listed(method: str, parts: list[str]) -> str:
+    return f"{method}, with {', '.join(parts)}" if parts else method
+
+
+def _changes(train: Train) -> list[str]:
+    """Return what a run that trained projections did unlike the paper."""
+    found = [f"a start from {STARTS[train.init]}"] if train.init != PUBLISHED_INIT else []
+    if train.clone_terms != PUBLISHED_TERMS or not train.alpha:
+        found.append(_clone_terms(train.clone_terms, train.alpha, ""))
+    if train.alpha and train.alpha not in PUBLISHED_ALPHAS:
+        found.append(f"clone weight {train.alpha:g}")
+    if train.kl_weight and (train.kl_weight, train.kl_temperature) != PUBLISHED_KL:
+        found.append(f"KL weight {train.kl_weight:g} at temperature {train.kl_temperature:g}")
+    if train.lm_weight not in (0.0, 1.0):
+        found.append(f"LM weight {train.lm_weight:g}")
+    return found + _without(train)
+
+
+def _clone_terms(kind: str, weight: float, source: str) -> str:
+    return f"{CLONE_TERMS[kind]}{source}" if weight else "no clone terms"
+
+
+def _without(train: Train) -> list[str]:
+    return ["no KL"] * (not train.kl_weight) + ["no LM loss"] * (not train.lm_weight)
