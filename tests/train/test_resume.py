@@ -189,6 +189,13 @@ def test_guard_skips_the_update_and_forgets_the_batch(bad: list[float]) -> None:
     assert guard.report() == (None, [])
 
 
+@pytest.mark.parametrize(("kl", "is_bad"), [(0.9, 0), (1.1, 1)])
+def test_a_small_loss_may_vary_by_factors(kl: float, is_bad: int) -> None:
+    """A student near its teacher has a KL that differs much from text to text: 0.05 after 0.01 damages nothing."""
+    guard = Guard(torch.device("cpu"), spike_factor=5.0)
+    assert [guard.judge(i, torch.tensor([1.0, x, 1.0, 1.0])).item() for i, x in enumerate((0.01, kl))] == [0, is_bad]
+
+
 def test_a_jumping_gradient_norm_is_no_spike() -> None:
     guard = Guard(torch.device("cpu"), spike_factor=3.0)
     assert [guard.judge(i, torch.tensor([1.0, 1.0, 1.0, norm])).item() for i, norm in enumerate((1.0, 100.0))] == [0, 0]

@@ -13,7 +13,8 @@ from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.corpus.held_out import HeldOut
 from lrc_edge.errors import UserError
 from lrc_edge.train.loop import checkpoints
-from lrc_edge.train.loop.stage import load_trained
+from lrc_edge.train.loop.schedule import NEAR_RATE, default_rate
+from lrc_edge.train.loop.stage import START_FILE, SUMMARY_FILE, load_trained
 from lrc_edge.train.loop.trainer import EVAL_TOKENS, TRAINED_FILE, choose_device, choose_precision, held_out_loss
 
 
@@ -61,6 +62,22 @@ def test_saved_projections_make_the_same_student(tiny_llama: Path, data: Path, t
     rows = HeldOut.load(data / "held_out.npz").rows(64, EVAL_TOKENS, clone.teacher.config.bos_token_id)
     expected = summary["student_held_out_loss"]
     assert held_out_loss(clone.student, rows, torch.float32) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_rate_follows_the_start_and_a_resumed_run_keeps_it(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "train"
+    run(tiny_llama, data, folder, "train.precision=fp32")
+    start, summary = (json.loads((folder / name).read_text()) for name in (START_FILE, SUMMARY_FILE))
+    assert 0 < start["kl"] < 10 and summary["warmup_steps"] == 4
+    assert summary["learning_rates"] == {"dense": default_rate(32, 20, 256, start["kl"])}
+    assert summary["first_held_out_loss"] > summary["student_held_out_loss"]
+    (folder / START_FILE).write_text(json.dumps({"kl": 0.01}))  # it is not measured again
+    rows = run(tiny_llama, data, folder, "train.precision=fp32")
+    steps = [row for row in rows if "lr" in row]
+    assert steps and steps[0]["lr"] < NEAR_RATE / 32
+    (folder / START_FILE).write_text("{")
+    with pytest.raises(UserError, match=r"start.json: cannot be read .*remove .* to start again"):
+        run(tiny_llama, data, folder, "train.precision=fp32")
 
 
 def test_a_loss_that_is_not_finite_stops_and_is_named(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
