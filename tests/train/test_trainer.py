@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ from train_runs import run
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.corpus.held_out import HeldOut
 from lrc_edge.errors import UserError
+from lrc_edge.train.clone import Clone
 from lrc_edge.train.loop import checkpoints
 from lrc_edge.train.loop.stage import load_trained
 from lrc_edge.train.loop.trainer import EVAL_TOKENS, TRAINED_FILE, choose_device, choose_precision, held_out_loss
+from lrc_edge.train.losses import Losses
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +55,28 @@ def test_accumulation_is_the_same_as_a_large_batch(tiny_llama: Path, data: Path,
     for a, b in zip(whole, parts, strict=True):
         for key in {"lm", "kl", "clone", "held_out_loss"} & a.keys():
             assert a[key] == pytest.approx(b[key], rel=2e-3)
+
+
+def test_a_step_holds_one_graph_and_sees_one_size_of_batch(tiny_llama: Path, data: Path, tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph holds the activations of its batch; torch.compile compiles again for each size of batch."""
+    graphs: list[weakref.ref[torch.Tensor]] = []
+    sizes: set[tuple[int, ...]] = set()
+    forward = Clone.forward
+
+    def watched(self: Clone, input_ids: torch.Tensor, *args: Any, **options: Any) -> Losses:
+        assert not any(graph() is not None for graph in graphs)
+        sizes.add(tuple(input_ids.shape))
+        losses = forward(self, input_ids, *args, **options)
+        if losses.total.requires_grad:
+            graphs.append(weakref.ref(losses.total))
+        return losses
+
+    monkeypatch.setattr(Clone, "forward", watched)
+    run(tiny_llama, data, tmp_path / "train", "train.micro_batch=5", "train.batch_tokens=640", "train.tokens=1280")
+    n_rows = len(HeldOut.load(data / "held_out.npz").rows(64, EVAL_TOKENS, bos=0))
+    assert n_rows % 5, "every evaluation batch is full by itself: nothing was shown"
+    assert sizes == {(5, 64)} and len(graphs) == 2 * 2
 
 
 def test_saved_projections_make_the_same_student(tiny_llama: Path, data: Path, tmp_path: Path) -> None:

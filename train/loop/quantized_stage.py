@@ -55,9 +55,8 @@ def train_on_grid(student: DenseCheckpoint, teacher: DenseCheckpoint, recipe: Re
     schedule = Schedule.of(settings, student.shape, 0)
     plan = Plan(Lineage.of(teacher.shape, student.shape), schedule, device,
                 choose_precision(settings.precision, device))
-    processes.join(device).wait_for_everyone()
     torch.manual_seed(settings.seed)
-    with out_of_memory_told(device, settings.micro_batch):
+    with out_of_memory_told(device, settings.micro_batch), processes.in_step(device):
         clone = load_clone(teacher, plan.lineage, dtype=plan.dtype, device=device,
                            recompute=settings.gradient_checkpointing)
         clone.start(DENSE)
