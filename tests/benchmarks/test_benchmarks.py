@@ -14,6 +14,10 @@ from typing import Any
 import pytest
 from paths import ROOT
 from tiny_models import TEXT
+from transformers import Qwen2Config
+
+from lrc_edge.recipe import load_recipe
+from lrc_edge.train.phases import CLONE, DENSE, Phase
 
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -88,6 +92,22 @@ def test_initializations_train(tiny_llama: Path, tmp_path: Path) -> None:
     rows = re.findall(r"\| (\w+) \| ([\d.]+) [\d.]+ \|.*\| ([\d.]+) [\d.]+ \| \d+ s \|", done.stdout)
     assert [row[0] for row in rows] == ["gaussian", "selection", "components", "pca"]
     assert all(float(first) != float(last) for _, first, last in rows), done.stdout
+
+
+@pytest.mark.parametrize("phase", [CLONE, DENSE])
+def test_simulated_memory_is_the_calculated_sum(phase: Phase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    memory: Any = importlib.import_module("train_memory")
+    teacher = Qwen2Config(hidden_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                          intermediate_size=512, vocab_size=1000, tie_word_embeddings=True)
+    lineage = memory.lineage_of(teacher, 128)
+    found = [memory.simulate(teacher, lineage, load_recipe(None, ["train.seq_len=512", "train.micro_batch=2", setting]
+                                                           ).train, phase)
+             for setting in ("train.gradient_checkpointing=false", "train.gradient_checkpointing=true")]
+    for between, peak in found:
+        assert between == pytest.approx(memory.bytes_between_steps(lineage, phase), rel=0.01)
+        assert peak > between + 4 * lineage.student.n_params  # gradients
+    assert found[1][1] < 0.9 * found[0][1]
 
 
 def test_a_tool_that_fails_is_no_measurement(tmp_path: Path) -> None:
