@@ -1,6 +1,7 @@
 """Small runs of the speed benchmarks, whose printed figures are checked."""
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib.util
 import json
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from paths import ROOT
 from tiny_models import TEXT
 from transformers import Qwen2Config
@@ -92,6 +94,30 @@ def test_initializations_train(tiny_llama: Path, tmp_path: Path) -> None:
     rows = re.findall(r"\| (\w+) \| ([\d.]+) [\d.]+ \|.*\| ([\d.]+) [\d.]+ \| \d+ s \|", done.stdout)
     assert [row[0] for row in rows] == ["gaussian", "selection", "components", "pca"]
     assert all(float(first) != float(last) for _, first, last in rows), done.stdout
+
+
+def test_throughput_names_every_error_as_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    throughput: Any = importlib.import_module("train_throughput")
+    sent: list[str] = []
+
+    def failing(error: Exception) -> Any:
+        def build(*args: Any) -> None:
+            raise error
+        return build, False
+
+    for error in (torch.OutOfMemoryError("Tried to allocate 2 GiB."), RuntimeError("no\nsuch kernel")):
+        monkeypatch.setitem(throughput.ROWS, "plain", failing(error))
+        throughput.measure("plain", argparse.Namespace(shape="tiny"), argparse.Namespace(send=sent.append))
+    assert sent == ["out of memory: Tried to allocate 2 GiB.", "RuntimeError: no such kernel"]
+
+
+def test_throughput_of_the_default_method() -> None:
+    done = subprocess.run([sys.executable, str(BENCHMARKS / "train_throughput.py"), "--shape", "tiny", "--rows",
+                           "plain,dense phase", "--warmup", "0", "--steps", "1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\| plain \| [\d,]+ \| 1.00 \| \d+% \|", done.stdout), done.stdout
+    assert re.search(r"\| dense phase \| [\d,]+ \| 0\.\d\d \| \d+% \|", done.stdout), done.stdout
 
 
 @pytest.mark.parametrize("phase", [CLONE, DENSE])

@@ -164,8 +164,9 @@ def test_a_step_of_two_processes(tiny_llama: Path, data: Path, tmp_path: Path) -
     """What it sends, in which type the head's gradient adds up, how long it waits, and what is sharded."""
     script = tmp_path / "step.py"
     script.write_text(ONE_STEP)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([*TORCHRUN, str(script), *map(str, (tiny_llama, data, tmp_path))], capture_output=True,
-                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(RUN).parent)})
+                          text=True, env=environment)
     assert done.returncode == 0, done.stderr
     seen = json.loads((tmp_path / "seen.json").read_text())
     assert seen["head"] == ["torch.float32"] * 2, "two forward passes, and their gradients are summed in this type"
