@@ -7,7 +7,8 @@ Weights and tokens are random. Each row runs in its own process, and is printed 
 
     plain       the student alone on cross entropy, as a dense model, with the same layers, head loss and optimizer
     dense phase lrc_edge's trainer with the default method: it trains the student's matrices, with the clone loss
-    no terms    the same without the clone loss
+    fp8 teacher the same with train.teacher_precision=fp8 (a CPU emulates that, slowly)
+    no terms    the default method without the clone loss
     clone phase the same trainer training projections; the matrices are composed once per step
     KD          `plain` with the teacher's complete forward pass and KL
     reference   the published code's cost structure, reimplemented: projection and teacher's weight applied to
@@ -220,6 +221,7 @@ def reference(setup: Setup, device: torch.device, dtype: torch.dtype, args: argp
 ROWS: dict[str, tuple[Callable[..., Step], bool]] = {  # row -> (how to build its step, whether the teacher runs)
     "plain": (lambda *a: dense(*a, with_teacher=False), False),
     "dense phase": (lambda *a: lrc_edge(*a, DENSE), True),
+    "fp8 teacher": (lambda *a: lrc_edge(*a, DENSE, teacher_precision="fp8"), True),
     "no terms": (lambda *a: lrc_edge(*a, DENSE, dense_alpha=0.0), True),
     "clone phase": (lambda *a: lrc_edge(*a, CLONE), True),
     "KD": (lambda *a: dense(*a, with_teacher=True), True),

@@ -27,11 +27,13 @@ from lrc_edge.train.losses import TERMS
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="this machine has no GPU")
+needs_fp8 = pytest.mark.skipif(HAS_GPU and torch.cuda.get_device_capability() < (9, 0), reason="this GPU has no fp8")
 pytestmark = pytest.mark.gpu
 
 SHORT = ("train.tokens=1024", "train.dense_share=0.5", "train.micro_batch=2", "train.eval_every=100")
 FP32, BF16, COMPILED = "train.precision=fp32", "train.precision=bf16", "train.compile=on"
 DOCUMENTS, CHECKPOINTING = "data.isolate_documents=true", "train.gradient_checkpointing=true"
+FP8 = "train.teacher_precision=fp8"
 GRID = ("quantize.tokens=1024", "quantize.batch_tokens=256")
 IN_FP32, IN_BF16 = 2e-3, 5e-2  # largest relative difference from float32 on a CPU
 
@@ -79,10 +81,12 @@ def same(expected: dict[tuple[int, str], float], got: dict[tuple[int, str], floa
     pytest.param([DOCUMENTS], [BF16], IN_BF16, id="documents"),
     pytest.param([], [BF16, CHECKPOINTING], IN_BF16, id="checkpointing"),
     pytest.param([*GRID], [BF16], IN_BF16, id="grid"),
+    pytest.param([FP8], [BF16], IN_BF16, id="fp8-teacher", marks=needs_fp8),
     pytest.param([], [BF16, COMPILED], IN_BF16, id="compiled", marks=needs_gpu),
     pytest.param([], [BF16, COMPILED, CHECKPOINTING], IN_BF16, id="compiled-checkpointing", marks=needs_gpu),
     pytest.param([DOCUMENTS], [BF16, COMPILED], IN_BF16, id="compiled-documents", marks=needs_gpu),
     pytest.param([*GRID], [BF16, COMPILED], IN_BF16, id="compiled-grid", marks=needs_gpu),
+    pytest.param([FP8], [BF16, COMPILED], IN_BF16, id="compiled-fp8-teacher", marks=[needs_gpu, needs_fp8]),
 ])
 def test_losses_are_those_of_float32_on_a_cpu(method: list[str], how: list[str], within: float, losses_of: Run,
                                               on_cpu: Run) -> None:
@@ -110,6 +114,7 @@ def mesh_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     pytest.param([BF16], id="eager"),
     pytest.param([BF16, CHECKPOINTING], id="checkpointing"),
     pytest.param([BF16, COMPILED], id="compiled", marks=needs_gpu),
+    pytest.param([BF16, FP8], id="fp8-teacher", marks=needs_fp8),
 ])
 def test_fsdp2_over_a_mesh_of_one(how: list[str], mesh_of_one: None, losses_of: Run, on_cpu: Run) -> None:
     same(on_cpu(), losses_of(f"train.device={DEVICE}", *how), IN_BF16)

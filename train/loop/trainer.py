@@ -24,6 +24,7 @@ from lrc_edge.errors import UserError
 from lrc_edge.machine import multiplies_bfloat16
 from lrc_edge.train.clone import Clone
 from lrc_edge.train.data.tokenize import PackedRows
+from lrc_edge.train.fp8 import multiply_in_fp8_
 from lrc_edge.train.loop import checkpoints, processes
 from lrc_edge.train.loop.guard import MOST_SKIPPED, BadBatch, Guard
 from lrc_edge.train.loop.preemption import ignore_sigterm, sigterms
@@ -103,6 +104,8 @@ class Trainer:
         self.order = RowOrder(len(rows), schedule.rows, settings.seed)
         self.guard = Guard(self.device, settings.spike_factor)
         self.clock = Clock()
+        if settings.teacher_precision == "fp8":
+            multiply_in_fp8_(clone.teacher_parts.layers, self.device)
         if settings.compile == "on" or (settings.compile == "auto" and self.device.type == "cuda"):
             clone.compile_()
         self.optimizer = self._new_optimizer()
