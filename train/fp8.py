@@ -72,7 +72,7 @@ def _check(device: torch.device) -> None:
         got = PRODUCTS[device.type](x.to(device), weight.to(device)).cpu().float()
         error = ((got - expected).norm() / expected.norm()).item()
         problem = "" if error <= LARGEST_ERROR else f"its product is off by {error:.1%}"
-    except RuntimeError as failure:  # of torch, for a GPU that has no such instruction
+    except (RuntimeError, ValueError) as failure:  # of torch, for a GPU that has no such instruction
         problem = str(failure).splitlines()[0][:120]
     if problem:
         raise UserError(f"train.teacher_precision = 'fp8': {device.type} cannot multiply e4m3 with a scale per row "

@@ -105,6 +105,25 @@ def test_compiled_layers_learn_the_same(tiny_llama: Path, data: Path, tmp_path: 
             assert b[key] == pytest.approx(a[key], rel=1e-5), key
 
 
+def test_a_layer_is_compiled_once_for_evaluation_and_once_for_each_phase(tiny_llama: Path, data: Path, tmp_path: Path,
+                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no size is symbolic, which a second size of batch would lead to. The graphs run without a compiler."""
+    graphs: list[list[Any]] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(inputs)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compiled(function, backend=backend))
+    run(tiny_llama, data, tmp_path / "train", "train.tokens=1024", "train.dense_share=0.5", "train.micro_batch=2",
+        "train.compile=on")
+    layers, head = 3, 2  # the head's losses do not depend on the phase
+    assert len(graphs) == layers + head
+    assert not any(isinstance(x, torch.SymInt) for inputs in graphs for x in inputs)
+
+
 def test_a_checkpoint_of_another_version_is_refused_in_one_line(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
     run(tiny_llama, data, tmp_path / "train", "train.tokens=2048")
     facts = checkpoints.latest(tmp_path / "train" / "checkpoints") / checkpoints.FACTS_FILE  # type: ignore[operator]
