@@ -167,10 +167,10 @@ def token_losses(student_NV: torch.Tensor, teacher_NV: torch.Tensor | None, labe
     return torch.stack(sums), grad * mask_N1
 
 
-def _logits(states_ND: torch.Tensor | None, head_VD: torch.Tensor | None, part: slice) -> torch.Tensor | None:
-    if states_ND is None or head_VD is None:
+def _teacher_logits(teacher_ND: torch.Tensor | None, head_VD: torch.Tensor | None, part: slice) -> torch.Tensor | None:
+    if teacher_ND is None or head_VD is None:
         return None
-    return F.linear(states_ND[part].to(head_VD.dtype), head_VD)
+    return F.linear(teacher_ND[part].to(head_VD.dtype), head_VD)
 
 
 TokenLosses = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor, Objective], tuple[torch.Tensor, torch.Tensor]]
@@ -192,14 +192,15 @@ class _HeadLosses(torch.autograd.Function):
             ctx.grad_head = torch.zeros_like(student_head_VD)
         for start in range(0, len(labels_N), CHUNK_TOKENS):
             part = slice(start, start + CHUNK_TOKENS)
+            hidden = student_ND[part].to(dtype)
             # Logits have no name here, so that `per_token` frees them once it has their float32 copies.
-            part_sums, grad = per_token(_logits(student_ND, head, part), _logits(teacher_ND, teacher_head_VD, part),
+            part_sums, grad = per_token(F.linear(hidden, head), _teacher_logits(teacher_ND, teacher_head_VD, part),
                                         labels_N[part], objective)
             sums = sums + part_sums
             if with_grad:
                 grad = (grad / n_labels).to(dtype)
                 ctx.grad_hidden[part] = grad @ head
-                ctx.grad_head += grad.T @ student_ND[part].to(dtype)
+                ctx.grad_head += grad.T @ hidden
         means = sums / n_labels
         ctx.mark_non_differentiable(means)
         total = student_ND.new_zeros((), dtype=torch.float32)
