@@ -1,5 +1,6 @@
 # make demo           build a student of the embedded teacher, end to end      make check   ruff and mypy
 # make test           the tests                                                make clean   remove what these made
+# make test-gpu       training on this machine's GPU; installs nothing: PYTHON has torch, transformers, accelerate, pytest
 # make test-targets   the demo's files on emulated processors, in Chromium and in node; installs these first
 # make faults         100 kills in all stages, full disks, too little memory, 10,000 damaged inputs; an hour, continues
 #                     where it was stopped; KILLS=, MUTATIONS= and SEED= change that
@@ -23,7 +24,7 @@ KILLS ?= 100
 MUTATIONS ?= 10000
 SEED ?= 1
 
-.PHONY: demo test test-optimum test-targets faults check clean
+.PHONY: demo test test-optimum test-gpu test-targets faults check clean
 
 demo: $(VENV)/installed
 	$(BIN)/lrc-edge build examples/demo/storyteller --data examples/demo/stories.jsonl --recipe examples/demo/recipe.toml --out $(DEMO_OUT)
@@ -34,6 +35,10 @@ test: $(VENV)/installed $(NODE)/installed
 # transformers 4.57 and optimum's ONNX classes, which do not run on transformers 5.
 test-optimum: $(OPTIMUM)/installed
 	OMP_NUM_THREADS=1 $(OPTIMUM)/bin/pytest -m "not slow and not targets and not machine" -n 2 $(FAMILY_TESTS)
+
+# From the checkout, whose folder lrc_edge links to the others.
+test-gpu:
+	$(PYTHON) -m pytest -vv -rs -p no:cacheprovider tests/gpu
 
 test-targets: demo
 	$(BIN)/lrc-edge targets setup --yes $(TARGETS)

@@ -38,7 +38,7 @@ def run(teacher: DenseCheckpoint, width: int, tokens: int, data: Path, folder: P
     except UserError as error:
         return cell | {"steps": plan.schedule.steps, "stopped": str(error)}
     summary = json.loads((folder / SUMMARY_FILE).read_text())
-    return cell | {"steps": summary["steps"], "rate": summary["learning_rates"]["dense"], "stopped": "",
+    return cell | {"steps": summary["steps"], "rate": summary["phases"]["dense"]["learning_rate"], "stopped": "",
                    "start": summary["first_held_out_loss"], "end": summary["student_held_out_loss"],
                    "teacher_loss": summary["teacher_held_out_loss"]}
 

@@ -3,12 +3,14 @@
     python benchmarks/train_throughput.py --shape tiny               # on a CPU, under 5 minutes
     python benchmarks/train_throughput.py --shape llama-3.2-3b       # LRC-1.5B's shape; needs a GPU of 80 GB
 
-Weights and tokens are random. Each row runs in its own process:
+Weights and tokens are random. Each row runs in its own process, and is printed as it ends:
 
-    clone phase lrc_edge's trainer: layer by layer, weights composed once per step, head losses in one pass
-    dense phase the same trainer training the student's matrices, without the clone loss
     plain       the student alone on cross entropy, as a dense model, with the same layers, head loss and optimizer
-    KD          the same with the teacher's complete forward pass and KL
+    dense phase lrc_edge's trainer with the default method: it trains the student's matrices, with the clone loss
+    fp8 teacher the same with train.teacher_precision=fp8 (a CPU emulates that, slowly)
+    no terms    the default method without the clone loss
+    clone phase the same trainer training projections; the matrices are composed once per step
+    KD          `plain` with the teacher's complete forward pass and KL
     reference   the published code's cost structure, reimplemented: projection and teacher's weight applied to
                 every token, full-vocabulary log-softmaxes of all tokens, each clone term read by the host
 
@@ -22,6 +24,7 @@ import multiprocessing
 import resource
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +34,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from lrc_edge.families import family_of
 from lrc_edge.lineage import Lineage
@@ -41,7 +44,7 @@ from lrc_edge.train import initialize, losses
 from lrc_edge.train.clone import Clone, Tap
 from lrc_edge.train.loop.schedule import Schedule
 from lrc_edge.train.loop.trainer import Trainer, choose_device, choose_precision
-from lrc_edge.train.phases import DENSE
+from lrc_edge.train.phases import CLONE, DENSE, Phase
 
 
 @dataclass(frozen=True)
@@ -87,21 +90,24 @@ Step = Callable[[torch.Tensor], Any]
 def model(setup: Setup, width: int, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     with device:
         torch.manual_seed(0)
-        built: PreTrainedModel = LlamaForCausalLM(setup.config(width)).to(dtype)
+        # Made in `dtype`, not cast to it, so that RoPE's frequencies stay float32.
+        built: PreTrainedModel = AutoModelForCausalLM.from_config(setup.config(width), dtype=dtype)
     return built
 
 
-def lrc_edge(setup: Setup, device: torch.device, dtype: torch.dtype, args: argparse.Namespace, in_dense_phase: bool
-             ) -> Step:
+def lrc_edge(setup: Setup, device: torch.device, dtype: torch.dtype, args: argparse.Namespace, phase: Phase,
+             **train: Any) -> Step:
+    """A step of the trainer in a phase. `train`: settings of the recipe's [train]."""
     lineage = Lineage.of(setup.shape(setup.hidden_size), setup.shape(setup.student_size))
     teacher = model(setup, setup.hidden_size, device, dtype)
     clone = Clone(teacher, lineage, dtype, args.gradient_checkpointing).to(device)
     clone.initialize(initialize.gaussian_values(clone, seed=0))
-    if in_dense_phase:
-        clone.start(DENSE)
-    settings = load_recipe(None, (), train={"micro_batch": args.micro_batch or setup.micro_batch, "seq_len":
-                           setup.seq_len, "compile": args.compile, "spike_factor": 0.0, "dense_alpha": 0.0}).train
-    schedule = Schedule(setup.seq_len, setup.rows, 1000, 1000, 10, 1e-4, 1e-4)
+    if phase is not CLONE:
+        clone.start(phase)
+    settings = load_recipe(None, (), train={
+        "micro_batch": args.micro_batch or setup.micro_batch, "seq_len": setup.seq_len, "compile": args.compile,
+        "spike_factor": 0.0, **train}).train
+    schedule = Schedule(setup.seq_len, setup.rows, 1000, 1000, 10, 1e-4, 10, 1e-4)
     trainer = Trainer(clone, settings, schedule, range(10**6), np.zeros((1, 2)),  # type: ignore[arg-type]
                       Path(tempfile.mkdtemp()), lambda row: None)
     count = iter(range(10**6))
@@ -166,6 +172,7 @@ def reference(setup: Setup, device: torch.device, dtype: torch.dtype, args: argp
     writes_stream = {role.module: role.writes_stream for role in family_of("llama").matrices}
     layers = list(zip(teacher.model.layers, student.model.layers, strict=True))
     taps = [(Tap(a, writes_stream), Tap(b, writes_stream)) for a, b in layers]
+    both = [tap for pair in taps for tap in pair]
     for a, b in layers:
         for name in writes_stream:
             parent, _, leaf = name.rpartition(".")
@@ -182,6 +189,8 @@ def reference(setup: Setup, device: torch.device, dtype: torch.dtype, args: argp
     def step(ids: torch.Tensor) -> None:
         n_parts = len(ids) // (args.micro_batch or setup.micro_batch)
         for part in ids.chunk(n_parts):
+            for tap in both:
+                tap.keeps = True
             with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
                 with torch.no_grad():
                     target = teacher(part, use_cache=False).logits
@@ -210,9 +219,11 @@ def reference(setup: Setup, device: torch.device, dtype: torch.dtype, args: argp
 
 
 ROWS: dict[str, tuple[Callable[..., Step], bool]] = {  # row -> (how to build its step, whether the teacher runs)
-    "clone phase": (lambda *a: lrc_edge(*a, in_dense_phase=False), True),
-    "dense phase": (lambda *a: lrc_edge(*a, in_dense_phase=True), True),
     "plain": (lambda *a: dense(*a, with_teacher=False), False),
+    "dense phase": (lambda *a: lrc_edge(*a, DENSE), True),
+    "fp8 teacher": (lambda *a: lrc_edge(*a, DENSE, teacher_precision="fp8"), True),
+    "no terms": (lambda *a: lrc_edge(*a, DENSE, dense_alpha=0.0), True),
+    "clone phase": (lambda *a: lrc_edge(*a, CLONE), True),
     "KD": (lambda *a: dense(*a, with_teacher=True), True),
     "reference": (reference, True),
 }
@@ -238,7 +249,7 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def measure(name: str, args: argparse.Namespace, pipe: Any) -> None:
-    """Measure in a separate process; return (median seconds per step, peak bytes)."""
+    """Measure in a separate process. Sends (median seconds per step, peak bytes), or the error in one line."""
     setup, device = SHAPES[args.shape], choose_device("auto")
     dtype = choose_precision("auto", device)
     try:
@@ -251,8 +262,10 @@ def measure(name: str, args: argparse.Namespace, pipe: Any) -> None:
             step(ids)
             synchronize(device)
             seconds.append(time.perf_counter() - started)
-    except torch.OutOfMemoryError as error:
-        pipe.send(f"out of memory: {str(error)[:80]}")
+    except Exception as error:
+        traceback.print_exc()
+        what = "out of memory" if isinstance(error, torch.OutOfMemoryError) else type(error).__name__
+        pipe.send(f"{what}: {' '.join(str(error).split())[:80]}")
         return
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else \
         1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -262,7 +275,8 @@ def measure(name: str, args: argparse.Namespace, pipe: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, required=True)
-    parser.add_argument("--rows", default=",".join(ROWS), help="comma-separated; default: all")
+    parser.add_argument("--rows", default=",".join(ROWS), help="comma-separated, `plain` first if others are to be "
+                        "compared with it; default: all")
     parser.add_argument("--micro-batch", type=int, default=0, help="sequences per forward pass; default: the shape's")
     parser.add_argument("--warmup", type=int, default=3, help="steps before timing starts")
     parser.add_argument("--steps", type=int, default=7)
@@ -277,7 +291,7 @@ def main() -> None:
     print(f"{args.shape}: {setup.hidden_size} -> {setup.student_size}, {tokens:,} tokens a step, {setup.seq_len} a "
           f"row, {str(dtype).removeprefix('torch.')}; {where}; matrix product {ceiling / 1e12:.2f} TFLOP/s\n")
     print("| | tokens/s | to plain | FLOPs utilisation | peak memory |\n|---|---|---|---|---|", flush=True)
-    results: dict[str, Any] = {}
+    plain = None
     for name in args.rows.split(","):
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
@@ -285,12 +299,13 @@ def main() -> None:
         process.start()
         theirs.close()
         try:
-            results[name] = ours.recv()
+            result = ours.recv()
         except EOFError:
-            results[name] = "died without a word (memory?)"
+            result = None
         process.join()
-    for name, result in results.items():
-        print(row(name, result, results.get("plain"), setup, tokens, ceiling))
+        result = result or f"ended with status {process.exitcode}"  # -9: the system had no memory left
+        plain = result if name == "plain" else plain
+        print(row(name, result, plain, setup, tokens, ceiling), flush=True)
 
 
 def row(name: str, result: Any, plain: Any, setup: Setup, tokens: int, ceiling: float) -> str:

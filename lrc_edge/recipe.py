@@ -114,6 +114,9 @@ class Train:
     lm_weight: float = key(1.0, "weight of the cross entropy", at_least=0)
     kl_temperature: float = key(1.0, "temperature of the KL, which is per token and scaled by temperature^2", above=0)
     precision: Literal["auto", "bf16", "fp32"] = key("auto", "auto = bf16 if the processor computes in it, else fp32")
+    teacher_precision: Literal["auto", "fp8"] = key(
+        "auto", "of the linears in the teacher's forward passes: auto = as `precision`; fp8 = e4m3 with a scale per "
+                "row, for GPUs since Hopper; a CPU emulates it (docs/training.md)")
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto = a GPU if there is one")
     compile: Literal["auto", "on", "off"] = key("auto", "torch.compile; auto = on a GPU only")
     gradient_checkpointing: bool = key(

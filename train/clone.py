@@ -6,7 +6,6 @@ Call `compose_` after each change of the trained tensors, and `pull_back_` after
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,19 +17,20 @@ from lrc_edge.families import Role, Weight, family_of, parts_of, weights_of
 from lrc_edge.lineage import Lineage
 from lrc_edge.train import losses
 from lrc_edge.train.losses import ACTIVATION_TERMS, Losses, Objective
-from lrc_edge.train.masks import attention_mask, positions_of
+from lrc_edge.train.masks import attention_masks, positions_of
 from lrc_edge.train.phases import CLONE, Phase, key
 
 
 class Tap:
     """Forward hooks that keep the last outputs of some modules of a layer.
 
-    The outputs of linears include the bias, but not q/k norm, RoPE or activation.
+    The outputs of linears include the bias, but not q/k norm, RoPE or activation. Set `keeps` before a forward pass
+    whose outputs will be taken.
     """
 
     def __init__(self, layer: nn.Module, modules: Iterable[str]):
         self.outputs: dict[str, torch.Tensor] = {}
-        self.keeps = True
+        self.keeps = False
         for name in modules:
             layer.get_submodule(name).register_forward_hook(self._keeper(name))
 
@@ -41,7 +41,11 @@ class Tap:
         return keep
 
     def take(self) -> dict[str, torch.Tensor]:
-        outputs, self.outputs = self.outputs, {}
+        """Return the outputs by module, and keep none of the next forward pass."""
+        self.keeps = False
+        # Copied and cleared: what a compiled graph leaves in an object of this module becomes an output of the graph.
+        outputs = dict(self.outputs)
+        self.outputs.clear()
         return outputs
 
 
@@ -79,10 +83,10 @@ class LayerPair(nn.Module):
         """
         targets: dict[str, torch.Tensor] = {}
         if teacher_stream is not None:
+            self.teacher_tap.keeps = objective.compares_activations
             with torch.no_grad():
                 teacher_stream = self.teacher(teacher_stream, attention_mask=mask, position_embeddings=rope)
-            outputs = self.teacher_tap.take()
-            targets = outputs if objective.compares_activations else {}
+            targets = self.teacher_tap.take()
         if self.recompute and torch.is_grad_enabled():
             student_stream, terms = checkpoint(self._student, student_stream, targets, objective.clone_terms, mask,
                                                rope, use_reentrant=False, preserve_rng_state=False)
@@ -94,6 +98,8 @@ class LayerPair(nn.Module):
                  mask: torch.Tensor | None, rope: tuple[torch.Tensor, torch.Tensor]
                  ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the student's layer. In its terms, the seven linears have equal weight (the paper, section 3.2)."""
+        # Without targets nothing is kept: a recomputed layer ends after its last saved tensor, before `take`.
+        self.student_tap.keeps = bool(targets)
         stream = self.student(stream, attention_mask=mask, position_embeddings=rope)
         outputs = self.student_tap.take()
         terms = stream.new_zeros(len(ACTIVATION_TERMS), dtype=torch.float32)
@@ -158,18 +164,6 @@ class Clone(nn.Module):
         for pair in self.layer_pairs():
             pair.compile_()
         self._token_losses = torch.compile(losses.token_losses)
-
-    @contextmanager
-    def untapped(self) -> Iterator[PreTrainedModel]:
-        """Yield the teacher, to be run as one model; its forward hooks keep no outputs meanwhile."""
-        taps = [pair.teacher_tap for pair in self.layer_pairs()]
-        for tap in taps:
-            tap.keeps = False
-        try:
-            yield self.teacher
-        finally:
-            for tap in taps:
-                tap.keeps = True
 
     def bind(self) -> None:
         """Look up the parameters by name. Call it again after FSDP2 has replaced them by shards."""
@@ -243,8 +237,8 @@ class Clone(nn.Module):
             student_stream = student.embedding(input_ids).float()
             rope = student.rope(student_stream.to(self.compute_dtype), positions_of(input_ids, documents))
             terms = student_stream.new_zeros(len(ACTIVATION_TERMS), dtype=torch.float32)
-            for i, pair in enumerate(self.pairs):
-                mask = attention_mask(self.student.config, i, input_ids, documents)
+            masks = attention_masks(self.student.config, input_ids, documents)
+            for pair, mask in zip(self.pairs, masks, strict=True):
                 teacher_stream, student_stream, found = pair(teacher_stream, student_stream, objective, mask, rope)
                 terms = terms + found * share
             hidden = student.norm(student_stream).flatten(0, 1)

@@ -126,9 +126,8 @@ def _visit_streams(clone: Clone, rows: torch.Tensor, visit: Callable[[str, torch
     handles = [clone.teacher.get_submodule(weight.module).register_forward_pre_hook(visitor(weight.name))
                for weight in weights_of(clone.lineage.teacher) if weight.role.is_norm]
     try:
-        with clone.untapped() as teacher:
-            for row in rows:
-                teacher.base_model(input_ids=row[None], use_cache=False)
+        for row in rows:
+            clone.teacher.base_model(input_ids=row[None], use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -168,8 +168,10 @@ def token_losses(student_NV: torch.Tensor, teacher_NV: torch.Tensor | None, labe
                  objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:
     """(the terms of TOKEN_TERMS, the gradient (N, V) of their weighted sum to the student's logits).
 
-    Terms are sums over the tokens that have a label, in nats, from float32 logits. Gradients are in closed form.
+    Terms are sums over the tokens that have a label, in nats. Gradients are in closed form. Logits of any type are
+    converted to float32 here, so that a compiled pass reads them in their own type.
     """
+    student_NV, teacher_NV = student_NV.float(), None if teacher_NV is None else teacher_NV.float()
     mask_N1 = (labels_N != NO_LABEL)[:, None]
     log_q = F.log_softmax(student_NV, dim=-1) if objective.temperature == 1.0 else None
     tokens = Tokens(student_NV, teacher_NV, log_q, labels_N.clamp(min=0)[:, None], mask_N1)
@@ -184,6 +186,12 @@ def token_losses(student_NV: torch.Tensor, teacher_NV: torch.Tensor | None, labe
         grad = part if grad is None else grad.add_(part)
     assert grad is not None
     return torch.stack(sums), grad * mask_N1
+
+
+def _teacher_logits(teacher_ND: torch.Tensor | None, head_VD: torch.Tensor | None, part: slice) -> torch.Tensor | None:
+    if teacher_ND is None or head_VD is None:
+        return None
+    return F.linear(teacher_ND[part].to(head_VD.dtype), head_VD)
 
 
 TokenLosses = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor, Objective], tuple[torch.Tensor, torch.Tensor]]
@@ -206,13 +214,10 @@ class _HeadLosses(torch.autograd.Function):
         for start in range(0, len(labels_N), CHUNK_TOKENS):
             part = slice(start, start + CHUNK_TOKENS)
             hidden = student_ND[part].to(dtype)
-            target = None
-            if teacher_ND is not None and teacher_head_VD is not None:
-                target = F.linear(teacher_ND[part].to(teacher_head_VD.dtype), teacher_head_VD).float()
-            logits = F.linear(hidden, head).float()
-            part_sums, grad = per_token(logits, target, labels_N[part], objective)
+            # Logits have no name here, so that `per_token` frees them once it has their float32 copies.
+            part_sums, grad = per_token(F.linear(hidden, head), _teacher_logits(teacher_ND, teacher_head_VD, part),
+                                        labels_N[part], objective)
             sums = sums + part_sums
-            del logits, target
             if with_grad:
                 grad = (grad / n_labels).to(dtype)
                 ctx.grad_hidden[part] = grad @ head

@@ -21,13 +21,20 @@ def positions_of(input_ids: torch.Tensor, documents: torch.Tensor | None) -> tor
     return offsets - (offsets * begins).cummax(1).values
 
 
-def attention_mask(config: Any, layer: int, input_ids: torch.Tensor, documents: torch.Tensor | None
-                   ) -> torch.Tensor | None:
-    """Return whether a query (row) may attend to a key (column): (1 or B, 1, L, L).
+def attention_masks(config: Any, input_ids: torch.Tensor, documents: torch.Tensor | None
+                    ) -> list[torch.Tensor | None]:
+    """Return each layer's mask: whether a query (row) may attend to a key (column), (1 or B, 1, L, L).
 
-    None if causal order is the only rule: SDPA then uses its fast path. `config`: transformers' object.
+    None if causal order is the only rule: SDPA then uses its fast path. Layers with the same window share a mask.
+    `config`: transformers' object.
     """
-    window = family_of(config.model_type).window_of_layer(config, layer)
+    family = family_of(config.model_type)
+    windows = [family.window_of_layer(config, layer) for layer in range(config.num_hidden_layers)]
+    masks = {window: _mask(window, input_ids, documents) for window in set(windows)}
+    return [masks[window] for window in windows]
+
+
+def _mask(window: int | None, input_ids: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor | None:
     length = input_ids.shape[1]
     if window is not None and window >= length:
         window = None

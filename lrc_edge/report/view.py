@@ -163,8 +163,8 @@ def training_facts(report: Report) -> list[tuple[str, str]]:
     dense_steps = training["steps"] - training.get("dense_from_step", training["steps"])
     if dense_steps:
         facts.append(("dense phase", f"the last {dense_steps:,} steps" if dense_steps < training["steps"] else "all"))
-    for phase, rate in training.get("learning_rates", {}).items():
-        facts.append((f"peak learning rate, {phase} phase", figure(rate)))
+    for name, phase in training.get("phases", {}).items():
+        facts.append((f"peak learning rate, {name} phase", figure(phase["learning_rate"])))
     losses = [training.get(f"{which}_held_out_loss") for which in ("first", "student")]
     if all(map(is_number, losses)):
         facts.append(("held-out loss", "{:.4f} before the first step, {:.4f} after the last".format(*losses)))

@@ -1,6 +1,7 @@
 """Small runs of the speed benchmarks, whose printed figures are checked."""
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib.util
 import json
@@ -12,8 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from paths import ROOT
 from tiny_models import TEXT
+from transformers import Qwen2Config
+
+from lrc_edge.recipe import load_recipe
+from lrc_edge.train.phases import CLONE, DENSE, Phase
 
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -88,6 +94,46 @@ def test_initializations_train(tiny_llama: Path, tmp_path: Path) -> None:
     rows = re.findall(r"\| (\w+) \| ([\d.]+) [\d.]+ \|.*\| ([\d.]+) [\d.]+ \| \d+ s \|", done.stdout)
     assert [row[0] for row in rows] == ["gaussian", "selection", "components", "pca"]
     assert all(float(first) != float(last) for _, first, last in rows), done.stdout
+
+
+def test_throughput_names_every_error_as_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    throughput: Any = importlib.import_module("train_throughput")
+    sent: list[str] = []
+
+    def failing(error: Exception) -> Any:
+        def build(*args: Any) -> None:
+            raise error
+        return build, False
+
+    for error in (torch.OutOfMemoryError("Tried to allocate 2 GiB."), RuntimeError("no\nsuch kernel")):
+        monkeypatch.setitem(throughput.ROWS, "plain", failing(error))
+        throughput.measure("plain", argparse.Namespace(shape="tiny"), argparse.Namespace(send=sent.append))
+    assert sent == ["out of memory: Tried to allocate 2 GiB.", "RuntimeError: no such kernel"]
+
+
+def test_throughput_of_the_default_method() -> None:
+    done = subprocess.run([sys.executable, str(BENCHMARKS / "train_throughput.py"), "--shape", "tiny", "--rows",
+                           "plain,dense phase", "--warmup", "0", "--steps", "1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\| plain \| [\d,]+ \| 1.00 \| \d+% \|", done.stdout), done.stdout
+    assert re.search(r"\| dense phase \| [\d,]+ \| 0\.\d\d \| \d+% \|", done.stdout), done.stdout
+
+
+@pytest.mark.parametrize("phase", [CLONE, DENSE])
+def test_simulated_memory_is_the_calculated_sum(phase: Phase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    memory: Any = importlib.import_module("train_memory")
+    teacher = Qwen2Config(hidden_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                          intermediate_size=512, vocab_size=1000, tie_word_embeddings=True)
+    lineage = memory.lineage_of(teacher, 128)
+    found = [memory.simulate(teacher, lineage, load_recipe(None, ["train.seq_len=512", "train.micro_batch=2", setting]
+                                                           ).train, phase)
+             for setting in ("train.gradient_checkpointing=false", "train.gradient_checkpointing=true")]
+    for between, peak in found:
+        assert between == pytest.approx(memory.bytes_between_steps(lineage, phase), rel=0.01)
+        assert peak > between + 4 * lineage.student.n_params  # gradients
+    assert found[1][1] < 0.9 * found[0][1]
 
 
 def test_a_tool_that_fails_is_no_measurement(tmp_path: Path) -> None:

@@ -69,6 +69,7 @@ PAPER = {
     "train.kl_weight": same("code: F.kl_div with reduction batchmean: seq_len / temperature^2 here", 1.28),
     "train.lm_weight": same("section 3.2: no factor", 1.0),
     "train.precision": same("code: bf16=True", "bf16"),
+    "train.teacher_precision": same("code: bf16=True", "auto"),
     "quantize.tokens": same("the paper quantizes after training only", 0),
 }
 
@@ -153,7 +154,7 @@ def test_the_rate_rises_for_half_a_percent_of_the_steps_and_falls_linearly_to_0(
     assert schedule.steps == schedule.dense_from == steps
     assert schedule.tokens == pytest.approx(recipe.train.tokens, rel=1e-4)
     warmup = -(-steps * 5 // 1000)
-    assert schedule.warmup == warmup
+    assert schedule.clone_warmup == warmup
     for step in (0, warmup // 2, warmup, steps // 2, steps - 1):
         expected = peak * min(step / warmup, (steps - step) / (steps - warmup))
         assert schedule.learning_rate(step) == pytest.approx(expected, abs=0.0055 * peak)

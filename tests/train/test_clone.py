@@ -12,6 +12,7 @@ from test_losses import LargestTensor
 from tiny_models import make_tiny
 from torch.func import functional_call
 from torch.nn import functional as F
+from transformers import MistralConfig
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.families import RESIDUAL, family_of
@@ -20,12 +21,14 @@ from lrc_edge.recipe import Train, load_recipe
 from lrc_edge.train import initialize
 from lrc_edge.train.clone import Clone
 from lrc_edge.train.losses import ACTIVATION_TERMS, CLONE_ERRORS, TERMS, Objective
+from lrc_edge.train.masks import attention_masks
 from lrc_edge.train.phases import DENSE, PHASES
 
 
-def make_clone(path: Path, hidden_size: int, **options: object) -> Clone:
+def make_clone(path: Path, hidden_size: int, recompute: bool = False, **options: object) -> Clone:
     teacher = DenseCheckpoint.open(make_tiny(path, **options))  # type: ignore[arg-type]
-    return Clone(teacher.model(), Lineage.of(teacher.shape, teacher.shape.with_hidden_size(hidden_size)))
+    lineage = Lineage.of(teacher.shape, teacher.shape.with_hidden_size(hidden_size))
+    return Clone(teacher.model(), lineage, recompute=recompute)
 
 
 def some_ids(seed: int = 0) -> torch.Tensor:
@@ -124,21 +127,50 @@ def test_dense_phase_starts_at_the_composed_weights_and_trains_all_weights(name:
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.2])
-def test_no_activation_of_the_teacher_outlives_its_use(alpha: float, tmp_path: Path) -> None:
-    clone = make_clone(tmp_path / "t", 32)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_no_activation_is_kept_for_the_clone_loss_after_its_use(recompute: bool, alpha: float, tmp_path: Path) -> None:
+    clone = make_clone(tmp_path / "t", 32, recompute)
     clone.initialize(initialize.pca_values(clone, some_ids()))
-    assert not any(pair.teacher_tap.outputs for pair in clone.layer_pairs())
-    clone(some_ids(), objective=Objective(clone=alpha))
-    assert not any(pair.teacher_tap.outputs for pair in clone.layer_pairs())
+    taps = [tap for pair in clone.layer_pairs() for tap in (pair.teacher_tap, pair.student_tap)]
+    assert not any(tap.outputs for tap in taps)
+    loss = clone(some_ids(), objective=Objective(clone=alpha)).total
+    assert not any(tap.outputs for tap in taps)
+    loss.backward()  # runs the student's layers again if they are recomputed
+    assert not any(tap.outputs for tap in taps)
+    clone.teacher(some_ids()), clone.student(some_ids())
+    assert not any(tap.outputs for tap in taps)
+
+
+def test_a_compiled_pair_of_layers_returns_its_three_results_and_nothing_else(tmp_path: Path) -> None:
+    """Outputs of a graph that nothing reads cost memory, and time in the backward pass."""
+    n_outputs: list[int] = []
+
+    def counting(graph: torch.fx.GraphModule, inputs: object) -> object:
+        n_outputs.append(len(graph.graph.output_node().args[0]))  # type: ignore[arg-type]
+        return graph.forward
+
+    torch._dynamo.reset()
+    clone = make_clone(tmp_path / "t", 32)
+    clone.initialize(initialize.gaussian_values(clone, seed=1))
+    expected = clone(some_ids()).total
+    for pair in clone.layer_pairs():
+        pair.compile(backend=counting, fullgraph=True)
+    torch.testing.assert_close(clone(some_ids()).total, expected)
+    assert set(n_outputs) == {3}
+
+
+def test_layers_with_the_same_window_share_a_mask() -> None:
+    config = MistralConfig(num_hidden_layers=3, sliding_window=8)
+    first, *others = attention_masks(config, some_ids(), None)
+    assert first is not None and first.shape == (1, 1, 33, 33) and len(others) == 2
+    assert all(mask is first for mask in others)
+    assert first[0, 0].sum(1).tolist() == [min(i + 1, 8) for i in range(33)]
 
 
 def test_recomputing_layers_changes_no_gradient(tmp_path: Path) -> None:
-    path = make_tiny(tmp_path / "t")
     grads = []
     for recompute in (False, True):
-        teacher = DenseCheckpoint.open(path)
-        clone = Clone(teacher.model(), Lineage.of(teacher.shape, teacher.shape.with_hidden_size(32)),
-                      recompute=recompute)
+        clone = make_clone(tmp_path / str(recompute), 32, recompute)
         clone.initialize(initialize.gaussian_values(clone, seed=1))
         clone(some_ids()).total.backward()
         clone.pull_back_()
@@ -240,8 +272,8 @@ def streams_of(clone: Clone, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     handles = [modules[w.name.removesuffix(".weight")].register_forward_pre_hook(
         lambda module, inputs, name=w.name: found.__setitem__(name, inputs[0].flatten(0, 1)))
         for w in clone.weights if w.role.is_norm]
-    with torch.no_grad(), clone.untapped() as teacher:
-        teacher.model(input_ids=ids)
+    with torch.no_grad():
+        clone.teacher.model(input_ids=ids)
     for handle in handles:
         handle.remove()
     return {name: h / h.square().mean(-1, keepdim=True).sqrt() for name, h in found.items()}

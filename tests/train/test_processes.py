@@ -1,6 +1,7 @@
 """Several processes: the same losses as one, checkpoints that cross, rows that no two read."""
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from tiny_models import TEXT, make_tiny, tiny_data
 from lrc_edge.corpus.held_out import HeldOut
 from lrc_edge.errors import UserError
 from lrc_edge.train.data.tokenize import HELD_OUT_FILE
+from lrc_edge.train.loop.processes import STEP_TIMEOUT, TIMEOUT
 from lrc_edge.train.loop.schedule import ProcessBatches, RowOrder, Schedule
 from lrc_edge.train.loop.trainer import EVAL_TOKENS, METRICS_FILE, TRAINED_FILE, read_metrics
 
@@ -115,7 +117,7 @@ def test_every_row_once_an_epoch_whatever_the_processes(world: int) -> None:
 
 
 def test_rows_that_do_not_divide_are_refused_with_a_number_that_does() -> None:
-    schedule = Schedule(64, 6, 10, 10, 1, 1e-3, 1e-3)
+    schedule = Schedule(64, 6, 10, 10, 1, 1e-3, 1, 1e-3)
     assert schedule.rows_of_process(2, 8) == (3, 3)
     with pytest.raises(UserError, match=r"6 rows of 64 does not divide among 4 processes; take 512"):
         schedule.rows_of_process(4, 8)
@@ -168,4 +170,69 @@ rank = peers.process_index
 said = f"{agreed(f'seen by {rank}', peers)} { {name: t.tolist() for name, t in found.items()} }"
 Path(sys.argv[1], f"said-{rank}").write_text(said)
 leave(peers)
+"""
+
+
+def test_a_step_of_two_processes(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
+    """What it sends, in which type the head's gradient adds up, how long it waits, and what is sharded."""
+    script = tmp_path / "step.py"
+    script.write_text(ONE_STEP)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([*TORCHRUN, str(script), *map(str, (tiny_llama, data, tmp_path))], capture_output=True,
+                          text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert seen["head"] == ["torch.float32"] * 2, "two forward passes, and their gradients are summed in this type"
+    assert seen["reduce-scatters"] == 3, "one per pair of layers, and one for the embedding, per step"
+    assert seen["timeouts"] == [STEP_TIMEOUT.total_seconds(), TIMEOUT.total_seconds()] and STEP_TIMEOUT < TIMEOUT
+    assert seen["phase when sharded"] == "dense", "FSDP2 would hold the projections that the dense phase frees"
+
+
+ONE_STEP = """
+import json, sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from train_runs import run
+from lrc_edge.train import losses
+from lrc_edge.train.loop import processes
+from lrc_edge.train.loop.trainer import Trainer
+
+seen, calls = {"timeouts": []}, []
+step, shard, head = Trainer._step, processes.shard, losses._HeadLosses.forward
+
+def timeout():
+    return dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+
+class Counting(TorchDispatchMode):
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        seen["reduce-scatters"] += "reduce_scatter" in str(op)
+        return op(*args, **(kwargs or {}))
+
+def watched_step(self, number, batch):
+    calls.clear()
+    seen["reduce-scatters"] = 0
+    with Counting():
+        step(self, number, batch)
+    seen["head"] = list(calls)
+    seen["timeouts"].append(timeout())
+
+def watched_shard(clone, state):
+    seen["phase when sharded"] = clone.phase.name
+    shard(clone, state)
+
+def watched_head(ctx, hidden, head_weight, *rest):
+    calls.append(str(head_weight.dtype))
+    return head(ctx, hidden, head_weight, *rest)
+
+Trainer._step, processes.shard = watched_step, watched_shard
+losses._HeadLosses.forward = staticmethod(watched_head)
+teacher, data, out = map(Path, sys.argv[1:])
+run(teacher, data, out / "train", "train.tokens=256", "train.precision=bf16", "train.micro_batch=1")
+seen["timeouts"].append(timeout())
+peers = processes.join(torch.device("cpu"))
+if peers.is_main_process:
+    (out / "seen.json").write_text(json.dumps(seen))
+processes.leave(peers)
 """

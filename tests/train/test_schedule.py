@@ -36,7 +36,7 @@ def test_rows_are_never_longer_than_the_teacher_can_read() -> None:
 @pytest.mark.parametrize(("rows", "world", "micro_batch", "expected"), [
     (24, 1, 8, (24, 8)), (25, 1, 8, (25, 5)), (24, 8, 2, (3, 1)), (24, 8, 3, (3, 3)), (7, 1, 4, (7, 1))])
 def test_forward_passes_divide_the_rows(rows: int, world: int, micro_batch: int, expected: tuple[int, int]) -> None:
-    assert Schedule(64, rows, 10, 10, 1, 1e-3, 1e-3).rows_of_process(world, micro_batch) == expected
+    assert Schedule(64, rows, 10, 10, 1, 1e-3, 1, 1e-3).rows_of_process(world, micro_batch) == expected
 
 
 @pytest.mark.parametrize(("width", "steps", "batch", "kl", "expected"), [
@@ -54,8 +54,9 @@ def test_both_phases_have_the_default_rate_unless_it_is_set() -> None:
     recipe = load_recipe(None, ["train.learning_rate=1e-4", "train.dense_share=0.5"]).train
     found = Schedule.of(recipe, student(1024, 2048), 10**6, start_kl=0.1)
     assert found.clone_rate == 1e-4 and found.dense_rate == pytest.approx(NEAR_RATE / 1024 * 2**0.5)
-    assert found.peaks == {"clone": found.clone_rate, "dense": found.dense_rate}
-    assert [*schedule("train.dense_share=0").peaks] == ["clone"] and [*schedule().peaks] == ["dense"]
+    assert {name: phase["learning_rate"] for name, phase in found.phases.items()} == {
+        "clone": found.clone_rate, "dense": found.dense_rate}
+    assert [*schedule("train.dense_share=0").phases] == ["clone"] and [*schedule().phases] == ["dense"]
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 1), (5, 1), (10, 2), (50, 10), (100, 20), (1000, 20), (5000, 100)])
@@ -67,7 +68,7 @@ def test_rates_warm_up_in_both_phases_and_end_at_zero() -> None:
     found = schedule("train.tokens=409600", "train.batch_tokens=4096", "train.dense_share=0.6",
                      "train.warmup_share=0.1", "train.dense_warmup_share=0.05", "train.learning_rate=0.1",
                      "train.dense_learning_rate=0.2")
-    assert (found.steps, found.dense_from, found.warmup, found.dense_warmup) == (100, 40, 10, 5)
+    assert (found.steps, found.dense_from, found.clone_warmup, found.dense_warmup) == (100, 40, 10, 5)
     rates = [found.learning_rate(step) for step in range(100)]
     assert rates[0] == pytest.approx(0.01) and rates[9] == pytest.approx(0.1 * 0.91)
     assert rates[39] == pytest.approx(0.1 * 0.61) and rates[40] == pytest.approx(0.04 * 0.6)

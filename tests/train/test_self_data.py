@@ -52,7 +52,7 @@ def test_a_cut_file_is_continued_to_the_same_corpus(kept: float, tiny_llama: Pat
 def test_whole_batches_need_no_model(whole: Path, tiny_llama: Path, tmp_path: Path,
                                      monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copy(whole, tmp_path / "self.jsonl")
-    monkeypatch.setattr(DenseCheckpoint, "model", lambda self: pytest.fail("loaded"))
+    monkeypatch.setattr(DenseCheckpoint, "model", lambda *_: pytest.fail("loaded"))
     assert len(sample(tiny_llama, tmp_path / "self.jsonl", 12)) == 12
 
 
@@ -84,3 +84,12 @@ def test_a_teacher_that_says_nothing(tiny_llama: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(self_data._Sampler, "__call__", lambda self, batch, seed: [" "] * batch)
     with pytest.raises(UserError, match="ended 4 texts before their first word"):
         sample(tiny_llama, tmp_path / "self.jsonl", 1)
+
+
+def test_rope_of_a_sampler_in_bfloat16_stays_in_float32(tiny_llama: Path) -> None:
+    """RoPE's frequencies in bfloat16 turn a late position by a wrong angle."""
+    teacher = DenseCheckpoint.open(tiny_llama)
+    sampler = self_data._Sampler(teacher, 8, torch.device("cpu"), torch.bfloat16)
+    assert sampler.model.lm_head.weight.dtype == torch.bfloat16
+    assert torch.equal(sampler.model.model.rotary_emb.inv_freq, teacher.model().model.rotary_emb.inv_freq)
+    assert sampler.model.model.rotary_emb.inv_freq.dtype == torch.float32

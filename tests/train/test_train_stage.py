@@ -81,31 +81,37 @@ def test_a_kill_between_the_last_step_and_the_record(where: object, what: str, w
 # From itself: a busy machine might not let us look before all is over. What a shell starts in the background ignores
 # SIGINT, and so would its children.
 SIGNALLED_AT_STEP_5 = """
-import os, signal, sys
+import multiprocessing, os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from lrc_edge.cli import main
+from lrc_edge.train.loop import trainer
 from lrc_edge.train.loop.trainer import Trainer
 
-sent, row = int(sys.argv.pop(1)), Trainer.row
+sent, workers, row, Loader = int(sys.argv.pop(1)), int(sys.argv.pop(1)), Trainer.row, trainer.DataLoader
 
 def signalling(self, values):
     row(self, values)
     if values["step"] == 5:
-        os.kill(os.getpid(), sent)
+        assert len(multiprocessing.active_children()) == workers
+        os.killpg(0, sent)  # as a scheduler does: to this process and its workers
 
-Trainer.row = signalling
+def loader(*args, **options):
+    return Loader(*args, **{**options, "num_workers": workers})  # as for a GPU
+
+Trainer.row, trainer.DataLoader = signalling, loader
 main()
 """
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_run_and_the_same_command_continues(sent: signal.Signals, whole: Path, tiny_llama: Path,
-                                                              text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sent", "workers"), [(signal.SIGTERM, 0), (signal.SIGTERM, 2), (signal.SIGINT, 0)])
+def test_a_signal_ends_the_run_and_the_same_command_continues(sent: signal.Signals, workers: int, whole: Path,
+                                                              tiny_llama: Path, text: Path, tmp_path: Path) -> None:
     """SIGTERM after the step that it came in, with a checkpoint of that; SIGINT at once."""
     settings = [part for setting in SETTINGS for part in ("--set", setting)]
-    command = [sys.executable, "-c", SIGNALLED_AT_STEP_5, str(int(sent)), "train", str(tiny_llama), "--out",
-               str(tmp_path / "out"), "--data", str(text), *settings]
-    process = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-c", SIGNALLED_AT_STEP_5, str(int(sent)), str(workers), "train", str(tiny_llama),
+               "--out", str(tmp_path / "out"), "--data", str(text), *settings]
+    process = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                             start_new_session=True)
     said, metrics = process.stderr, tmp_path / "out" / "train" / METRICS_FILE
     assert process.returncode == 130 and said == "\nlrc-edge: interrupted; run the same command to resume\n", said
     last = int(read_metrics(metrics)[-1]["step"])

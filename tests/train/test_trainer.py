@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +14,12 @@ from train_runs import run
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.corpus.held_out import HeldOut
 from lrc_edge.errors import UserError
+from lrc_edge.train.clone import Clone
 from lrc_edge.train.loop import checkpoints
 from lrc_edge.train.loop.schedule import NEAR_RATE, default_rate
 from lrc_edge.train.loop.stage import START_FILE, SUMMARY_FILE, load_trained
 from lrc_edge.train.loop.trainer import EVAL_TOKENS, TRAINED_FILE, choose_device, choose_precision, held_out_loss
+from lrc_edge.train.losses import Losses
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +58,28 @@ def test_accumulation_is_the_same_as_a_large_batch(tiny_llama: Path, data: Path,
             assert a[key] == pytest.approx(b[key], rel=2e-3)
 
 
+def test_a_step_holds_one_graph_and_sees_one_size_of_batch(tiny_llama: Path, data: Path, tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph holds the activations of its batch; torch.compile compiles again for each size of batch."""
+    graphs: list[weakref.ref[torch.Tensor]] = []
+    sizes: set[tuple[int, ...]] = set()
+    forward = Clone.forward
+
+    def watched(self: Clone, input_ids: torch.Tensor, *args: Any, **options: Any) -> Losses:
+        assert not any(graph() is not None for graph in graphs)
+        sizes.add(tuple(input_ids.shape))
+        losses = forward(self, input_ids, *args, **options)
+        if losses.total.requires_grad:
+            graphs.append(weakref.ref(losses.total))
+        return losses
+
+    monkeypatch.setattr(Clone, "forward", watched)
+    run(tiny_llama, data, tmp_path / "train", "train.micro_batch=5", "train.batch_tokens=640", "train.tokens=1280")
+    n_rows = len(HeldOut.load(data / "held_out.npz").rows(64, EVAL_TOKENS, bos=0))
+    assert n_rows % 5, "every evaluation batch is full by itself: nothing was shown"
+    assert sizes == {(5, 64)} and len(graphs) == 2 * 2
+
+
 def test_saved_projections_make_the_same_student(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
     run(tiny_llama, data, tmp_path / "train", "train.precision=fp32")
     clone = load_trained(DenseCheckpoint.open(tiny_llama), tmp_path / "train" / TRAINED_FILE)
@@ -68,8 +94,9 @@ def test_the_rate_follows_the_start_and_a_resumed_run_keeps_it(tiny_llama: Path,
     folder = tmp_path / "train"
     run(tiny_llama, data, folder, "train.precision=fp32")
     start, summary = (json.loads((folder / name).read_text()) for name in (START_FILE, SUMMARY_FILE))
-    assert 0 < start["kl"] < 10 and summary["warmup_steps"] == 4
-    assert summary["learning_rates"] == {"dense": default_rate(32, 20, 256, start["kl"])}
+    assert 0 < start["kl"] < 10
+    rate = default_rate(32, 20, 256, start["kl"])
+    assert summary["phases"] == {"dense": {"steps": 20, "warmup": 4, "learning_rate": rate}}
     assert summary["first_held_out_loss"] > summary["student_held_out_loss"]
     (folder / START_FILE).write_text(json.dumps({"kl": 0.01}))  # it is not measured again
     rows = run(tiny_llama, data, folder, "train.precision=fp32")
@@ -94,6 +121,25 @@ def test_compiled_layers_learn_the_same(tiny_llama: Path, data: Path, tmp_path: 
     for a, b in zip(plain, compiled, strict=True):
         for key in {"lm", "kl", "clone", "held_out_loss"} & a.keys():
             assert b[key] == pytest.approx(a[key], rel=1e-5), key
+
+
+def test_a_layer_is_compiled_once_for_evaluation_and_once_for_each_phase(tiny_llama: Path, data: Path, tmp_path: Path,
+                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no size is symbolic, which a second size of batch would lead to. The graphs run without a compiler."""
+    graphs: list[list[Any]] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(inputs)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compiled(function, backend=backend))
+    run(tiny_llama, data, tmp_path / "train", "train.tokens=1024", "train.dense_share=0.5", "train.micro_batch=2",
+        "train.compile=on")
+    layers, head = 3, 2  # the head's losses do not depend on the phase
+    assert len(graphs) == layers + head
+    assert not any(isinstance(x, torch.SymInt) for inputs in graphs for x in inputs)
 
 
 def test_a_checkpoint_of_another_version_is_refused_in_one_line(tiny_llama: Path, data: Path, tmp_path: Path) -> None:

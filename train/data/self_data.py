@@ -85,7 +85,7 @@ class _Sampler:
             raise UserError(f"--data self: {teacher.name}'s tokenizer has neither BOS nor EOS to begin a text with; "
                             "give text with --data")
         self.begin = torch.tensor([[start]], device=device)
-        self.model: Any = teacher.model().to(device, dtype)  # type: ignore[arg-type]
+        self.model: Any = teacher.model(dtype).to(device)  # type: ignore[arg-type]
         self.ends = set(teacher.stop_ids(self.tokenizer))
         self.model.generation_config = GenerationConfig(
             do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_length=max_length, use_cache=True,

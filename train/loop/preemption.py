@@ -1,4 +1,4 @@
-"""SIGTERM, which a preempted machine sends: it is recorded at once and acted on between two steps."""
+"""SIGTERM, which a preempted machine sends to all processes: the main one records it and acts between two steps."""
 from __future__ import annotations
 
 import signal
@@ -26,3 +26,8 @@ def sigterms(alone: bool) -> Iterator[list[int]]:
         yield seen
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def ignore_sigterm(worker: int) -> None:
+    """Let a DataLoader worker live until its loader ends it; without rows, the step could not be finished."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

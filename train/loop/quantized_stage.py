@@ -41,7 +41,8 @@ def own_settings(recipe: Recipe, student: ModelShape) -> dict[str, Any]:
         "dense_alpha": q.alpha if q.teacher == "student" else 0.0, "clone_terms": "relative",
         "tokens": q.tokens, "batch_tokens": q.batch_tokens or min(32_768, max(1_024, q.tokens // 500)),
         "dense_learning_rate": q.learning_rate or recipes.QUANTIZED_RATE / student.hidden_size,
-        "dense_share": 1.0, "dense_warmup_share": 0.05}
+        "dense_share": 1.0, "dense_warmup_share": 0.05,
+        "teacher_precision": "auto"}  # the rounding to be learned is of the size of e4m3's
 
 
 def train_on_grid(student: DenseCheckpoint, teacher: DenseCheckpoint, recipe: Recipe, data: Path, folder: Path,
@@ -55,9 +56,8 @@ def train_on_grid(student: DenseCheckpoint, teacher: DenseCheckpoint, recipe: Re
     schedule = Schedule.of(settings, student.shape, 0)
     plan = Plan(Lineage.of(teacher.shape, student.shape), schedule, device,
                 choose_precision(settings.precision, device))
-    processes.join(device).wait_for_everyone()
     torch.manual_seed(settings.seed)
-    with out_of_memory_told(device, settings.micro_batch):
+    with out_of_memory_told(device, settings.micro_batch), processes.in_step(device):
         clone = load_clone(teacher, plan.lineage, dtype=plan.dtype, device=device,
                            recompute=settings.gradient_checkpointing)
         clone.start(DENSE)

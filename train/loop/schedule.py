@@ -41,10 +41,10 @@ class Schedule:
     rows: int  # of an optimizer step, over all processes and batches
     steps: int
     dense_from: int
-    warmup: int  # steps, at the beginning of the clone phase
-    clone_rate: float  # peaks
+    clone_warmup: int  # steps, at the beginning of the phase
+    clone_rate: float  # peak
+    dense_warmup: int
     dense_rate: float
-    dense_warmup: int = 0
 
     @classmethod
     def of(cls, train: recipes.Train, student: ModelShape, n_tokens: int, start_kl: float = math.inf) -> Schedule:
@@ -56,9 +56,9 @@ class Schedule:
         rows = max(1, round(batch_tokens / seq_len))
         steps = max(1, round(budget / (rows * seq_len)))
         rate = default_rate(student.hidden_size, steps, rows * seq_len, start_kl)
-        return cls(seq_len, rows, steps, round(steps * (1 - train.dense_share)), _warmup(train.warmup_share, steps),
-                   train.learning_rate or rate, train.dense_learning_rate or rate,
-                   _warmup(train.dense_warmup_share, steps))
+        return cls(seq_len, rows, steps, round(steps * (1 - train.dense_share)),
+                   _warmup(train.warmup_share, steps), train.learning_rate or rate,
+                   _warmup(train.dense_warmup_share, steps), train.dense_learning_rate or rate)
 
     @property
     def tokens_per_step(self) -> int:
@@ -69,10 +69,12 @@ class Schedule:
         return self.steps * self.tokens_per_step
 
     @property
-    def peaks(self) -> dict[str, float]:
-        """The peak learning rate of each phase that runs."""
-        phases = {"clone": (self.clone_rate, self.dense_from), "dense": (self.dense_rate, self.steps - self.dense_from)}
-        return {phase: rate for phase, (rate, steps) in phases.items() if steps}
+    def phases(self) -> dict[str, dict[str, float]]:
+        """The steps, warmup steps and peak learning rate of each phase that runs."""
+        phases = {"clone": (self.dense_from, self.clone_warmup, self.clone_rate),
+                  "dense": (self.steps - self.dense_from, self.dense_warmup, self.dense_rate)}
+        return {name: {"steps": steps, "warmup": warmup, "learning_rate": rate}
+                for name, (steps, warmup, rate) in phases.items() if steps}
 
     def is_dense(self, step: int) -> bool:
         return step >= self.dense_from
@@ -80,7 +82,7 @@ class Schedule:
     def learning_rate(self, step: int) -> float:
         """Return the rate: linear warmup in each phase (each has a new optimizer), linear decay to 0 over the run."""
         begin, peak, warmup = (self.dense_from, self.dense_rate, self.dense_warmup) if self.is_dense(step) \
-            else (0, self.clone_rate, self.warmup)
+            else (0, self.clone_rate, self.clone_warmup)
         warm = min(1.0, (step - begin + 1) / warmup) if warmup else 1.0
         return peak * warm * (1 - step / self.steps)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
@@ -85,8 +86,8 @@ def train(teacher: DenseCheckpoint, recipe: Recipe, plan: Plan, data: Path, fold
 
     Under torchrun every process calls it with the same arguments. Raises UserError if the GPU's memory is too small.
     """
-    with out_of_memory_told(plan.device, recipe.train.micro_batch):
-        _train(teacher, recipe, plan, data, folder, progress)
+    with out_of_memory_told(plan.device, recipe.train.micro_batch), processes.in_step(plan.device) as ranks:
+        _train(teacher, recipe, plan, data, folder, progress, ranks)
 
 
 @contextmanager
@@ -100,10 +101,9 @@ def out_of_memory_told(device: torch.device, micro_batch: int) -> Iterator[None]
                         "continues; where the models themselves do not fit, take a larger GPU") from error
 
 
-def _train(teacher: DenseCheckpoint, recipe: Recipe, plan: Plan, data: Path, folder: Path, progress: Progress) -> None:
+def _train(teacher: DenseCheckpoint, recipe: Recipe, plan: Plan, data: Path, folder: Path, progress: Progress,
+           ranks: PartialState) -> None:
     settings = recipe.train
-    ranks = processes.join(plan.device)
-    ranks.wait_for_everyone()
     torch.manual_seed(settings.seed)
     clone = load_clone(teacher, plan.lineage, dtype=plan.dtype, device=plan.device,
                        recompute=settings.gradient_checkpointing)
@@ -123,8 +123,7 @@ def run(clone: Clone, teacher: DenseCheckpoint, settings: recipes.Train, plan: P
     schedule = plan.schedule
     held_out = HeldOut.load(data / HELD_OUT_FILE)
     held_out_BL = held_out.rows(min(schedule.seq_len, len(held_out.ids) // 2), EVAL_TOKENS, teacher.bos())
-    with clone.untapped() as whole_teacher:
-        teacher_loss = held_out_loss(whole_teacher, held_out_BL, plan.dtype)
+    teacher_loss = held_out_loss(clone.teacher, held_out_BL, plan.dtype)
     trainer = Trainer(clone, settings, schedule, rows, held_out_BL, folder, progress)
     trainer.run()
     save_trained(clone, folder / TRAINED_FILE)
@@ -136,7 +135,7 @@ def run(clone: Clone, teacher: DenseCheckpoint, settings: recipes.Train, plan: P
         "steps": schedule.steps, "tokens": schedule.tokens, "dense_from_step": schedule.dense_from,
         "seconds": round(trainer.clock.seconds, 1), "device": plan.device.type,
         "processes": trainer.processes.num_processes,
-        "learning_rates": schedule.peaks, "warmup_steps": schedule.warmup,
+        "phases": schedule.phases,
         "precision": "bf16" if plan.dtype == torch.bfloat16 else "fp32", "init": settings.init,
         "terms": {name: term.label for name, term in TERMS.items()},
         "skipped_batches": sum("skipped" in row for row in curve),

@@ -24,9 +24,10 @@ from lrc_edge.errors import UserError
 from lrc_edge.machine import multiplies_bfloat16
 from lrc_edge.train.clone import Clone
 from lrc_edge.train.data.tokenize import PackedRows
+from lrc_edge.train.fp8 import multiply_in_fp8_
 from lrc_edge.train.loop import checkpoints, processes
 from lrc_edge.train.loop.guard import MOST_SKIPPED, BadBatch, Guard
-from lrc_edge.train.loop.preemption import sigterms
+from lrc_edge.train.loop.preemption import ignore_sigterm, sigterms
 from lrc_edge.train.loop.schedule import ProcessBatches, RowOrder, Schedule
 from lrc_edge.train.losses import NO_LABEL, TERMS, Objective
 from lrc_edge.train.phases import CLONE, DENSE, PHASES
@@ -103,6 +104,8 @@ class Trainer:
         self.order = RowOrder(len(rows), schedule.rows, settings.seed)
         self.guard = Guard(self.device, settings.spike_factor)
         self.clock = Clock()
+        if settings.teacher_precision == "fp8":
+            multiply_in_fp8_(clone.teacher_parts.layers, self.device)
         if settings.compile == "on" or (settings.compile == "auto" and self.device.type == "cuda"):
             clone.compile_()
         self.optimizer = self._new_optimizer()
@@ -124,6 +127,8 @@ class Trainer:
         checkpoint = processes.agreed(checkpoints.latest(self.folder / "checkpoints"), self.processes)
         step = self._continue_from(checkpoint) if checkpoint else 0
         if checkpoint is None:
+            if self.schedule.dense_from == 0:
+                self._start_dense_phase(0)  # before sharding, which would hold the projections that this phase frees
             processes.shard(self.clone, self.processes)
             self.optimizer = self._new_optimizer()
             self._forget_metrics(-1)
@@ -131,10 +136,8 @@ class Trainer:
         self.clock.resume()
         with sigterms(alone=self.processes.num_processes == 1) as stops:
             for batch in self._batches(step):
-                if step == self.schedule.dense_from and self.clone.phase is CLONE:
-                    self._report(step)  # no row mixes two objectives
-                    self.clone.start(DENSE)
-                    self.optimizer = self._new_optimizer()
+                if step == self.schedule.dense_from:
+                    self._start_dense_phase(step)
                 self._step(step, batch)
                 step += 1
                 stopping = bool(stops)
@@ -142,12 +145,19 @@ class Trainer:
                 if stopping:
                     raise KeyboardInterrupt
 
+    def _start_dense_phase(self, step: int) -> None:
+        """Leave the clone phase, unless the clone is in a later one."""
+        if self.clone.phase is CLONE:
+            self._report(step)  # no row mixes two objectives
+            self.clone.start(DENSE)
+            self.optimizer = self._new_optimizer()
+
     def _batches(self, first: int) -> DataLoader[dict[str, torch.Tensor]]:
         on_gpu = self.device.type == "cuda"
         here = ProcessBatches(self.order, range(first, self.schedule.steps), self.processes.process_index,
                               self.processes.num_processes)
         return DataLoader(self.rows, batch_sampler=here, num_workers=self.settings.workers if on_gpu else 0,
-                          pin_memory=on_gpu)
+                          pin_memory=on_gpu, worker_init_fn=ignore_sigterm)
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -162,10 +172,12 @@ class Trainer:
         terms = torch.zeros(len(TERMS), device=self.device)
         for start in range(0, self.rows_here, self.micro_batch):
             part = {name: tensor[start:start + self.micro_batch] for name, tensor in batch.items()}
+            processes.reduce_gradients(self.clone, start + self.micro_batch == self.rows_here)
             losses = self.clone(**part, objective=self.objective, n_labels=n_labels,
                                 share=self.micro_batch / self.schedule.rows)
             (losses.total * world).backward()  # FSDP takes the mean over processes where the step wants the sum
             terms += torch.stack([*losses.parts.values()])
+            del losses  # its graph would live through the next forward pass
         if world > 1:
             dist.all_reduce(terms)
         self.clone.pull_back_()
@@ -226,17 +238,21 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, step: int) -> float:
-        """Held-out loss of the student, in nats per token; every process evaluates its part of the rows."""
+        """Held-out loss of the student, in nats per token; every process evaluates its part of the rows.
+
+        All batches have the size of training's, so that torch.compile sees one size.
+        """
         world, rank = self.processes.num_processes, self.processes.process_index
         rows = torch.from_numpy(self.held_out_BL)
         n = len(rows)
-        # Every process must take part equally often: rows that are repeated for that have no labels.
-        rows = rows[torch.arange(-(-n // world) * world) % n]
+        # Every process must take part equally often, with full batches: rows repeated for that have no labels.
+        per_pass = world * self.micro_batch
+        rows = rows[torch.arange(-(-n // per_pass) * per_pass) % n]
         labels = nn.functional.pad(rows[:, 1:], (0, 1), value=NO_LABEL)
         labels[n:] = NO_LABEL
         total = torch.zeros(2, device=self.device)
         alone = Objective(lm=1.0, kl=0.0, clone=0.0)
-        for ids, wanted in zip(rows[rank::world].split(4), labels[rank::world].split(4), strict=True):
+        for ids, wanted in zip(*(x[rank::world].split(self.micro_batch) for x in (rows, labels)), strict=True):
             count = (wanted != NO_LABEL).sum().to(self.device)
             part = self.clone(ids.to(self.device), wanted.to(self.device), objective=alone)
             total += torch.stack([part.parts["lm"] * count, count])
