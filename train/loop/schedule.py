@@ -21,12 +21,13 @@ def default_rate(width: int, steps: int, batch_tokens: int, start_kl: float) -> 
     """Return the peak learning rate of a student of this width that starts `start_kl` nats per token from its teacher.
 
     It falls with the width (muP for Adam, arXiv 2203.03466). A student that starts near its teacher has more to lose
-    than to gain from large steps. A large batch averages out noise, so it allows a larger rate, but not in a run of few
-    steps.
+    than to gain from large steps, unless there are enough steps to recover. A large batch averages out noise, so it
+    allows a larger rate, but not in a run of few steps.
     """
-    distance = max(1.0, start_kl / NEAR_KL)
-    batch = max(1.0, min(math.sqrt(batch_tokens / MIN_BATCH), steps / FEW_STEPS))
-    return min(MAX_RATE, min(FAR_RATE, NEAR_RATE * distance * batch) / width)
+    distance, length = start_kl / NEAR_KL, steps / FEW_STEPS
+    near = min(1.0, math.sqrt(distance * length))
+    batch = max(1.0, min(math.sqrt(batch_tokens / MIN_BATCH), length))
+    return min(MAX_RATE, min(FAR_RATE, NEAR_RATE * near * max(1.0, distance) * batch) / width)
 
 
 def _warmup(share: float, steps: int) -> int:
