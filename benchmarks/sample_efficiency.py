@@ -164,8 +164,9 @@ def train_once(method: Method, pair: Pair, seed: int, tokens: int, judged: str, 
     settings = load_recipe(None, (), train={
         "tokens": tokens, "seq_len": args.seq_len, "batch_tokens": args.batch_tokens, "seed": seed,
         "dense_learning_rate": rate, "learning_rate": rate, "alpha": alpha, "dense_alpha": alpha,
-        "warmup_share": 0.05, "log_every": 10, "eval_every": max(1, steps // POINTS) if judged == "eval" else 10**9,
-        "checkpoint_every": 10**9, "spike_factor": 0.0, "on_bad_batch": "skip", "compile": args.compile,
+        "warmup_share": 0.05, "dense_warmup_share": 0.05, "log_every": 10, "checkpoint_every": 10**9,
+        "eval_every": max(1, steps // POINTS) if judged == "eval" else 10**9,
+        "spike_factor": 0.0, "on_bad_batch": "skip", "compile": args.compile,
         **({"kl_weight": 1.28 * args.seq_len / PUBLISHED_LENGTH} if "kl_temperature" in method.settings else {}),
         **method.settings}).train
     device = choose_device("auto")
