@@ -74,8 +74,8 @@ class Task:
         if self.total:
             parts.append(f"{min(1.0, completed / self.total):4.0%}")
             if rate > 0:
-                eta = max(0.0, (self.total - completed) / rate - (time.monotonic() - then))
-                parts.append(f"eta {eta // 60:.0f}:{eta % 60:02.0f}")
+                eta = round(max(0.0, (self.total - completed) / rate - (time.monotonic() - then)))
+                parts.append(f"eta {eta // 60}:{eta % 60:02}")
         if rate > 0 and self.unit:
             parts.append(f"{rate:,.0f} {self.unit}/s" if rate >= 10 else f"{rate:.2g} {self.unit}/s")
         return "  ".join(parts)
