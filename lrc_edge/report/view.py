@@ -165,9 +165,9 @@ def training_facts(report: Report) -> list[tuple[str, str]]:
         facts.append(("dense phase", f"the last {dense_steps:,} steps" if dense_steps < training["steps"] else "all"))
     for name, phase in training.get("phases", {}).items():
         facts.append((f"peak learning rate, {name} phase", figure(phase["learning_rate"])))
-    losses = [training.get(f"{which}_held_out_loss") for which in ("first", "student")]
-    if all(map(is_number, losses)):
-        facts.append(("held-out loss", "{:.4f} before the first step, {:.4f} after the last".format(*losses)))
+    before, after = (training.get(f"{which}_held_out_loss") for which in ("first", "student"))
+    if is_number(before) and is_number(after):
+        facts.append(("held-out loss", f"{before:.4f} before the first step, {after:.4f} after the last"))
     if training.get("skipped_batches"):
         facts.append(("bad batches skipped", f"{training['skipped_batches']:,}"))
     if training["seconds"]:
