@@ -96,6 +96,42 @@ def test_initializations_train(tiny_llama: Path, tmp_path: Path) -> None:
     assert all(float(first) != float(last) for _, first, last in rows), done.stdout
 
 
+def test_sample_efficiency_gives_every_method_as_many_tries_and_repeats_none(tiny_llama: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    command = [sys.executable, str(BENCHMARKS / "sample_efficiency.py"), "--teacher", str(tiny_llama),
+               "--text", str(text), "--held-out", str(text), "--hidden-size", "32", "--tokens", "512", "--tune-tokens", "256",
+               "--batch-tokens", "128", "--seq-len", "64", "--seeds", "2", "--data-tokens", "20000", "--long", "1",
+               "--compile", "off", "--methods", "2,5", "--out", str(tmp_path / "out")]
+    first, again = (subprocess.run(command, capture_output=True, text=True) for _ in range(2))
+    assert first.returncode == again.returncode == 0, first.stderr
+    runs = [json.loads(line) for line in (tmp_path / "out" / "runs.jsonl").read_text().splitlines()]
+    tries = [run["method"] for run in runs if run["judged"] == "pick"]
+    assert {name: tries.count(name) for name in tries} == {"TinyBERT-like": 6, "LRC as published": 6}
+    finals = [(run["method"], run["seed"], run["tokens"]) for run in runs if run["judged"] == "eval"]
+    assert len(set(finals)) == len(finals) == 2 * 2 + 1 and max(tokens for *_, tokens in finals) == 5120
+    assert all(len(run["curve"]) == 5 for run in runs if run["judged"] == "eval")
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert again.stdout.strip() == table.strip() and "The leaders with more tokens" in table
+    rows = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| ")]
+    assert rows[:3] == ["| method", "| TinyBERT-like", "| LRC as published"]
+
+
+def test_defaults_reports_each_cell_and_fails_if_one_is_worse(tiny_llama: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    command = [sys.executable, str(BENCHMARKS / "defaults.py"), "--teacher", str(tiny_llama), "--text", str(text),
+               "--budgets", "20480", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    cells = [json.loads(line) for line in (tmp_path / "out" / "cells.jsonl").read_text().splitlines()]
+    assert len(cells) == 3 and all(0 < cell["end"] < cell["start"] for cell in cells), done.stderr
+    assert done.returncode == 0 and "WORSE" not in done.stdout and f"| {tiny_llama.name}, " in done.stdout
+    cells[0]["end"] = cells[0]["start"] + 1
+    (tmp_path / "out" / "cells.jsonl").write_text("".join(json.dumps(cell) + "\n" for cell in cells))
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "WORSE" in done.stdout
+
+
 def test_throughput_names_every_error_as_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     throughput: Any = importlib.import_module("train_throughput")
