@@ -100,9 +100,10 @@ def test_sample_efficiency_gives_every_method_as_many_tries_and_repeats_none(tin
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     command = [sys.executable, str(BENCHMARKS / "sample_efficiency.py"), "--teacher", str(tiny_llama),
-               "--text", str(text), "--held-out", str(text), "--hidden-size", "32", "--tokens", "512", "--tune-tokens", "256",
-               "--batch-tokens", "128", "--seq-len", "64", "--seeds", "2", "--data-tokens", "20000", "--long", "1",
-               "--compile", "off", "--methods", "2,5", "--out", str(tmp_path / "out")]
+               "--text", str(text), "--held-out", str(text), "--hidden-size", "32", "--tokens", "512",
+               "--tune-tokens", "256", "--batch-tokens", "128", "--seq-len", "64", "--seeds", "2",
+               "--data-tokens", "20000", "--long", "1", "--compile", "off", "--methods", "2,5",
+               "--out", str(tmp_path / "out")]
     first, again = (subprocess.run(command, capture_output=True, text=True) for _ in range(2))
     assert first.returncode == again.returncode == 0, first.stderr
     runs = [json.loads(line) for line in (tmp_path / "out" / "runs.jsonl").read_text().splitlines()]
