@@ -2,9 +2,9 @@
 
     python benchmarks/defaults.py --teacher DIR --text stories.jsonl --out OUT
 
-Each cell trains with default settings, only the width and the budget given, and reports the held-out loss before and
-after, and whether the run stopped by itself. --teacher can be repeated. Finished cells are stored in OUT/cells.jsonl
-and not repeated. Exit status 1: a run stopped or ended above the loss that it started from.
+Each cell of the grid sets only the width and the budget. It reports the held-out loss before and after training, and
+whether the run ended with an error. --teacher can be repeated. Finished cells are stored in OUT/cells.jsonl and not
+repeated. Exit status 1: a run ended with an error, or with a higher loss than at its start.
 """
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHARES = (0.25, 0.5, 0.75)  # of the teacher's width
 
 
 def run(teacher: DenseCheckpoint, width: int, tokens: int, data: Path, folder: Path) -> dict[str, Any]:
-    """Train with default settings. Return what the cell of the table needs."""
+    """Train with default settings. Return the steps, rate and losses of the run, or the error that stopped it."""
     recipe = load_recipe(None, (), train={"tokens": tokens})
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -79,7 +79,7 @@ def mean_curve(runs: list[Run]) -> Curve:
 
 
 def at_edge(pair: Pair, pairs: list[Pair]) -> str:
-    """Say whether a better rate may lie outside the grid."""
+    """Return a note if the rate is at an end of the grid, so that a better one may lie outside."""
     rates = sorted({rate for rate, _ in pairs})
     return {rates[0]: " (lowest)", rates[-1]: " (highest)"}.get(pair[0], "")
 

@@ -3,11 +3,12 @@
     python benchmarks/sample_efficiency.py --quick                     # about 15 minutes on 2 cores
     python benchmarks/sample_efficiency.py --text stories.jsonl --text books.txt --held-out other.jsonl --out OUT
 
-Every method uses lrc_edge's own trainer. Six (rate, alpha) pairs are tried for each method, with --tune-tokens and
-seed 0; a method without clone loss gets six rates. The pair with the lowest loss on text that only picks is used for
-the final runs, which are judged on other text. Finished runs are stored in OUT/runs.jsonl and not repeated, so a killed
-benchmark resumes, and several processes may share OUT with different --methods. --long runs the best methods once more
-with ten times the tokens. --render only writes the tables and, if matplotlib is installed, the plot.
+Every method uses lrc_edge's own trainer. Six (rate, alpha) pairs are tried for each method, with --tune-tokens and seed
+0; a method without clone loss gets six rates. The pair with the lowest loss on one held-out text is used for the final
+runs, which are evaluated on another, --held-out. By default both --text and --held-out are the demo's stories, so that
+the final losses are not held out. Finished runs are stored in OUT/runs.jsonl and not repeated, so a killed benchmark
+resumes, and several processes may share OUT with different --methods. --long runs the best methods once more with ten
+times the tokens. --render only writes the tables and, if matplotlib is installed, the plot.
 """
 from __future__ import annotations
 
@@ -247,7 +248,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", type=Path, default=DEMO / "storyteller", help="Hugging Face directory")
     parser.add_argument("--text", type=Path, action="append", help="training text, in equal shares; repeatable")
-    parser.add_argument("--held-out", type=Path, action="append", help="text to judge on, in equal shares; repeatable")
+    parser.add_argument("--held-out", type=Path, action="append", help="evaluation text, in equal shares; repeatable")
     parser.add_argument("--data-tokens", type=int, default=2_500_000, help="training tokens to prepare")
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=204_800, help="tokens of a final run")

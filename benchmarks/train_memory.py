@@ -1,11 +1,11 @@
 """Memory of a training step of the built-in recipes, simulated without a GPU.
 
-    python benchmarks/train_memory.py                                            # all recipes: 4 minutes
+    python benchmarks/train_memory.py                                            # lrc recipes, both phases: 4 minutes
     python benchmarks/train_memory.py --recipes lrc-1.5b --micro-batch 8         # a larger forward pass
 
 The trainer itself runs a step in bf16 on fake tensors, which have sizes but no values, and the bytes of all live
 tensors are counted. Layers are not compiled. A real GPU needs more for the CUDA context and the workspaces of matrix
-products (1 GB together), and for fragments of free memory; compiled layers need less.
+products (1 GB together), and for fragmentation; compiled layers need less.
 """
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class LiveBytes(TorchDispatchMode):
 
 def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, is_causal: bool, scale: float, **_: Any
           ) -> torch.Tensor:
-    """The attention that SDPA chooses on a GPU; for tensors of a CPU it would choose another."""
+    """Compute attention with the kernel that SDPA chooses on a GPU; for CPU tensors it would choose another."""
     out: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, scale=scale)[0]
     return out
 
@@ -85,10 +85,10 @@ def lineage_of(teacher: PretrainedConfig, width: int) -> Lineage:
 
 
 def bytes_between_steps(lineage: Lineage, phase: Phase) -> int:
-    """Calculate what lives between two steps: the table of docs/training.md, without gradients and copies.
+    """Calculate the bytes that live between two steps: the table of docs/training.md, without gradients and copies.
 
-    The teacher is in bf16. The rest is in float32: the trained tensors with two Adam moments each, and what is not
-    trained, which is the composed matrices in the clone phase and the projections of the clone loss in the dense phase.
+    The teacher is in bf16. The rest is in float32: the trained tensors with two Adam moments each, the composed
+    matrices (clone phase) and the projections of the clone loss (dense phase).
     """
     weights = list(weights_of(lineage.student))
     composed = [weight for weight in weights if lineage.is_composed(weight.role)]

@@ -11,11 +11,12 @@ Weights and tokens are random. Each row runs in its own process, and is printed 
     no terms    the default method without the clone loss
     clone phase the same trainer training projections; the matrices are composed once per step
     KD          `plain` with the teacher's complete forward pass and KL
-    reference   the published code's cost structure, reimplemented: projection and teacher's weight applied to
-                every token, full-vocabulary log-softmaxes of all tokens, each clone term read by the host
+    reference   the operations of the published code, reimplemented: it applies projection and teacher's weight to
+                every token, keeps the log-softmaxes of all tokens, and reads each clone term on the host
 
-Utilisation counts the same model FLOPs for all rows but `plain`: forward and backward of the student, forward of the
-teacher, attention included, over the speed of a large matrix product measured first.
+Utilisation is the model FLOP/s of a row divided by those of a large matrix product, which is measured first. Model
+FLOPs are those of the student's forward and backward pass and, except for `plain`, of the teacher's forward pass,
+with attention.
 """
 from __future__ import annotations
 
@@ -249,7 +250,7 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def measure(name: str, args: argparse.Namespace, pipe: Any) -> None:
-    """Measure in a separate process. Sends (median seconds per step, peak bytes), or the error in one line."""
+    """Measure a row; runs in its own process. Sends (median seconds per step, peak bytes), or the error in one line."""
     setup, device = SHAPES[args.shape], choose_device("auto")
     dtype = choose_precision("auto", device)
     try:

@@ -78,7 +78,8 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """A clone phase, then a dense phase. Loss = lm_weight * LM + kl_weight * KL + alpha * clone (arXiv 2505.12781)."""
+    """A clone phase, then a dense phase. Loss = lm_weight * LM + kl_weight * KL + alpha * clone (arXiv 2505.12781). In
+    the dense phase, dense_alpha replaces alpha."""
 
     tokens: int = key(
         0, "training tokens; 0 = one pass over the data; more than the data holds = several passes", at_least=0)
@@ -88,12 +89,12 @@ class Train:
     micro_batch: int = key(
         8, "sequences per forward pass of one process; the rest of a step is gradient accumulation", at_least=1)
     learning_rate: float = key(
-        0.0, "peak learning rate of the clone phase; 0 = it follows the student's width, the tokens and number of "
-             "steps, and how far the student starts from its teacher (docs/training.md)", at_least=0)
-    dense_learning_rate: float = key(0.0, "peak learning rate of the dense phase; 0 = as for learning_rate", at_least=0)
+        0.0, "peak learning rate of the clone phase; 0 = chosen from the student's width, the number of steps, their "
+             "tokens, and how far the student starts from its teacher (docs/training.md)", at_least=0)
+    dense_learning_rate: float = key(0.0, "peak learning rate of the dense phase; 0 = chosen likewise", at_least=0)
     warmup_share: float = key(
-        0.0, "share of all steps with linear warmup at the beginning of the clone phase, after which the rate falls "
-             "linearly to 0 over the run; 0 = a fiftieth of the steps, but at least 20 steps or a fifth of them",
+        0.0, "linear warmup at the beginning of the clone phase, as a share of all steps; 0 = a fiftieth of them, but "
+             "at least 20 steps, or a fifth if there are fewer than 100. Over the run, the rate falls linearly to 0",
         at_least=0, below=1)
     dense_warmup_share: float = key(0.0, "the same at the beginning of the dense phase", at_least=0, below=1)
     max_grad_norm: float = key(1.0, "the gradient norm is clipped to this", above=0)
@@ -109,14 +110,14 @@ class Train:
     clone_terms: Literal["relative", "per_token", "absolute"] = key(
         "relative", "relative = squared error of a sequence / the teacher's mean square in it, so that alpha means the "
                     "same for every teacher; per_token = the same for each token, so that a few tokens with huge "
-                    "activations do not rule the loss; absolute = mean squared error, as published")
+                    "activations do not dominate the loss; absolute = mean squared error, as published")
     kl_weight: float = key(1.0, "weight of the KL divergence from the teacher", at_least=0)
     lm_weight: float = key(1.0, "weight of the cross entropy", at_least=0)
     kl_temperature: float = key(1.0, "temperature of the KL, which is per token and scaled by temperature^2", above=0)
     precision: Literal["auto", "bf16", "fp32"] = key("auto", "auto = bf16 if the processor computes in it, else fp32")
     teacher_precision: Literal["auto", "fp8"] = key(
-        "auto", "of the linears in the teacher's forward passes: auto = as `precision`; fp8 = e4m3 with a scale per "
-                "row, for GPUs since Hopper; a CPU emulates it (docs/training.md)")
+        "auto", "type of the linear layers in the teacher's forward passes: auto = as `precision`; fp8 = e4m3 with a "
+                "scale per row, for GPUs since Hopper; a CPU emulates it (docs/training.md)")
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto = a GPU if there is one")
     compile: Literal["auto", "on", "off"] = key("auto", "torch.compile; auto = on a GPU only")
     gradient_checkpointing: bool = key(
@@ -128,8 +129,8 @@ class Train:
     keep_checkpoints: int = key(2, "number of checkpoints to keep", at_least=1)
     log_every: int = key(10, "steps between lines in the log", at_least=1)
     on_bad_batch: Literal["stop", "skip"] = key(
-        "stop", "a bad batch has a loss that is not finite or above its limit (spike_factor), and never changes the "
-                "weights; stop = end the run and name it, skip = continue without it")
+        "stop", "a bad batch has a loss or gradient that is not finite, or a loss above its limit (spike_factor), and "
+                "never changes the weights; stop = end the run and name it, skip = continue without it")
     spike_factor: float = key(
         5.0, "limit of a loss in units of its running average, but never less than 1 above the average; 0 = no limit")
 

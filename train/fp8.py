@@ -1,4 +1,4 @@
-"""The frozen teacher's linears in 8 bits: float8 e4m3, with a scale for each row of either operand.
+"""The frozen teacher's linear layers in 8 bits: float8 e4m3, with one scale per row of each operand.
 
 GPUs since Hopper multiply e4m3 up to twice as fast as bfloat16. A CPU rounds the operands in the same way and
 multiplies them in float32, so that the effect on the losses can be measured there.
@@ -43,7 +43,8 @@ PRODUCTS: dict[str, Product] = {"cpu": multiplied_by_cpu, "cuda": multiplied_by_
 
 
 class Float8Linear(nn.Linear):
-    """A linear whose weight is rounded in every forward pass: so it can be sharded, and read, in its own type."""
+    """A linear layer that rounds its weight in every forward pass. The stored weight keeps its type, for sharding and
+    for composing the student's weights."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         product = PRODUCTS[x.device.type](x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
@@ -51,7 +52,8 @@ class Float8Linear(nn.Linear):
 
 
 def multiply_in_fp8_(layers: Iterable[nn.Module], device: torch.device) -> None:
-    """Let the linears of frozen layers multiply in e4m3. Raises UserError if the device or a weight's shape cannot."""
+    """Let the linear layers of frozen layers multiply in e4m3. Raises UserError if the device cannot,
+    or if UNIT does not divide the shape of a weight."""
     _check(device)
     for layer in layers:
         for name, module in layer.named_modules():

@@ -1,6 +1,6 @@
 """The terms of the training loss, and the losses at the LM head. Shapes: N tokens, V vocabulary, D width.
 
-TERMS is the one list of terms: the objective, the guard, the log and the report's chart follow it. A new term is a row
+TERMS is the only list of terms: the objective, the guard, the log and the report's chart read it. A new term is a row
 there, a field of Objective, and its weight in lrc_edge/recipe.py.
 """
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Tokens(NamedTuple):
 
     student_NV: torch.Tensor
     teacher_NV: torch.Tensor | None
-    log_q_NV: torch.Tensor | None  # the student's log-probabilities, if the KL can use them, too
+    log_q_NV: torch.Tensor | None  # the student's log-probabilities, if the KL has temperature 1 and can use them, too
     labels_N1: torch.Tensor  # 0 where there is none
     mask_N1: torch.Tensor  # whether there is one
 
@@ -93,7 +93,7 @@ def _relative(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 def _relative_per_token(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     sizes_BL = _squares(teacher.detach())
-    # A token of almost no activation, such as what attention adds at an attention sink, must not rule the term either.
+    # A token with almost no activation, such as attention's output at an attention sink, must not dominate the term.
     smallest_B1 = SMALLEST_TOKEN * sizes_BL.median(1, keepdim=True).values
     return (_squares(student - teacher) / sizes_BL.maximum(smallest_B1)).mean()
 
@@ -231,7 +231,7 @@ class _HeadLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # Called once a forward pass: scaling in place spares a copy of the head's size.
+        # Called once per forward pass: scaling in place saves a copy of the head's size.
         return ctx.grad_hidden.mul_(grad), ctx.grad_head.mul_(grad), None, None, None, None, None, None, None
 
 
@@ -242,8 +242,8 @@ def head_losses(student_ND: torch.Tensor, student_head_VD: torch.Tensor, teacher
     """Return (weighted sum, the terms of TOKEN_TERMS) of hidden states; only the first has gradients.
 
     The losses are divided by `n_labels` (default: the number of labels in `labels_N`); a step of several batches passes
-    the step's number. Without a teacher the KL is 0. The largest tensor is CHUNK_TOKENS x V, never N x V.
-    `per_token` is `token_losses`, compiled or not.
+    the number of labels in the step. Without a teacher the KL is 0. The largest tensor is CHUNK_TOKENS x V, never
+    N x V. `per_token` is `token_losses`, compiled or not.
     """
     if n_labels is None:
         n_labels = (labels_N != NO_LABEL).sum().clamp(min=1)

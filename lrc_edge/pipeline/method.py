@@ -18,7 +18,7 @@ CLONE_TERMS = {
     "relative": "relative clone terms",
     "per_token": "relative clone terms per token",
 }
-# The paper's own values of what else is part of the method: of the clone weight, one of those that it uses.
+# The paper's values of the settings that are part of the method. It uses two clone weights.
 PUBLISHED_INIT, PUBLISHED_TERMS = "gaussian", "absolute"
 PUBLISHED_KL = (1.28, 40.0)  # weight, temperature
 PUBLISHED_ALPHAS = (0.2, 0.5)
@@ -40,7 +40,7 @@ def _listed(method: str, parts: list[str]) -> str:
 
 
 def _changes(train: Train) -> list[str]:
-    """Return what a run that trained projections did unlike the paper."""
+    """Return phrases for the settings of the clone phase that differ from the paper's."""
     found = [f"a start from {STARTS[train.init]}"] if train.init != PUBLISHED_INIT else []
     if train.clone_terms != PUBLISHED_TERMS or not train.alpha:
         found.append(_clone_terms(train.clone_terms, train.alpha, ""))

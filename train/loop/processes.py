@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 # The first process tokenizes while the others wait, and that can take a day.
 TIMEOUT = timedelta(days=2)
-# While all train, a process waits for another to compile, or for the first to write a checkpoint (50 GB for lrc-4b).
+# While all train, a process waits for another to compile, or for the first to write a checkpoint (50 GB for edge-4b).
 STEP_TIMEOUT = timedelta(minutes=30)
 
 

@@ -10,10 +10,11 @@ from lrc_edge import recipe as recipes
 from lrc_edge.errors import UserError
 from lrc_edge.shape import ModelShape
 
-MIN_BATCH, MAX_BATCH, BATCHES = 1_024, 32_768, 2_000  # default tokens of a step, and how many steps a budget makes
+MIN_BATCH, MAX_BATCH, BATCHES = 1_024, 32_768, 2_000  # default tokens of a step: budget / BATCHES, within the limits
 WARMUP_STEPS = 20  # Adam's first steps move every weight by the full rate, whatever its gradient
-# The default peak rate x the student's width, and where it ends; docs/LOG.md has the grid that they come from.
-NEAR_RATE, FAR_RATE, MAX_RATE = 0.16, 0.4, 1e-2
+# Constants of the default peak rate, chosen from the runs in docs/LOG.md.
+NEAR_RATE, FAR_RATE = 0.16, 0.4  # rate x width: of a student that starts at NEAR_KL; at most
+MAX_RATE = 1e-2  # at any width
 NEAR_KL, FEW_STEPS = 0.4, 50
 
 
@@ -39,7 +40,7 @@ class Schedule:
     """`dense_from` is the first step (counted from 0) of the dense phase, or `steps` if there is none."""
 
     seq_len: int
-    rows: int  # of an optimizer step, over all processes and batches
+    rows: int  # sequences of an optimizer step, over all processes and forward passes
     steps: int
     dense_from: int
     clone_warmup: int  # steps, at the beginning of the phase
@@ -49,8 +50,8 @@ class Schedule:
 
     @classmethod
     def of(cls, train: recipes.Train, student: ModelShape, n_tokens: int, start_kl: float = math.inf) -> Schedule:
-        """`n_tokens`: the tokens of the data, which are the budget if the recipe has none. `start_kl`: nats per token
-        between the teacher and the student before the first step, which default rates follow."""
+        """`n_tokens`: the tokens of the data, which are the budget if the recipe has none. `start_kl`: KL of the
+        student from its teacher before the first step, in nats per token; default rates depend on it."""
         seq_len = min(train.seq_len, student.max_position_embeddings)
         budget = train.tokens or n_tokens
         batch_tokens = train.batch_tokens or min(MAX_BATCH, max(MIN_BATCH, budget // BATCHES))

@@ -46,8 +46,8 @@ SUMMARY_FILE, START_FILE = "training.json", "start.json"
 
 @dataclass(frozen=True)
 class Plan:
-    """The settings of a training run that follow from its recipe, teacher, data and machine. The schedule's default
-    rates also follow from the start, which is measured first."""
+    """The settings of a training run, derived from its recipe, teacher, data and machine. Default learning rates are
+    provisional: `train` computes them again once it has measured the student's KL from its teacher."""
 
     lineage: Lineage
     schedule: Schedule
@@ -82,7 +82,7 @@ def load_trained(teacher: DenseCheckpoint, trained: Path) -> Clone:
 
 
 def train(teacher: DenseCheckpoint, recipe: Recipe, plan: Plan, data: Path, folder: Path, progress: Progress) -> None:
-    """Train in `folder`, from its last checkpoint if there is one. Leaves trained tensors, metrics and a summary there.
+    """Train in `folder`, from its last checkpoint if there is one. Writes trained tensors, metrics and a summary there.
 
     Under torchrun every process calls it with the same arguments. Raises UserError if the GPU's memory is too small.
     """
@@ -98,7 +98,7 @@ def out_of_memory_told(device: torch.device, micro_batch: int) -> Iterator[None]
     except torch.OutOfMemoryError as error:
         raise UserError(f"train: out of memory on {device} ({str(error).split('. ')[0]}); lower train.micro_batch "
                         f"(now {micro_batch}) or set train.gradient_checkpointing=true: the same command "
-                        "continues; where the models themselves do not fit, take a larger GPU") from error
+                        "continues; if the models themselves do not fit, use a larger GPU") from error
 
 
 def _train(teacher: DenseCheckpoint, recipe: Recipe, plan: Plan, data: Path, folder: Path, progress: Progress,
@@ -154,9 +154,9 @@ def _initialize(clone: Clone, init: str, rows: PackedRows, seed: int) -> float:
 
 
 def _start_kl(folder: Path) -> float:
-    """Return what `_initialize` found when the run began. Raises UserError if that is not recorded."""
+    """Return the KL that `_initialize` measured when the run began. Raises UserError if it is not recorded."""
     try:
         return float(json.loads((folder / START_FILE).read_text())["kl"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / START_FILE}: cannot be read ({error}), and the learning rate follows from it; "
+        raise UserError(f"{folder / START_FILE}: cannot be read ({error}), and the learning rate depends on it; "
                         f"remove {folder} to start again") from error
