@@ -5,10 +5,10 @@
 
 Every method uses lrc_edge's own trainer. Six (rate, alpha) pairs are tried for each method, with --tune-tokens and seed
 0; a method without clone loss gets six rates. The pair with the lowest loss on one held-out text is used for the final
-runs, which are evaluated on another, --held-out. By default both --text and --held-out are the demo's stories, so that
-the final losses are not held out. Finished runs are stored in OUT/runs.jsonl and not repeated, so a killed benchmark
-resumes, and several processes may share OUT with different --methods. --long runs the best methods once more with ten
-times the tokens. --render only writes the tables and, if matplotlib is installed, the plot.
+runs, which are evaluated on another, --held-out (default: a fifth of the documents of --text). Finished runs are stored
+in OUT/runs.jsonl and not repeated, so a killed benchmark resumes, and several processes may share OUT with different
+--methods. --long runs the best methods once more with ten times the tokens. --render only writes the tables and, if
+matplotlib is installed, the plot.
 """
 from __future__ import annotations
 
@@ -202,13 +202,15 @@ def prepare_data(args: argparse.Namespace) -> None:
     teacher = DenseCheckpoint.open(args.teacher)
     tokenizer = teacher.tokenizer()
     sources = [(str(text), documents([str(text)], Fields())) for text in args.text]
-    prepare(sources, tokenizer, partial_folder, weights=[1.0] * len(sources), held_out_share=0.03,
-            max_tokens=args.data_tokens, seq_len=args.seq_len, progress=lambda n: None)
-    pick = HeldOut.load(partial_folder / "held_out.npz")
-    np.save(partial_folder / "pick.npy", pick.rows(args.seq_len, PICK_TOKENS, teacher.bos()))
+    prepare(sources, tokenizer, partial_folder, weights=[1.0] * len(sources),
+            held_out_share=0.03 if args.held_out else 0.2, max_tokens=args.data_tokens, seq_len=args.seq_len,
+            progress=lambda n: None)
+    rest = HeldOut.load(partial_folder / "held_out.npz").rows(args.seq_len, PICK_TOKENS + EVAL_TOKENS, teacher.bos())
+    n_pick = -(-PICK_TOKENS // (args.seq_len - 1))  # a row predicts one token less than it has
+    np.save(partial_folder / "pick.npy", rest[:n_pick])
     judged = [HeldOut.from_texts(documents([str(text)], Fields()), tokenizer) for text in args.held_out]
     rows = [text.rows(args.seq_len, EVAL_TOKENS // len(judged), teacher.bos()) for text in judged]
-    np.save(partial_folder / "eval.npy", np.concatenate(rows))
+    np.save(partial_folder / "eval.npy", np.concatenate(rows) if rows else rest[n_pick:])
     shutil.rmtree(data, ignore_errors=True)
     partial_folder.rename(data)
 
@@ -248,7 +250,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", type=Path, default=DEMO / "storyteller", help="Hugging Face directory")
     parser.add_argument("--text", type=Path, action="append", help="training text, in equal shares; repeatable")
-    parser.add_argument("--held-out", type=Path, action="append", help="evaluation text, in equal shares; repeatable")
+    parser.add_argument("--held-out", type=Path, action="append",
+                        help="evaluation text, in equal shares; repeatable; default: a fifth of --text")
     parser.add_argument("--data-tokens", type=int, default=2_500_000, help="training tokens to prepare")
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=204_800, help="tokens of a final run")
@@ -264,7 +267,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few tokens, one seed, one pair for each method")
     parser.add_argument("--render", action="store_true", help="only write the tables and the plot of finished runs")
     args = parser.parse_args()
-    args.text, args.held_out = args.text or [DEMO / "stories.jsonl"], args.held_out or [DEMO / "stories.jsonl"]
+    args.text, args.held_out = args.text or [DEMO / "stories.jsonl"], args.held_out or []
     if args.quick:
         args.tokens = args.tune_tokens = 20_480
         args.seeds, args.out = 1, args.out.with_name("sample-efficiency-quick")

@@ -1,6 +1,6 @@
 """Memory of a training step of the built-in recipes, simulated without a GPU.
 
-    python benchmarks/train_memory.py                                            # lrc recipes, both phases: 4 minutes
+    python benchmarks/train_memory.py                                            # all recipes: 4 minutes
     python benchmarks/train_memory.py --recipes lrc-1.5b --micro-batch 8         # a larger forward pass
 
 The trainer itself runs a step in bf16 on fake tensors, which have sizes but no values, and the bytes of all live
@@ -32,17 +32,18 @@ from lrc_edge.shape import ModelShape
 from lrc_edge.train.clone import Clone
 from lrc_edge.train.loop.schedule import Schedule
 from lrc_edge.train.loop.trainer import Trainer
-from lrc_edge.train.phases import CLONE, DENSE, Phase
+from lrc_edge.train.phases import CLONE, DENSE, PHASES, Phase
 
-TEACHERS: dict[str, PretrainedConfig] = {  # recipe -> the shape of its teacher
-    "lrc-1.5b": SHAPES["llama-3.2-3b"].config(3072),
-    "lrc-1.7b": Qwen2Config(
+TEACHERS: dict[str, PretrainedConfig] = {  # size in a recipe's name -> the shape of its teacher
+    "1.5b": SHAPES["llama-3.2-3b"].config(3072),
+    "1.7b": Qwen2Config(
         hidden_size=2048, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
         intermediate_size=11008, vocab_size=151_936, tie_word_embeddings=True),
-    "lrc-4b": Qwen2Config(
+    "4b": Qwen2Config(
         hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
         intermediate_size=18944, vocab_size=152_064, tie_word_embeddings=False),
 }
+RECIPES = [f"{method}-{size}" for size in TEACHERS for method in ("lrc", "edge")]
 
 
 class LiveBytes(TorchDispatchMode):
@@ -123,16 +124,16 @@ def simulate(teacher: PretrainedConfig, lineage: Lineage, settings: Train, phase
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipes", default=",".join(TEACHERS), help="comma-separated; default: all")
+    parser.add_argument("--recipes", default=",".join(RECIPES), help="comma-separated; default: all")
     parser.add_argument("--micro-batch", type=int, default=0, help="sequences per forward pass; default: the recipe's")
     args = parser.parse_args()
     print("| recipe, sequences per forward pass | phase | between steps, calculated | simulated | peak | peak with "
           "checkpointing |\n|---|---|---|---|---|---|", flush=True)
     for name in args.recipes.split(","):
-        recipe, teacher = load_recipe(name), TEACHERS[name]
+        recipe, teacher = load_recipe(name), TEACHERS[name.partition("-")[2]]
         lineage = lineage_of(teacher, recipe.student.hidden_size)
         settings = replace(recipe.train, micro_batch=args.micro_batch or recipe.train.micro_batch)
-        for phase in (CLONE, DENSE):
+        for phase in (PHASES[phase] for phase in Schedule.of(settings, lineage.student, 0).phases):
             (between, peak), (_, less) = (
                 simulate(teacher, lineage, replace(settings, gradient_checkpointing=on), phase) for on in (False, True))
             cells = [bytes_between_steps(lineage, phase), between, peak, less]
