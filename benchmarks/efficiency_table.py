@@ -78,45 +78,44 @@ def mean_curve(runs: list[Run]) -> Curve:
             for points in zip(*(run.curve for run in runs), strict=True)]
 
 
-def at_edge(pair: Pair, pairs: list[Pair]) -> str:
-    """Return a note if the rate is at an end of the grid, so that a better one may lie outside."""
-    rates = sorted({rate for rate, _ in pairs})
-    return {rates[0]: " (lowest)", rates[-1]: " (highest)"}.get(pair[0], "")
+def at_edge(rate: float, tried: Sequence[float]) -> str:
+    """Say whether a better rate may lie below or above those tried."""
+    return {tried[0]: " (lowest)", tried[-1]: " (highest)"}.get(rate, "")
 
 
 def spread(losses: list[float]) -> str:
     return f"± {(max(losses) - min(losses)) / 2:.3f}" if len(losses) > 1 else "one seed"
 
 
-def render(out: Path, grids: Mapping[str, list[Pair]], teacher: str) -> str:
+def render(out: Path, rates: Mapping[str, Sequence[float]], teacher: str) -> str:
     """Write table.md and, with matplotlib, curves.png; return the tables."""
     runs = read_runs(out)
     sections = [teacher + "."]
     for width in sorted({run.width for run in runs}, reverse=True):
         finals = final_runs(runs, width)
-        order = [name for name in grids if name in finals]
-        sections += ["", f"### {width} wide", "", *_losses(runs, finals, order, grids), "", *_attribution(finals),
+        order = [name for name in rates if name in finals]
+        sections += ["", f"### {width} wide", "", *_losses(runs, finals, order, rates), "", *_attribution(finals),
                      *_long(runs, width)]
     text = "\n".join(sections) + "\n"
     (out / "table.md").write_text(text)
-    _plot(runs, list(grids), out / "curves.png")
+    _plot(runs, list(rates), out / "curves.png")
     return text
 
 
-def _losses(runs: list[Run], finals: dict[str, list[Run]], order: list[str], grids: Mapping[str, list[Pair]]
+def _losses(runs: list[Run], finals: dict[str, list[Run]], order: list[str], rates: Mapping[str, Sequence[float]]
             ) -> list[str]:
     if not order:
         return ["(no final runs yet)"]
     curve = finals[order[0]][0].curve
     columns = sorted({0, len(curve) // 4, len(curve) // 2, len(curve) - 1})
-    rows = ["| method | rate | alpha | pairs tried | " + " | ".join(f"{curve[c][0]:,}" for c in columns)
+    rows = ["| method | rate | alpha | settings tried | " + " | ".join(f"{curve[c][0]:,}" for c in columns)
             + " | spread | CPU s per 1,000 tokens |", "|---|---|---|---|" + "---|" * (len(columns) + 2)]
     for name in order:
         mine = finals[name]
         pair, means = (mine[0].rate, mine[0].alpha), mean_curve(mine)
         tried = sum((run.width, run.method, run.judged) == (mine[0].width, name, "pick") for run in runs)
         speed = statistics.fmean(run.seconds / run.tokens * 1000 for run in mine)
-        cells = [name, f"{pair[0]:g}{at_edge(pair, grids[name])}", f"{pair[1]:g}" if pair[1] else "-", str(tried),
+        cells = [name, f"{pair[0]:g}{at_edge(pair[0], rates[name])}", f"{pair[1]:g}" if pair[1] else "-", str(tried),
                  *(f"{means[c][1]:.3f}" for c in columns), spread([run.loss for run in mine]), f"{speed:.2f}"]
         rows.append("| " + " | ".join(cells) + " |")
     return rows

@@ -3,12 +3,12 @@
     python benchmarks/sample_efficiency.py --quick                     # about 15 minutes on 2 cores
     python benchmarks/sample_efficiency.py --text stories.jsonl --text books.txt --held-out other.jsonl --out OUT
 
-Every method uses lrc_edge's own trainer. Six (rate, alpha) pairs are tried for each method, with --tune-tokens and seed
-0; a method without clone loss gets six rates. The pair with the lowest loss on one held-out text is used for the final
-runs, which are evaluated on another, --held-out (default: a fifth of the documents of --text). Finished runs are stored
-in OUT/runs.jsonl and not repeated, so a killed benchmark resumes, and several processes may share OUT with different
---methods. --long runs the best methods once more with ten times the tokens. --render only writes the tables and, if
-matplotlib is installed, the plot.
+Every method uses lrc_edge's own trainer. Six settings are tried for each method, with --tune-tokens and seed 0: six
+learning rates, or with a clone loss four rates, and then two other weights (alpha) of that loss at the best rate. The
+setting with the lowest loss on one held-out text is used for the final runs, which are evaluated on another, --held-out
+(default: a fifth of the documents of --text). Finished runs are stored in OUT/runs.jsonl and not repeated, so a killed
+benchmark resumes, and several processes may share OUT with different --methods. --long runs the best methods once more
+with ten times the tokens. --render only writes the tables and, if matplotlib is installed, the plot.
 """
 from __future__ import annotations
 
@@ -55,12 +55,8 @@ class Method:
     start: Callable[[Clone, torch.Tensor, int], None]
     settings: dict[str, Any]
     rates: tuple[float, ...]
-    alphas: tuple[float, ...] = (0.0,)
+    alphas: tuple[float, ...] = (0.0,)  # the rates are tried with the first, the others at the best rate
     kind: type[Clone] = Clone
-
-    @property
-    def pairs(self) -> list[Pair]:
-        return [(rate, alpha) for rate in self.rates for alpha in self.alphas]
 
 
 def from_random(clone: Clone, rows: torch.Tensor, seed: int) -> None:
@@ -118,31 +114,35 @@ PROJECTIONS, WEIGHTS = {"dense_share": 0.0}, {"dense_share": 1.0}
 THEN_WEIGHTS = {"dense_share": 0.75}
 ABSOLUTE, PER_TOKEN = {"clone_terms": "absolute"}, {"clone_terms": "per_token"}
 PUBLISHED_KL = {"kl_temperature": 40.0}
-RATES, HIGH_RATES = (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2)
-SIX, SIX_LOW = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3)
-RELATIVE_ALPHAS, ABSOLUTE_ALPHAS = (0.05, 0.2), (0.02, 0.2)
+
+
+def rates(lowest: float, n: int) -> tuple[float, ...]:
+    return tuple(lowest * 2**i for i in range(n))
+
+
+RELATIVE, OF_SQUARES = (0.05, 0.2, 0.0125), (0.02, 0.2, 0.002)  # alphas of relative and of absolute terms
 METHODS = {method.name: method for method in (
-    Method("from scratch", from_random, WEIGHTS | {"kl_weight": 0.0}, SIX),
-    Method("KD from scratch", from_random, WEIGHTS, SIX),
-    Method("TinyBERT-like", from_random, WEIGHTS, HIGH_RATES, RELATIVE_ALPHAS, Aligned),
-    Method("hard pruning + KD", selection, WEIGHTS, SIX),
-    Method("SliceGPT start + KD", pca, WEIGHTS, SIX_LOW),
-    Method("LRC as published", gaussian, PROJECTIONS | ABSOLUTE | PUBLISHED_KL, HIGH_RATES, ABSOLUTE_ALPHAS),
-    Method("RED", selection, PROJECTIONS | ABSOLUTE, RATES, ABSOLUTE_ALPHAS),
-    Method("RED, then dense", selection, THEN_WEIGHTS | ABSOLUTE, RATES, ABSOLUTE_ALPHAS),
-    Method("components, clone, then dense", pca, THEN_WEIGHTS, RATES, RELATIVE_ALPHAS),
-    Method("components, dense, terms", pca, WEIGHTS, RATES, RELATIVE_ALPHAS),
-    Method("components, dense, terms per token", pca, WEIGHTS | PER_TOKEN, RATES, RELATIVE_ALPHAS),
+    Method("from scratch", from_random, WEIGHTS | {"kl_weight": 0.0}, rates(4e-4, 6)),
+    Method("KD from scratch", from_random, WEIGHTS, rates(4e-4, 6)),
+    Method("TinyBERT-like", from_random, WEIGHTS, rates(8e-4, 4), RELATIVE, Aligned),
+    Method("hard pruning + KD", selection, WEIGHTS, rates(2e-4, 6)),
+    Method("SliceGPT start + KD", pca, WEIGHTS, rates(1e-4, 6)),
+    Method("LRC as published", gaussian, PROJECTIONS | ABSOLUTE | PUBLISHED_KL, rates(1.6e-3, 4), OF_SQUARES),
+    Method("RED", selection, PROJECTIONS | ABSOLUTE, rates(8e-4, 4), OF_SQUARES),
+    Method("RED, then dense", selection, THEN_WEIGHTS | ABSOLUTE, rates(8e-4, 4), OF_SQUARES),
+    Method("components, clone, then dense", pca, THEN_WEIGHTS, rates(2e-4, 4), RELATIVE),
+    Method("components, dense, terms", pca, WEIGHTS, rates(2e-4, 4), RELATIVE),
+    Method("components, dense, terms per token", pca, WEIGHTS | PER_TOKEN, rates(2e-4, 4), RELATIVE),
     # Only for the table of attribution, whose other cells are methods above.
-    Method("components, clone, terms", pca, PROJECTIONS, RATES, RELATIVE_ALPHAS),
-    Method("components, clone", pca, PROJECTIONS, SIX),
-    Method("selection, dense, terms", selection, WEIGHTS, RATES, RELATIVE_ALPHAS),
-    Method("selection, clone, terms", selection, PROJECTIONS, RATES, RELATIVE_ALPHAS),
-    Method("selection, clone", selection, PROJECTIONS, SIX),
-    Method("gaussian, dense, terms", gaussian, WEIGHTS, HIGH_RATES, RELATIVE_ALPHAS),
-    Method("gaussian, dense", gaussian, WEIGHTS, SIX),
-    Method("gaussian, clone, terms", gaussian, PROJECTIONS, HIGH_RATES, RELATIVE_ALPHAS),
-    Method("gaussian, clone", gaussian, PROJECTIONS, SIX),
+    Method("components, clone, terms", pca, PROJECTIONS, rates(4e-4, 4), RELATIVE),
+    Method("components, clone", pca, PROJECTIONS, rates(2e-4, 6)),
+    Method("selection, dense, terms", selection, WEIGHTS, rates(4e-4, 4), RELATIVE),
+    Method("selection, clone, terms", selection, PROJECTIONS, rates(8e-4, 4), RELATIVE),
+    Method("selection, clone", selection, PROJECTIONS, rates(4e-4, 6)),
+    Method("gaussian, dense, terms", gaussian, WEIGHTS, rates(8e-4, 4), RELATIVE),
+    Method("gaussian, dense", gaussian, WEIGHTS, rates(4e-4, 6)),
+    Method("gaussian, clone, terms", gaussian, PROJECTIONS, rates(1.6e-3, 4), RELATIVE),
+    Method("gaussian, clone", gaussian, PROJECTIONS, rates(8e-4, 6)),
 )}
 
 
@@ -227,8 +227,11 @@ def run_all(methods: list[Method], args: argparse.Namespace) -> None:
               f"{tokens:,} tokens: {run.loss:.4f} ({judged}) in {run.seconds:.0f} CPU s", flush=True)
 
     for method in methods:
-        for pair in method.pairs[1:2] if args.quick else method.pairs:
-            once(method, pair, 0, args.tune_tokens, "pick")
+        for rate in method.rates[1:2] if args.quick else method.rates:
+            once(method, (rate, method.alphas[0]), 0, args.tune_tokens, "pick")
+        best = best_pair(read_runs(args.out), args.hidden_size, method.name)
+        for alpha in () if args.quick else method.alphas[1:]:
+            once(method, (best[0], alpha), 0, args.tune_tokens, "pick")
         best = best_pair(read_runs(args.out), args.hidden_size, method.name)
         for seed in range(args.seeds):
             once(method, best, seed, args.tokens, "eval")
@@ -278,7 +281,7 @@ def main() -> None:
     prepare_data(args)
     if not args.render:
         run_all([methods[int(i)] for i in args.methods.split(",")] if args.methods else methods, args)
-    print(render(args.out, {method.name: method.pairs for method in methods}, describe(args)))
+    print(render(args.out, {method.name: method.rates for method in methods}, describe(args)))
 
 
 if __name__ == "__main__":
