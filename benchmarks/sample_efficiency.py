@@ -5,10 +5,10 @@
 
 Every method uses lrc_edge's own trainer. Six settings are tried for each method, with --tune-tokens and seed 0: six
 learning rates, or with a clone loss four rates, and then two other weights (alpha) of that loss at the best rate. The
-setting with the lowest loss on one held-out text is used for the final runs, which are evaluated on another, --held-out
-(default: a fifth of the documents of --text). Finished runs are stored in OUT/runs.jsonl and not repeated, so a killed
-benchmark resumes, and several processes may share OUT with different --methods. --long runs the best methods once more
-with ten times the tokens. --render only writes the tables and, if matplotlib is installed, the plot.
+setting with the lowest loss on one part of --held-out (default: a fifth of the documents of --text) is used for the
+final runs, which are evaluated on the other part. Finished runs are stored in OUT/runs.jsonl and not repeated, so a
+killed benchmark resumes, and several processes may share OUT with different --methods. --long runs the best methods
+once more with ten times the tokens. --render only writes the tables and, if matplotlib is installed, the plot.
 """
 from __future__ import annotations
 
@@ -205,12 +205,16 @@ def prepare_data(args: argparse.Namespace) -> None:
     prepare(sources, tokenizer, partial_folder, weights=[1.0] * len(sources),
             held_out_share=0.03 if args.held_out else 0.2, max_tokens=args.data_tokens, seq_len=args.seq_len,
             progress=lambda n: None)
-    rest = HeldOut.load(partial_folder / "held_out.npz").rows(args.seq_len, PICK_TOKENS + EVAL_TOKENS, teacher.bos())
-    n_pick = -(-PICK_TOKENS // (args.seq_len - 1))  # a row predicts one token less than it has
-    np.save(partial_folder / "pick.npy", rest[:n_pick])
-    judged = [HeldOut.from_texts(documents([str(text)], Fields()), tokenizer) for text in args.held_out]
-    rows = [text.rows(args.seq_len, EVAL_TOKENS // len(judged), teacher.bos()) for text in judged]
-    np.save(partial_folder / "eval.npy", np.concatenate(rows) if rows else rest[n_pick:])
+    texts = [HeldOut.from_texts(documents([str(text)], Fields()), tokenizer) for text in args.held_out] \
+        or [HeldOut.load(partial_folder / "held_out.npz")]
+    rows: dict[str, list[np.ndarray]] = {"eval": [], "pick": []}
+    for text in texts:
+        judged, found = (text.rows(args.seq_len, tokens // len(texts), teacher.bos())
+                         for tokens in (EVAL_TOKENS, EVAL_TOKENS + PICK_TOKENS))
+        rows["eval"].append(judged)
+        rows["pick"].append(found[len(judged):])
+    for name, parts in rows.items():
+        np.save(partial_folder / f"{name}.npy", np.concatenate(parts))
     shutil.rmtree(data, ignore_errors=True)
     partial_folder.rename(data)
 
