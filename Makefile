@@ -1,6 +1,6 @@
 # make demo           build a student of the embedded teacher, end to end      make check   ruff and mypy
 # make test           the tests                                                make clean   remove what these made
-# make test-gpu       training on this machine's GPU; installs nothing: PYTHON has torch, transformers, accelerate, pytest
+# make test-gpu       training on this machine's GPU; installs nothing: .venv, or else PYTHON, has torch and transformers
 # make test-targets   the demo's files on emulated processors, in Chromium and in node; installs these first
 # make faults         100 kills in all stages, full disks, too little memory, 10,000 damaged inputs; an hour, continues
 #                     where it was stopped; KILLS=, MUTATIONS= and SEED= change that
@@ -38,7 +38,7 @@ test-optimum: $(OPTIMUM)/installed
 
 # From the checkout, whose folder lrc_edge links to the others.
 test-gpu:
-	$(PYTHON) -m pytest -vv -rs -p no:cacheprovider tests/gpu
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m pytest -vv -rs -p no:cacheprovider tests/gpu
 
 test-targets: demo
 	$(BIN)/lrc-edge targets setup --yes $(TARGETS)
