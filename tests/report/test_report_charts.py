@@ -9,6 +9,7 @@ from report_page import SVG, Page, chart, titles
 
 from lrc_edge.report.report_file import render_report
 from lrc_edge.report.svg import Bar, Point, Scale, bar_chart, point_chart
+from lrc_edge.report.view import training_facts
 
 
 def test_loss_charts_hold_the_curve() -> None:
@@ -92,6 +93,15 @@ def test_the_terms_of_the_loss_are_those_that_training_names() -> None:
     svg = chart(report, "Parts of the training loss")
     drawn = {element.text for element in svg.iterfind("s:text", SVG)}
     assert {"total", "LM", "KL", "clone", "router balance"} <= drawn
+
+
+def test_training_shows_the_rates_and_the_loss_before_the_first_step() -> None:
+    report = example_report()
+    report["student"]["training"] |= {"first_held_out_loss": 1.7045, "student_held_out_loss": 1.6241,
+                                      "phases": {"dense": {"steps": 1200, "warmup": 24, "learning_rate": 9.1e-4}}}
+    facts = dict(training_facts(report))
+    assert facts["peak learning rate, dense phase"] == "0.00091"
+    assert facts["held-out loss"] == "1.7045 before the first step, 1.6241 after the last"
 
 
 def test_kl_of_zero_everywhere() -> None:

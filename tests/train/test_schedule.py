@@ -42,6 +42,7 @@ def test_forward_passes_divide_the_rows(rows: int, world: int, micro_batch: int,
 @pytest.mark.parametrize(("width", "steps", "batch", "kl", "expected"), [
     (1024, 200, 1024, 0.1, NEAR_RATE / 1024), (256, 200, 1024, 0.1, NEAR_RATE / 256),  # falls with the width
     (1024, 50, 1024, 0.1, NEAR_RATE / 2048), (1024, 200, 1024, 0.025, NEAR_RATE / 2048),  # near start, few steps
+    (1024, 200, 1024, -1e-9, NEAR_RATE / 10_240), (1024, 200, 1024, 0.0, NEAR_RATE / 10_240),  # as if the KL were 1e-3
     (1024, 100, 1024, 0.8, 2 * NEAR_RATE / 1024),  # grows with the distance from the teacher
     (1024, 100, 1024, 9.0, FAR_RATE / 1024),
     (1024, 200, 4096, 0.1, 2 * NEAR_RATE / 1024), (1024, 10**5, 32_768, 0.1, FAR_RATE / 1024),  # grows with the batch

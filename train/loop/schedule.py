@@ -15,7 +15,7 @@ WARMUP_STEPS = 20  # Adam's first steps move every weight by the full rate, what
 # Constants of the default peak rate, chosen from the runs in docs/LOG.md.
 NEAR_RATE, FAR_RATE = 0.16, 0.4  # rate x width: of a student that starts at NEAR_KL; at most
 MAX_RATE = 1e-2  # at any width
-NEAR_KL, FEW_STEPS = 0.4, 50
+NEAR_KL, LEAST_KL, FEW_STEPS = 0.4, 1e-3, 50
 
 
 def default_rate(width: int, steps: int, batch_tokens: int, start_kl: float) -> float:
@@ -25,7 +25,8 @@ def default_rate(width: int, steps: int, batch_tokens: int, start_kl: float) -> 
     than to gain from large steps, unless there are enough steps to recover. A large batch averages out noise, so it
     allows a larger rate, but not in a run of few steps.
     """
-    distance, length = start_kl / NEAR_KL, steps / FEW_STEPS
+    # The KL of a student that equals its teacher is a rounding error, of either sign.
+    distance, length = max(start_kl, LEAST_KL) / NEAR_KL, steps / FEW_STEPS
     near = min(1.0, math.sqrt(distance * length))
     batch = max(1.0, min(math.sqrt(batch_tokens / MIN_BATCH), length))
     return min(MAX_RATE, min(FAR_RATE, NEAR_RATE * near * max(1.0, distance) * batch) / width)
