@@ -103,7 +103,8 @@ class Train:
                "= random, as published")
     dense_share: float = key(
         1.0, "last share of the steps, which trains the student's matrices directly (Train What You Deploy, arXiv "
-             "2609.02006); the steps before it train the projections that make them (Low-Rank Clone)", at_least=0, at_most=1)
+             "2609.02006); the steps before it train the projections that make them (Low-Rank Clone)",
+        at_least=0, at_most=1)
     alpha: float = key(0.2, "weight of the clone loss in the clone phase", at_least=0)
     dense_alpha: float = key(0.2, "weight of the clone loss in the dense phase", at_least=0)
     clone_terms: Literal["relative", "per_token", "absolute"] = key(
