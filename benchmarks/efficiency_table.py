@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,17 @@ ATTRIBUTION = {
     "principal components": {"projections": "components, clone", "projections, terms": "components, clone, terms",
                              "weights": "SliceGPT start + KD", "weights, terms": "components, dense, terms"},
 }
+
+
+@dataclass(frozen=True)
+class Teacher:
+    name: str
+    loss: float  # on the rows that judge
+    n_params: int
+    n_params_of: Callable[[int], int]  # student's width -> its parameters
+
+    def line(self) -> str:
+        return f"Teacher `{self.name}`: {self.n_params:,} parameters, loss {self.loss:.4f}."
 
 
 @dataclass(frozen=True)
@@ -87,19 +98,24 @@ def spread(losses: list[float]) -> str:
     return f"± {(max(losses) - min(losses)) / 2:.3f}" if len(losses) > 1 else "one seed"
 
 
-def render(out: Path, rates: Mapping[str, Sequence[float]], teacher: str) -> str:
+def render(out: Path, rates: Mapping[str, Sequence[float]], teacher: Teacher) -> str:
     """Write table.md and, with matplotlib, curves.png; return the tables."""
     runs = read_runs(out)
-    sections = [teacher + "."]
+    sections = [teacher.line()]
     for width in sorted({run.width for run in runs}, reverse=True):
         finals = final_runs(runs, width)
         order = [name for name in rates if name in finals]
-        sections += ["", f"### {width} wide", "", *_losses(runs, finals, order, rates), "", *_attribution(finals),
-                     *_long(runs, width)]
+        sections += ["", f"### {width} wide, {megabytes(teacher.n_params_of(width)):.1f} MB in BF16", "",
+                     *_losses(runs, finals, order, rates), "", *_attribution(finals), *_long(runs, width)]
     text = "\n".join(sections) + "\n"
     (out / "table.md").write_text(text)
-    _plot(runs, list(rates), out / "curves.png")
+    _plot(runs, list(rates), teacher, out / "curves.png")
     return text
+
+
+def megabytes(n_params: int) -> float:
+    """Return the size of a BF16 checkpoint."""
+    return n_params * 2 / 1e6
 
 
 def _losses(runs: list[Run], finals: dict[str, list[Run]], order: list[str], rates: Mapping[str, Sequence[float]]
@@ -150,8 +166,8 @@ def _long(runs: list[Run], width: int) -> list[str]:
               + " |" for run in longer)]
 
 
-def _plot(runs: list[Run], names: list[str], file: Path) -> None:
-    """Draw held-out loss against tokens and against CPU time, a row of panels for each width."""
+def _plot(runs: list[Run], names: list[str], teacher: Teacher, file: Path) -> None:
+    """Draw held-out loss against tokens and CPU time, two panels for each width, and below against bytes."""
     try:
         from matplotlib import pyplot
     except ImportError:
@@ -160,20 +176,34 @@ def _plot(runs: list[Run], names: list[str], file: Path) -> None:
     widths = sorted({run.width for run in runs if run.judged == "eval"}, reverse=True)
     if not widths:
         return
-    figure, axes = pyplot.subplots(len(widths), 2, figsize=(13, 5 * len(widths)), layout="constrained", squeeze=False)
-    for row, width in zip(axes, widths, strict=True):
-        finals = final_runs(runs, width)
-        for i, name in enumerate(names):
-            if name not in finals:
-                continue
-            mine, curve = finals[name], mean_curve(finals[name])
+    finals_of = {width: final_runs(runs, width) for width in widths}
+    styles = {name: {"linewidth": 1.5, "color": f"C{i % 10}", "linestyle": ("-", "--")[i // 10 % 2]}
+              for i, name in enumerate(names)}
+    n_rows = len(widths) + (len(widths) > 1)
+    figure, axes = pyplot.subplots(n_rows, 2, figsize=(13, 5 * n_rows), layout="constrained", squeeze=False)
+    for row, width in zip(axes, widths, strict=False):
+        for name, mine in finals_of[width].items():
+            curve = mean_curve(mine)
             seconds = statistics.fmean(run.seconds / run.tokens for run in mine)
-            style = {"linewidth": 1.5, "color": f"C{i % 10}", "linestyle": ("-", "--")[i // 10 % 2]}
-            row[0].plot(*zip(*curve, strict=True), label=name, **style)
-            row[1].plot([tokens * seconds for tokens, _ in curve], [loss for _, loss in curve], **style)
+            row[0].plot(*zip(*curve, strict=True), label=name, **styles[name])
+            row[1].plot([tokens * seconds for tokens, _ in curve], [loss for _, loss in curve], **styles[name])
         for panel, label in zip(row, ("tokens", "CPU seconds"), strict=True):
-            panel.set(xlabel=label, ylabel="held-out loss, nats per token", yscale="log", title=f"{width} wide")
-            panel.yaxis.set_major_formatter("{x:g}")
-            panel.yaxis.set_minor_formatter("{x:g}")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+            panel.set(xlabel=label, title=f"{width} wide")
+    panels = list(axes[:len(widths)].flat)
+    if len(widths) > 1:
+        by_size, unused = axes[-1]
+        unused.axis("off")
+        for name in (name for name in names if all(name in finals_of[width] for width in widths)):
+            by_size.plot([megabytes(teacher.n_params_of(width)) for width in widths],
+                         [statistics.fmean(run.loss for run in finals_of[width][name]) for width in widths],
+                         marker="o", **styles[name])
+        by_size.plot([megabytes(teacher.n_params)], [teacher.loss], "k*", markersize=12)
+        by_size.set(xlabel="MB in BF16 (star: the teacher)", title="final loss against size")
+        panels.append(by_size)
+    for panel in panels:
+        panel.set(ylabel="held-out loss, nats per token", yscale="log")
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("{x:g}")
+    handles = {label: handle for row in axes for handle, label in zip(*row[0].get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8)
     figure.savefig(file, dpi=110)

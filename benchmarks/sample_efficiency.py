@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from efficiency_table import Pair, Run, best_pair, leaders, read_runs, render
+from efficiency_table import Pair, Run, Teacher, best_pair, leaders, read_runs, render
 from torch import nn
 
 from lrc_edge.checkpoint import DenseCheckpoint
@@ -244,13 +244,11 @@ def run_all(methods: list[Method], args: argparse.Namespace) -> None:
         once(METHODS[name], best, 0, 10 * args.tokens, "eval")
 
 
-def describe(args: argparse.Namespace) -> str:
-    """Return the line above the table, with the teacher's own loss."""
+def describe(args: argparse.Namespace) -> Teacher:
     teacher = DenseCheckpoint.open(args.teacher)
     loss = held_out_loss(teacher.model(), np.load(args.out / "data" / "eval.npy"), torch.float32)
-    shape = teacher.shape
-    return (f"Teacher `{args.teacher.name}`: {shape.num_hidden_layers} layers, {shape.hidden_size} wide, "
-            f"{shape.n_params:,} parameters, loss {loss:.4f}")
+    return Teacher(args.teacher.name, loss, teacher.shape.n_params,
+                   lambda width: teacher.shape.with_hidden_size(width).n_params)
 
 
 def main() -> None:
