@@ -92,7 +92,7 @@ def bytes_between_steps(lineage: Lineage, phase: Phase) -> int:
     matrices (clone phase) and the projections of the clone loss (dense phase).
     """
     weights = list(weights_of(lineage.student))
-    composed = [weight for weight in weights if lineage.is_composed(weight.role)]
+    composed = [weight for weight in weights if weight.role.is_matrix]
     size_of_p = lineage.teacher.hidden_size * lineage.student.hidden_size
     n_student = sum(weight.numel for weight in weights)
     if phase is DENSE:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from lrc_edge.checkpoint import PROVENANCE_FILE, TOKENIZER_PARTS, DenseCheckpoint, Rope
 from lrc_edge.errors import UserError
 from lrc_edge.export.card import model_card, quantized_section
-from lrc_edge.families import RESIDUAL, weights_of
-from lrc_edge.lineage import Holds, Lineage, compose, read_metadata
+from lrc_edge.families import weights_of
+from lrc_edge.lineage import Holds, Lineage, compose, is_map, read_lineage
 from lrc_edge.shape import ModelShape
 
 SHARD_BYTES = 2 * 1024**3
@@ -32,20 +32,22 @@ def fold(teacher: DenseCheckpoint, trained_file: Path, folder: Path, provenance:
          progress: Callable[[str], None] | None = None) -> DenseCheckpoint:
     """Write the student to `folder` (which must not exist) and open it.
 
-    `trained_file`: safetensors with a lineage in its metadata, tensors named after the student's weights. After a dense
-    phase it has every weight. Before, it has norms, P (teacher width x student width) of each matrix with a projected
-    axis, and nothing of the weights that are the teacher's. Weights are composed in float32, one at a time. Raises
-    UserError.
+    `trained_file`: safetensors with a lineage, tensors named after the student's weights. After a dense phase it has
+    every weight. Before, it has norms, P (teacher width x student width) of each matrix, and nothing of biases and q/k
+    norms, which follow from the teacher's. Weights are composed in float32, one at a time. Raises UserError.
     """
     with safe_open(trained_file, framework="pt") as trained:
-        lineage, holds = read_metadata(trained.metadata(), trained_file)
+        lineage, holds = read_lineage(trained, trained_file)
         if lineage.teacher != teacher.shape:
             raise UserError(f"{trained_file}: trained on a teacher of another shape; {SAME_TEACHER}")
         _check_tensors(trained, lineage, holds, trained_file)
         folder.mkdir(parents=True)
         _write_weights(_folded(teacher, lineage, holds, trained, progress), folder)
     provenance = provenance | {"lineage": lineage.sources()}
-    _write_tables(teacher, lineage.student, folder, provenance)
+    config = student_config(teacher.config, lineage.student, teacher.rope)
+    if lineage.student.num_hidden_layers < teacher.shape.num_hidden_layers:
+        config |= _layer_types(teacher, lineage.layers)
+    _write_tables(config, folder, provenance)
     copy_tokenizer(teacher.path, folder)
     for name in ("generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE"):
         if (teacher.path / name).exists():
@@ -62,7 +64,7 @@ def with_weights(source: DenseCheckpoint, trained_file: Path, folder: Path, prov
     Raises UserError if the file is of another student or holds projections.
     """
     with safe_open(trained_file, framework="pt") as trained:
-        lineage, holds = read_metadata(trained.metadata(), trained_file)
+        lineage, holds = read_lineage(trained, trained_file)
         if lineage.student != source.shape or holds != "weights":
             raise UserError(f"{trained_file}: does not hold the weights of {source.path}; delete it and train again")
         _check_tensors(trained, lineage, holds, trained_file)
@@ -72,7 +74,7 @@ def with_weights(source: DenseCheckpoint, trained_file: Path, folder: Path, prov
     for file in source.path.iterdir():
         if file.is_file() and file.name not in kept_out:
             shutil.copyfile(file, folder / file.name)
-    _write_tables(source, source.shape, folder, provenance)
+    _write_tables(student_config(source.config, source.shape, source.rope), folder, provenance)
     card = folder / "README.md"
     if card.exists():
         with card.open("ab") as text:
@@ -82,11 +84,11 @@ def with_weights(source: DenseCheckpoint, trained_file: Path, folder: Path, prov
 
 def _check_tensors(trained: Any, lineage: Lineage, holds: Holds, where: Path) -> None:
     """Raise UserError unless the file has a tensor of the right shape for each weight that was trained, and no more."""
-    names = set(trained.keys())
+    names = {name for name in trained.keys() if not is_map(name)}
     for weight in weights_of(lineage.student):
-        if holds == "projections" and lineage.is_copied(weight.role):
+        if holds == "projections" and weight.role.is_inner:
             continue
-        is_projection = holds == "projections" and lineage.is_composed(weight.role)
+        is_projection = holds == "projections" and weight.role.is_matrix
         wanted = [lineage.teacher.hidden_size, lineage.student.hidden_size] if is_projection else list(weight.shape)
         found = trained.get_slice(weight.name).get_shape() if weight.name in names else None
         if found != wanted:
@@ -104,14 +106,14 @@ def _folded(teacher: DenseCheckpoint, lineage: Lineage, holds: Holds, trained: A
             progress(weight.name)
         if holds == "weights":
             yield weight.name, trained.get_tensor(weight.name)
-        elif lineage.is_copied(weight.role):
-            yield weight.name, teacher.tensor(lineage.source_of(weight)).float()
-        elif lineage.is_composed(weight.role):
-            # float32, whatever the operands were stored in: folding must add no error of its own.
-            maps = {RESIDUAL: trained.get_tensor(weight.name).float()}
-            yield weight.name, compose(weight, teacher.tensor(lineage.source_of(weight)).float(), maps).contiguous()
-        else:
+        elif weight.role.is_norm:
             yield weight.name, trained.get_tensor(weight.name)
+        else:
+            # float32, whatever the operands were stored in: folding must add no error of its own.
+            tensor = lineage.mapped(weight, teacher.tensor(lineage.source_of(weight)).float())
+            if weight.role.is_matrix:
+                tensor = compose(weight.role, tensor, trained.get_tensor(weight.name).float())
+            yield weight.name, tensor.contiguous()
 
 
 def _write_weights(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path) -> None:
@@ -145,8 +147,13 @@ def _write_weights(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path) ->
         json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
 
 
-def _write_tables(source: DenseCheckpoint, shape: ModelShape, folder: Path, provenance: dict[str, str]) -> None:
-    config = student_config(source.config, shape, source.rope)
+def _layer_types(teacher: DenseCheckpoint, layers: Sequence[int]) -> dict[str, Any]:
+    """Return the kinds of attention of these layers as a field of a config; nothing if all layers have one kind."""
+    types = getattr(teacher.check_config(), "layer_types", None)
+    return {"layer_types": [types[layer] for layer in layers]} if types else {}
+
+
+def _write_tables(config: dict[str, Any], folder: Path, provenance: dict[str, str]) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / PROVENANCE_FILE).write_text(json.dumps(provenance, indent=2) + "\n")
 

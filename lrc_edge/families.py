@@ -51,6 +51,11 @@ class Role:
         return self.axes == (RESIDUAL,)
 
     @property
+    def is_inner(self) -> bool:
+        """Whether it is a vector that is not in the residual stream: a bias, or the gain of a q/k norm."""
+        return RESIDUAL not in self.axes
+
+    @property
     def writes_stream(self) -> bool:
         return self.is_matrix and self.axes[0] == RESIDUAL
 
@@ -138,9 +143,9 @@ _ATTN = _LAYER + "self_attn."
 _DECODER = (
     Role("attn_norm", _LAYER + "input_layernorm.weight", (RESIDUAL,)),
     Role("attn_q", _ATTN + "q_proj.weight", ("q_size", RESIDUAL), norm="attn_norm"),
-    Role("attn_k", _ATTN + "k_proj.weight", ("kv_size", RESIDUAL), norm="attn_norm"),
-    Role("attn_v", _ATTN + "v_proj.weight", ("kv_size", RESIDUAL), norm="attn_norm"),
-    Role("attn_output", _ATTN + "o_proj.weight", (RESIDUAL, "q_size")),
+    Role("attn_k", _ATTN + "k_proj.weight", ("k_size", RESIDUAL), norm="attn_norm"),
+    Role("attn_v", _ATTN + "v_proj.weight", ("v_size", RESIDUAL), norm="attn_norm"),
+    Role("attn_output", _ATTN + "o_proj.weight", (RESIDUAL, "o_size")),
     Role("ffn_norm", _LAYER + "post_attention_layernorm.weight", (RESIDUAL,)),
     Role("ffn_gate", _LAYER + "mlp.gate_proj.weight", ("intermediate_size", RESIDUAL), norm="ffn_norm"),
     Role("ffn_up", _LAYER + "mlp.up_proj.weight", ("intermediate_size", RESIDUAL), norm="ffn_norm"),
@@ -148,8 +153,8 @@ _DECODER = (
 )
 _QKV_BIAS = (
     Role("attn_q_bias", _ATTN + "q_proj.bias", ("q_size",)),
-    Role("attn_k_bias", _ATTN + "k_proj.bias", ("kv_size",)),
-    Role("attn_v_bias", _ATTN + "v_proj.bias", ("kv_size",)),
+    Role("attn_k_bias", _ATTN + "k_proj.bias", ("k_size",)),
+    Role("attn_v_bias", _ATTN + "v_proj.bias", ("v_size",)),
 )
 _QK_NORM = (
     Role("attn_q_norm", _ATTN + "q_norm.weight", ("head_dim",)),

@@ -1,18 +1,20 @@
 """Lineage: where each axis of a student comes from, and how its weights are composed from the teacher's.
 
-Every axis that the roles of lrc_edge.families name has a source: the teacher's coordinates as they are (`identity`), or
-those times a trained matrix of (teacher's size, student's size), one per weight (`projection`). Layers have a source,
-too: each layer of the student names one of the teacher's. The clone and the fold read nothing else about how the two
-models are related. The value is stored next to the trained tensors and in the student's provenance.
+The residual stream of the student is the teacher's times a trained matrix of (teacher's width, student's width), one
+for each weight: a projection. The other axes of a layer are the teacher's as they are, or follow from them by a fixed
+block map. Layers have a source, too: each layer of the student names one of the teacher's. The clone and the fold read
+nothing else about how the two models are related. The value is stored with the trained tensors and in the student's
+provenance.
 """
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from lrc_edge.block_map import BlockMap
 from lrc_edge.errors import UserError
 from lrc_edge.families import RESIDUAL, Role, Weight
 from lrc_edge.shape import ModelShape
@@ -20,8 +22,8 @@ from lrc_edge.shape import ModelShape
 if TYPE_CHECKING:
     import torch
 
-AXES = ("vocab_size", RESIDUAL, "intermediate_size", "q_size", "kv_size", "head_dim")
-Source = Literal["identity", "projection"]
+MAPPED_AXES = ("intermediate_size", "q_size", "k_size", "v_size", "o_size")  # those that may have block maps
+COPIED_AXES = ("vocab_size", "head_dim")  # always as in the teacher
 # What a trained file has: P of each composed matrix, and norms; or every weight of the student.
 Holds = Literal["projections", "weights"]
 METADATA_KEY = "lrc_edge"  # the only one: safetensors does not keep the order of several
@@ -29,89 +31,119 @@ METADATA_KEY = "lrc_edge"  # the only one: safetensors does not keep the order o
 
 @dataclass(frozen=True)
 class Lineage:
-    """Both shapes, the source of each axis, and for each layer of the student the index of the teacher's layer.
+    """Both shapes, the teacher's layer of each layer of the student, and the block maps: axis -> one for each layer.
 
-    Raises ValueError if these do not fit together.
+    Layers between two named ones are left out. Raises ValueError if these do not fit together.
     """
 
     teacher: ModelShape
     student: ModelShape
     layers: tuple[int, ...]
-    axes: Mapping[str, Source]
+    maps: Mapping[str, Sequence[BlockMap]] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of(cls, teacher: ModelShape, student: ModelShape) -> Lineage:
         """Return the lineage of a student that differs from its teacher only in the residual width, if at all."""
-        return cls(teacher, student, tuple(range(teacher.num_hidden_layers)),
-                   {axis: "projection" if axis == RESIDUAL else "identity" for axis in AXES})
+        return cls(teacher, student, tuple(range(teacher.num_hidden_layers)))
 
     def __post_init__(self) -> None:
-        if self.axes.keys() != set(AXES):
-            raise ValueError(f"lineage: axes {sorted(self.axes.keys() ^ set(AXES))} are unknown or missing; "
-                             f"known: {', '.join(AXES)}")
-        for axis, source in self.axes.items():
+        if unknown := self.maps.keys() - set(MAPPED_AXES):
+            raise ValueError(f"lineage: maps of {sorted(unknown)}; known: {', '.join(MAPPED_AXES)}")
+        for axis in (*COPIED_AXES, *MAPPED_AXES):
             sizes = getattr(self.teacher, axis), getattr(self.student, axis)
-            if source not in get_args(Source):
-                raise ValueError(f"lineage: {axis} = {source!r}; known: {', '.join(get_args(Source))}")
-            if source == "identity" and sizes[0] != sizes[1]:
-                raise ValueError(f"lineage: {axis} is the identity, but {sizes[0]} in the teacher and {sizes[1]} in "
-                                 "the student")
-        if len(self.layers) != self.student.num_hidden_layers or \
-                not set(self.layers) <= set(range(self.teacher.num_hidden_layers)):
+            if axis not in self.maps and sizes[0] != sizes[1]:
+                raise ValueError(f"lineage: {axis} has no map, but is {sizes[0]} in the teacher and {sizes[1]} in the "
+                                 "student")
+            for found in self.maps.get(axis, ()):
+                if (found.teacher_size, found.student_size) != sizes:
+                    raise ValueError(f"lineage: a map of {axis} is from {found.teacher_size} to {found.student_size}, "
+                                     f"need {sizes[0]} to {sizes[1]}")
+            if len(self.maps.get(axis, self.layers)) != len(self.layers):
+                raise ValueError(f"lineage: {len(self.maps[axis])} maps of {axis} for {len(self.layers)} layers")
+        if len(self.layers) != self.student.num_hidden_layers or self.layers[0] != 0 or \
+                sorted({*self.layers}) != [*self.layers] or self.layers[-1] >= self.teacher.num_hidden_layers:
             raise ValueError(f"lineage: layers {self.layers} of a teacher with {self.teacher.num_hidden_layers} do not "
-                             f"make a student of {self.student.num_hidden_layers}")
+                             f"make a student of {self.student.num_hidden_layers}; the first is always kept")
 
-    def is_copied(self, role: Role) -> bool:
-        """Whether weights of this role start as the teacher's, because none of their axes is projected.
-
-        They stay so while projections are trained. Once weights are trained, these are, too (train/phases.py).
-        """
-        return all(self.axes[axis] == "identity" for axis in role.axes)
-
-    def is_composed(self, role: Role) -> bool:
-        """Whether the weights of this role are matrices composed through a projection.
-
-        The gains of norms are trained directly: a gain is not a vector in the residual stream, so no linear map fits.
-        """
-        return role.is_matrix and not self.is_copied(role)
+    def teacher_layers(self, layer: int) -> range:
+        """Return the teacher's layers that a layer of the student stands for: its own, and those left out after it."""
+        following = (*self.layers[1:], self.teacher.num_hidden_layers)
+        return range(self.layers[layer], following[layer])
 
     def source_of(self, weight: Weight) -> str:
         """Return the name of the teacher's weight that a weight of the student comes from."""
         return weight.role.weight.format(i=None if weight.layer is None else self.layers[weight.layer])
 
+    def map_of(self, axis: str, layer: int | None) -> BlockMap | None:
+        """Return the map of an axis; None if the axis has none."""
+        return self.maps[axis][layer] if layer is not None and axis in self.maps else None
+
+    def mapped(self, weight: Weight, teacher: torch.Tensor) -> torch.Tensor:
+        """Apply the block maps of all axes of the student's `weight` to the teacher's weight that it comes from."""
+        for dim, axis in enumerate(weight.role.axes):
+            found = self.map_of(axis, weight.layer)
+            teacher = found.apply(teacher, dim) if found else teacher
+        return teacher
+
+    def has_maps(self, role: Role) -> bool:
+        return any(axis in self.maps for axis in role.axes)
+
     def sources(self) -> str:
         """Return, as JSON for the provenance of a student, what the two shapes do not show."""
-        return json.dumps({**self.axes, "layers": self.layers})
+        kinds = {axis: "selection" if all(m.is_selection for m in maps) else "block map"
+                 for axis, maps in self.maps.items()}
+        copied = dict.fromkeys((*COPIED_AXES, *MAPPED_AXES), "identity")
+        return json.dumps({**copied, RESIDUAL: "projection", **kinds, "layers": self.layers})
 
     def metadata(self, holds: Holds) -> dict[str, str]:
-        """Return the safetensors metadata of a file of trained tensors."""
-        return {METADATA_KEY: json.dumps({"holds": holds, **asdict(self)})}
+        """Return the safetensors metadata of a file of trained tensors; `tensors` goes into the same file."""
+        return {METADATA_KEY: json.dumps({"holds": holds, "teacher": self.teacher.as_dict(), "maps": [*self.maps],
+                                          "student": self.student.as_dict(), "layers": self.layers})}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return the block maps as tensors of a file, by names that no weight has."""
+        return {name: tensor for axis, maps in self.maps.items() for layer, found in enumerate(maps)
+                for name, tensor in zip(_map_names(axis, layer), (found.index_JM, found.factor_JMTS), strict=True)}
 
 
-def read_metadata(metadata: Mapping[str, str] | None, where: Path) -> tuple[Lineage, Holds]:
-    """Read what `Lineage.metadata` wrote into the file `where`. Raises UserError if it is missing or invalid."""
+def is_map(name: str) -> bool:
+    """Whether a tensor of a trained file belongs to a block map."""
+    return name.startswith("map.")
+
+
+def _map_names(axis: str, layer: int) -> tuple[str, str]:
+    return f"map.{axis}.{layer}.index", f"map.{axis}.{layer}.factor"
+
+
+def read_lineage(file: Any, where: Path) -> tuple[Lineage, Holds]:
+    """Read what `Lineage.metadata` and `Lineage.tensors` wrote. `file`: the opened safetensors file `where`. Raises
+    UserError if it is missing or invalid."""
     try:
-        table: dict[str, Any] = json.loads((metadata or {})[METADATA_KEY])
+        table: dict[str, Any] = json.loads((file.metadata() or {})[METADATA_KEY])
         if table["holds"] not in get_args(Holds):
             raise ValueError(f"holds = {table['holds']!r}; known: {', '.join(get_args(Holds))}")
-        return Lineage(ModelShape.from_dict(table["teacher"]), ModelShape.from_dict(table["student"]),
-                       tuple(table["layers"]), table["axes"]), table["holds"]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        teacher, student = ModelShape.from_dict(table["teacher"]), ModelShape.from_dict(table["student"])
+        maps = {axis: tuple(_read_maps(file, axis, student.num_hidden_layers, getattr(teacher, axis)))
+                for axis in table["maps"]}
+        return Lineage(teacher, student, tuple(table["layers"]), maps), table["holds"]
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(f"{where}: its metadata does not describe a student ({error}); another version of lrc-edge "
                         "wrote it: delete it, then run lrc-edge build or train again") from error
 
 
-def compose(weight: Weight, teacher: torch.Tensor, maps: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Compose a weight of the student: apply each map P to its axis of the teacher's weight W.
+def _read_maps(file: Any, axis: str, n_layers: int, teacher_size: int) -> Iterator[BlockMap]:
+    names = set(file.keys())
+    for layer in range(n_layers):
+        if missing := [name for name in _map_names(axis, layer) if name not in names]:
+            raise ValueError(f"tensor {missing[0]} is missing")
+        yield BlockMap(*(file.get_tensor(name) for name in _map_names(axis, layer)), teacher_size)
 
-    P is (teacher's size, student's size). On the input axis the result is W P, on the output axis P^T W (Low-Rank
-    Clone, arXiv 2505.12781, section 3). Axes without a map are copied. The result has the operands' type; callers
-    choose the precision. Raises ValueError for a map of an unknown axis.
+
+def compose(role: Role, base: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
+    """Compose a matrix of the student from a projection P (teacher's width, student's width).
+
+    `base` is the teacher's matrix W after its block maps. A matrix that reads the residual stream becomes W P, one that
+    writes it P^T W (Low-Rank Clone, arXiv 2505.12781, section 3). The result has the operands' type; callers choose the
+    precision.
     """
-    if unknown := maps.keys() - set(AXES):
-        raise ValueError(f"compose: axes {sorted(unknown)} are unknown; known: {', '.join(AXES)}")
-    outputs, *inputs = weight.role.axes
-    composed = teacher
-    for axis in inputs:
-        composed = composed @ maps[axis] if axis in maps else composed
-    return maps[outputs].T @ composed if outputs in maps else composed
+    return projection.T @ base if role.writes_stream else base @ projection

@@ -62,9 +62,23 @@ class ModelShape:
         return self.num_attention_heads * self.head_dim
 
     @property
+    def o_size(self) -> int:
+        """Width of the outputs of all query heads, which o_proj reads."""
+        return self.q_size
+
+    @property
     def kv_size(self) -> int:
         """Width of all key (or value) heads together."""
         return self.num_key_value_heads * self.head_dim
+
+    # Keys and values are axes of their own: a student's may follow from the teacher's by different maps.
+    @property
+    def k_size(self) -> int:
+        return self.kv_size
+
+    @property
+    def v_size(self) -> int:
+        return self.kv_size
 
     @property
     def n_params(self) -> int:

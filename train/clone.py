@@ -1,11 +1,13 @@
 """A frozen teacher and its student (the same transformers class), run layer by layer on the same tokens.
 
+Each layer of the student runs next to the teacher's layer that it comes from, and to those that were left out after it.
+
 The phase (train/phases.py) decides what the optimizer trains and how the student's matrices follow from that.
 Call `compose_` after each change of the trained tensors, and `pull_back_` after the backward passes of a step.
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from lrc_edge.block_map import BlockMap
 from lrc_edge.families import Role, Weight, family_of, parts_of, weights_of
 from lrc_edge.lineage import Lineage
 from lrc_edge.train import losses
@@ -50,43 +53,55 @@ class Tap:
 
 
 class LayerPair(nn.Module):
-    """A layer of the teacher and one of the student. The teacher's activations live for this layer's forward pass only.
+    """A layer of the student, the teacher's layer that it comes from, and those that were left out after that.
 
-    The outputs of all linears (`roles`) are compared. Those that write into the residual stream are in the student's
-    coordinates, so the teacher's outputs go through their projections first.
+    The teacher's activations live for this layer's forward pass only. The outputs of all linears (`roles`) are
+    compared. The student's are in its own coordinates, so the teacher's go through their block maps first, or, if they
+    are in the residual stream, through their projections. The last linear of the student's layer also stands for the
+    layers that were left out.
     """
 
-    def __init__(self, teacher: nn.Module, student: nn.Module, roles: tuple[Role, ...], sizes: tuple[int, int],
-                 recompute: bool):
-        """`sizes`: shape of a projection, (teacher's width, student's width)."""
+    def __init__(self, teacher: Sequence[nn.Module], student: nn.Module, roles: tuple[Role, ...],
+                 sizes: tuple[int, int], maps: dict[str, BlockMap], recompute: bool):
+        """`sizes`: shape of a projection, (teacher's width, student's width). `maps`: by axis."""
         super().__init__()
-        self.teacher, self.student, self.recompute = teacher, student, recompute
+        self.teacher, self.student, self.recompute = teacher[0], student, recompute
+        self.left_out = nn.ModuleList(teacher[1:])
         self.projections = nn.ParameterDict(
             {key(role.module): nn.Parameter(torch.zeros(sizes)) for role in roles if role.writes_stream})
+        self.maps = {role.module: maps[role.axes[0]] for role in roles if role.axes[0] in maps}
+        self.last = [role.module for role in roles if role.writes_stream][-1]
         modules = [role.module for role in roles]
-        self.teacher_tap, self.student_tap = Tap(teacher, modules), Tap(student, modules)
+        self.teacher_tap, self.student_tap = Tap(self.teacher, modules), Tap(student, modules)
 
     def compile_(self) -> None:
         """Apply torch.compile: as one graph, or as two if the student is recomputed: a graph cannot rerun its hooks."""
         if self.recompute:
-            self.teacher.compile()
+            for layer in (self.teacher, *self.left_out):
+                layer.compile()
             self._student = torch.compile(self._student)  # type: ignore[method-assign]
         else:
             self.compile()
 
     def forward(self, teacher_stream: torch.Tensor | None, student_stream: torch.Tensor, objective: Objective,
-                mask: torch.Tensor | None, rope: tuple[torch.Tensor, torch.Tensor]
+                masks: Sequence[torch.Tensor | None], rope: tuple[torch.Tensor, torch.Tensor]
                 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """Return the two residual streams after this layer, and the terms of ACTIVATION_TERMS, summed over the linears.
 
-        If `teacher_stream` is None, only the student runs.
+        If `teacher_stream` is None, only the student runs. `masks`: of the teacher's layers; the student's is the
+        first.
         """
         targets: dict[str, torch.Tensor] = {}
+        mask = masks[0]
         if teacher_stream is not None:
             self.teacher_tap.keeps = objective.compares_activations
             with torch.no_grad():
-                teacher_stream = self.teacher(teacher_stream, attention_mask=mask, position_embeddings=rope)
-            targets = self.teacher_tap.take()
+                teacher_stream = own = self.teacher(teacher_stream, attention_mask=mask, position_embeddings=rope)
+                targets = self.teacher_tap.take()
+                for layer, its_mask in zip(self.left_out, masks[1:], strict=True):
+                    teacher_stream = layer(teacher_stream, attention_mask=its_mask, position_embeddings=rope)
+                if targets and len(self.left_out):
+                    targets[self.last] = targets[self.last] + (teacher_stream - own)
         if self.recompute and torch.is_grad_enabled():
             student_stream, terms = checkpoint(self._student, student_stream, targets, objective.clone_terms, mask,
                                                rope, use_reentrant=False, preserve_rng_state=False)
@@ -106,24 +121,26 @@ class LayerPair(nn.Module):
         for name, target in targets.items():
             if key(name) in self.projections:
                 target = target @ self.projections[key(name)].to(target.dtype)
+            elif name in self.maps:
+                target = self.maps[name].apply(target)
             terms = terms + torch.stack([of_activations(outputs[name], target, clone_terms)
                                          for of_activations in ACTIVATION_TERMS.values()])
         return stream, terms
 
 
 class Clone(nn.Module):
-    """A frozen teacher, its student of another width, and the tensors that are trained to make the student."""
+    """A frozen teacher, its student of another shape, and the tensors that are trained to make the student."""
 
     teacher: PreTrainedModel
     student: PreTrainedModel
     phase: Phase
 
     def __init__(self, teacher: PreTrainedModel, lineage: Lineage, compute_dtype: torch.dtype = torch.float32,
-                 recompute: bool = False):
+                 recompute: bool = False, phase: Phase = CLONE):
         """`compute_dtype`: float32, or bfloat16 for autocast forward passes and compositions on float32 masters.
 
         `recompute`: the student's layers keep nothing for the backward pass but their inputs (gradient checkpointing).
-        All projections are 0 until `initialize` is called.
+        All tensors that the `phase` trains are to be set by `initialize`.
         """
         super().__init__()
         self.lineage, self.compute_dtype = lineage, compute_dtype
@@ -140,24 +157,31 @@ class Clone(nn.Module):
         roles = family_of(lineage.student.family).matrices
         sizes = lineage.teacher.hidden_size, lineage.student.hidden_size
         self.pairs = nn.ModuleList(
-            LayerPair(of_teacher, of_student, roles, sizes, recompute) for of_teacher, of_student
-            in zip(self.teacher_parts.layers, self.student_parts.layers, strict=True))
+            LayerPair([self.teacher_parts.layers[t] for t in lineage.teacher_layers(layer)], of_student, roles, sizes,
+                      {axis: maps[layer].to(teacher.device) for axis, maps in lineage.maps.items()}, recompute)
+            for layer, of_student in enumerate(self.student_parts.layers))
         self.ends = nn.ModuleList([end for parts in (self.teacher_parts, self.student_parts)
                                    for end in (parts.embedding, parts.rope, parts.norm, parts.head)])
         self.weights = list(weights_of(lineage.student))
         self.unread = nn.ParameterDict()  # trained tensors of the phase that no forward pass reads
+        self.mapped = nn.ParameterDict()  # in the clone phase: matrices of the teacher after their block maps
         self.bind()
         for weight in self.weights:
-            if lineage.is_copied(weight.role):
-                self.student_weights[weight.name].data.copy_(self.teacher_of(weight).data)
-        self.start(CLONE)
+            if weight.role.is_inner:
+                mapped = lineage.mapped(weight, self.teacher_of(weight).data)
+                self.student_weights[weight.name].data.copy_(mapped)
+        self._begin(phase, None)
 
     def start(self, phase: Phase) -> None:
-        phase.begin(self)
+        """Go on in another phase, with the same student."""
+        self._begin(phase, self.phase)
+
+    def _begin(self, phase: Phase, previous: Phase | None) -> None:
+        phase.begin(self, previous)
         self.phase = phase
         for weight in self.weights:
-            if self.lineage.is_copied(weight.role):
-                self.student_weights[weight.name].requires_grad_(phase.trains_copied)
+            if weight.role.is_inner:
+                self.student_weights[weight.name].requires_grad_(phase.trains_inner)
 
     def compile_(self) -> None:
         """Apply torch.compile to every layer and to the losses at the LM head."""
@@ -178,9 +202,9 @@ class Clone(nn.Module):
         return self.teacher_weights[self.lineage.source_of(weight)]
 
     def composed(self) -> Iterator[tuple[Weight, nn.Parameter]]:
-        """Yield the student's matrices that depend on the residual width, with their parameters in the model."""
+        """Yield the student's matrices, with their parameters in the model."""
         for weight in self.weights:
-            if self.lineage.is_composed(weight.role):
+            if weight.role.is_matrix:
                 yield weight, self.student_weights[weight.name]
 
     def writer(self, weight: Weight) -> nn.Parameter:
@@ -195,9 +219,9 @@ class Clone(nn.Module):
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return what the optimizer trains, by resulting weight: the tensors of the phase, and vectors."""
-        return {weight.name: self.phase.master(self, weight) if self.lineage.is_composed(weight.role)
+        return {weight.name: self.phase.master(self, weight) if weight.role.is_matrix
                 else self.student_weights[weight.name]
-                for weight in self.weights if self.phase.trains_copied or not self.lineage.is_copied(weight.role)}
+                for weight in self.weights if self.phase.trains_inner or not weight.role.is_inner}
 
     def initialize(self, values: dict[str, torch.Tensor]) -> None:
         """Set all trainable tensors, by name, and compose the student. `values` must have exactly these names."""
@@ -237,9 +261,10 @@ class Clone(nn.Module):
             student_stream = student.embedding(input_ids).float()
             rope = student.rope(student_stream.to(self.compute_dtype), positions_of(input_ids, documents))
             terms = student_stream.new_zeros(len(ACTIVATION_TERMS), dtype=torch.float32)
-            masks = attention_masks(self.student.config, input_ids, documents)
-            for pair, mask in zip(self.pairs, masks, strict=True):
-                teacher_stream, student_stream, found = pair(teacher_stream, student_stream, objective, mask, rope)
+            masks = attention_masks(self.teacher.config, input_ids, documents)
+            for layer, pair in enumerate(self.pairs):
+                its_masks = [masks[t] for t in self.lineage.teacher_layers(layer)]
+                teacher_stream, student_stream, found = pair(teacher_stream, student_stream, objective, its_masks, rope)
                 terms = terms + found * share
             hidden = student.norm(student_stream).flatten(0, 1)
             target = target_head = None
@@ -255,6 +280,8 @@ def _new_student(teacher: PreTrainedModel, lineage: Lineage) -> PreTrainedModel:
     config = type(teacher.config).from_dict(teacher.config.to_dict())
     for name, value in lineage.student.as_config().items():
         setattr(config, name, value)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[layer] for layer in lineage.layers]
     config._attn_implementation = teacher.config._attn_implementation = "sdpa"
     with teacher.device:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-any-return]

@@ -99,7 +99,7 @@ def _values(clone: Clone, projection: Callable[[Weight], torch.Tensor], gain: Ca
             ) -> dict[str, torch.Tensor]:
     """Return, by weight name, the projection of each composed matrix and the gain of each norm."""
     return {weight.name: gain(weight.name) if weight.role.is_norm else projection(weight)
-            for weight in clone.weights if not clone.lineage.is_copied(weight.role)}
+            for weight in clone.weights if not weight.role.is_inner}
 
 
 def _rms_by_norm(clone: Clone, rows: torch.Tensor, student_of: Callable[[torch.Tensor], torch.Tensor]

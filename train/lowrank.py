@@ -30,7 +30,7 @@ def identity(width: int) -> torch.Tensor:
 
 
 def pull_back(role: Role, teacher: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """Return dL/dP_TS from the gradient of the composed weight, whose only projected axis is the residual width.
+    """Return dL/dP_TS from the gradient of the composed weight. `teacher`: its W after the block maps.
 
     W = W_OT P_TS gives W_OT^T dW_OS; W = P_TS^T W_TI gives W_TI dW_SI^T.
     """

@@ -6,9 +6,9 @@ dense      the matrices themselves, as in a folded student (Train What You Deplo
 quantized  latent matrices. The model uses them rounded to the grid of the 4-bit files; gradients pass through the
            rounding unchanged (straight-through, Bengio et al., arXiv 1308.3432).
 
-The gains of the student's norms are trained directly in every phase. Biases and the gains of q/k norms are the
+The gains of the student's norms are trained directly in every phase. Biases and the gains of q/k norms follow from the
 teacher's: they stay frozen in the clone phase, as published, and are trained with all other weights from the dense
-phase on. A clone starts in the phase `clone`; `Clone.start` starts another one.
+phase on.
 """
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import nn
 
-from lrc_edge.families import RESIDUAL, Weight
+from lrc_edge.families import Weight
 from lrc_edge.lineage import Holds, compose
 from lrc_edge.train import lowrank
 from lrc_edge.train.grids import on_grid
@@ -31,10 +31,10 @@ class Phase:
 
     name: ClassVar[str]
     holds: ClassVar[Holds] = "weights"  # what a file of trained tensors has
-    trains_copied: ClassVar[bool] = True  # weights that are the teacher's: biases, gains of q/k norms
+    trains_inner: ClassVar[bool] = True  # biases, gains of q/k norms
 
-    def begin(self, clone: Clone) -> None:
-        """Prepare the clone's tensors while the clone is still in its previous phase."""
+    def begin(self, clone: Clone, previous: Phase | None) -> None:
+        """Prepare the clone's tensors. `previous` is None for a clone whose student has no values yet."""
         raise NotImplementedError
 
     def master(self, clone: Clone, weight: Weight) -> nn.Parameter:
@@ -59,12 +59,16 @@ class Phase:
 class ClonePhase(Phase):
     """Trains projections. Projections of matrices that write into the stream also map the teacher's outputs."""
 
-    name, holds, trains_copied = "clone", "projections", False
+    name, holds, trains_inner = "clone", "projections", False
 
-    def begin(self, clone: Clone) -> None:
+    def begin(self, clone: Clone, previous: Phase | None) -> None:
         sizes = clone.lineage.teacher.hidden_size, clone.lineage.student.hidden_size
         clone.unread.update({key(weight.name): nn.Parameter(torch.zeros(sizes)) for weight, _ in clone.composed()
                              if not weight.role.writes_stream})
+        # Mapped once, because a sharded weight cannot be mapped.
+        clone.mapped.update({key(weight.name): nn.Parameter(
+            clone.lineage.mapped(weight, clone.teacher_of(weight).data), requires_grad=False)
+            for weight, _ in clone.composed() if clone.lineage.has_maps(weight.role)})
 
     def master(self, clone: Clone, weight: Weight) -> nn.Parameter:
         return clone.writer(weight) if weight.role.writes_stream else clone.unread[key(weight.name)]
@@ -72,8 +76,7 @@ class ClonePhase(Phase):
     @torch.no_grad()
     def compose_(self, clone: Clone, dtype: torch.dtype) -> None:
         for weight, matrix in clone.composed():
-            maps = {RESIDUAL: self.master(clone, weight).to(dtype)}
-            composed = compose(weight, clone.teacher_of(weight).to(dtype), maps)
+            composed = compose(weight.role, self._base(clone, weight).to(dtype), self.master(clone, weight).to(dtype))
             matrix.copy_(lowrank.placed_as(composed, matrix))
 
     @torch.no_grad()
@@ -81,11 +84,17 @@ class ClonePhase(Phase):
         for weight, matrix in clone.composed():
             if matrix.grad is not None:
                 p = self.master(clone, weight)
-                grad = lowrank.pull_back(weight.role, clone.teacher_of(weight).to(dtype), matrix.grad.to(dtype))
+                grad = lowrank.pull_back(weight.role, self._base(clone, weight).to(dtype), matrix.grad.to(dtype))
                 _move(lowrank.placed_as(grad, p).float(), matrix, p)
 
     def result(self, clone: Clone) -> dict[str, nn.Parameter]:
         return clone.trainable()
+
+    @staticmethod
+    def _base(clone: Clone, weight: Weight) -> nn.Parameter:
+        """Return the teacher's weight after its block maps."""
+        name = key(weight.name)
+        return clone.mapped[name] if name in clone.mapped else clone.teacher_of(weight)
 
 
 class DensePhase(Phase):
@@ -93,9 +102,10 @@ class DensePhase(Phase):
 
     name = "dense"
 
-    def begin(self, clone: Clone) -> None:
-        clone.phase.compose_(clone, torch.float32)  # the first dense weights must not be rounded to the compute type
-        clone.unread.clear()
+    def begin(self, clone: Clone, previous: Phase | None) -> None:
+        if previous:
+            previous.compose_(clone, torch.float32)  # the first dense weights must not be rounded to the compute type
+        clone.unread.clear(), clone.mapped.clear()
         for p in clone.writers().values():
             p.requires_grad_(False)
             p.grad = None
@@ -113,7 +123,7 @@ class QuantizedPhase(Phase):
 
     name = "quantized"
 
-    def begin(self, clone: Clone) -> None:
+    def begin(self, clone: Clone, previous: Phase | None) -> None:
         clone.unread.update({key(weight.name): nn.Parameter(matrix.detach().clone())
                              for weight, matrix in clone.composed()})
         for pair in clone.layer_pairs():

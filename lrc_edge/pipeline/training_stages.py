@@ -100,8 +100,8 @@ def fold_identity(teacher: DenseCheckpoint, folder: Path) -> DenseCheckpoint:
 
     lineage, identity = Lineage.of(teacher.shape, teacher.shape), torch.eye(teacher.shape.hidden_size).bfloat16()
     folder.mkdir(parents=True)
-    tensors = {w.name: identity.clone() if lineage.is_composed(w.role) else teacher.tensor(w.name).float()
-               for w in teacher.weights() if not lineage.is_copied(w.role)}
+    tensors = {w.name: identity.clone() if w.role.is_matrix else teacher.tensor(w.name).float()
+               for w in teacher.weights() if not w.role.is_inner}
     save_file(tensors, folder / "identity.safetensors", lineage.metadata("projections"))
     return fold(teacher, folder / "identity.safetensors", folder / "student",
                 {"name": teacher.name, "teacher": teacher.name})

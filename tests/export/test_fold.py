@@ -18,7 +18,7 @@ from lrc_edge.errors import UserError
 from lrc_edge.export import fold as fold_module
 from lrc_edge.export.card import model_card
 from lrc_edge.export.fold import fold
-from lrc_edge.lineage import AXES, Lineage
+from lrc_edge.lineage import COPIED_AXES, MAPPED_AXES, Lineage
 from lrc_edge.train import initialize
 from lrc_edge.train.clone import Clone
 from lrc_edge.train.loop.trainer import save_trained
@@ -85,7 +85,8 @@ def test_model_card_has_licence_and_lineage(tmp_path: Path) -> None:
     assert student.name == "tiny-LRC-32"
     lineage = json.loads(student.provenance["lineage"])
     assert student.provenance == {**PROVENANCE, "lineage": student.provenance["lineage"]}
-    assert lineage == {**dict.fromkeys(AXES, "identity"), "hidden_size": "projection", "layers": [0, 1]}
+    assert lineage == {**dict.fromkeys((*COPIED_AXES, *MAPPED_AXES), "identity"), "hidden_size": "projection",
+                       "layers": [0, 1]}
     card = (student.path / "README.md").read_text()
     assert "A student of someone/tiny" in card and "initialization: pca). Training: dense distillation." in card
     assert "| hidden size | 64 | 32 |" in card and "| query / key-value heads | 4 / 2 | 4 / 2 |" in card

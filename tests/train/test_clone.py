@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import MistralConfig
 
 from lrc_edge.checkpoint import DenseCheckpoint
-from lrc_edge.families import RESIDUAL, family_of
+from lrc_edge.families import family_of
 from lrc_edge.lineage import Lineage, compose
 from lrc_edge.recipe import Train, load_recipe
 from lrc_edge.train import initialize
@@ -100,7 +100,7 @@ def test_pulled_back_gradients_equal_autograd_through_the_composition(name: str,
 
     trained = clone.trainable()
     registered = {id(p): key for key, p in clone.named_parameters()}
-    composed = {registered[id(matrix)]: compose(w, clone.teacher_weights[w.name], {RESIDUAL: trained[w.name]})
+    composed = {registered[id(matrix)]: compose(w.role, clone.teacher_weights[w.name], trained[w.name])
                 for w, matrix in clone.composed()}
     for ids in batches:
         functional_call(clone, composed, (ids,)).total.backward(retain_graph=True)

@@ -30,8 +30,7 @@ def prepared(name: str, folder: Path) -> tuple[DenseCheckpoint, Path]:
 
 
 def copied_of(model: DenseCheckpoint) -> dict[str, torch.Tensor]:
-    lineage = Lineage.of(model.shape, model.shape)
-    return {w.name: model.tensor(w.name).float() for w in model.weights() if lineage.is_copied(w.role)}
+    return {w.name: model.tensor(w.name).float() for w in model.weights() if w.role.is_inner}
 
 
 @pytest.mark.parametrize("name", [*WITH_COPIED, "llama-tied"])

@@ -74,15 +74,16 @@ def shard(clone: Clone, state: PartialState) -> None:
 
 
 def shard_over(clone: Clone, mesh: DeviceMesh) -> None:
-    """Apply FSDP2: one unit per pair of layers, one for embedding and LM head, one for the trained tensors that no
-    forward pass reads."""
+    """Apply FSDP2: one unit per pair of layers, one for embedding and LM head, one each for the trained tensors and
+    for the teacher's matrices that no forward pass reads."""
     # The residual stream stays float32, as in one process.
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False) \
         if clone.compute_dtype == torch.bfloat16 else MixedPrecisionPolicy()
     for pair in clone.pairs:
         fully_shard(pair, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    if len(clone.unread):
-        fully_shard(clone.unread, mesh=mesh)
+    for tensors in (clone.unread, clone.mapped):
+        if len(tensors):
+            fully_shard(tensors, mesh=mesh)
     # Embedding and LM head are gathered in float32, so that their gradients add up in it, as in one process. Resharded
     # after the forward pass, too: compose_ writes into the shards, and gathered copies would stay old.
     fully_shard(clone, mesh=mesh, reshard_after_forward=True)

@@ -16,7 +16,7 @@ from lrc_edge import recipe as recipes
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.corpus.held_out import HeldOut
 from lrc_edge.errors import UserError
-from lrc_edge.lineage import Lineage, read_metadata
+from lrc_edge.lineage import Lineage, is_map, read_lineage
 from lrc_edge.recipe import Recipe
 from lrc_edge.shape import ModelShape
 from lrc_edge.train.clone import Clone
@@ -38,7 +38,7 @@ from lrc_edge.train.loop.trainer import (
     save_trained,
 )
 from lrc_edge.train.losses import TERMS, Objective
-from lrc_edge.train.phases import DENSE
+from lrc_edge.train.phases import CLONE, DENSE, Phase
 from lrc_edge.workspace import write_atomically
 
 SUMMARY_FILE, START_FILE = "training.json", "start.json"
@@ -63,21 +63,19 @@ class Plan:
 
 
 def load_clone(teacher: DenseCheckpoint, lineage: Lineage, *, dtype: torch.dtype = torch.float32,
-               device: torch.device | None = None, recompute: bool = False) -> Clone:
-    """Return a clone on `device`. Its projections are 0 until it is initialized."""
+               device: torch.device | None = None, recompute: bool = False, phase: Phase = CLONE) -> Clone:
+    """Return a clone on `device`, to be initialized."""
     # The teacher is stored in the type it computes in: bf16 halves its memory.
     model: PreTrainedModel = teacher.model(dtype).to(device or torch.device("cpu"))  # type: ignore[arg-type]
-    return Clone(model, lineage, dtype, recompute).to(device or torch.device("cpu"))
+    return Clone(model, lineage, dtype, recompute, phase).to(device or torch.device("cpu"))
 
 
 def load_trained(teacher: DenseCheckpoint, trained: Path) -> Clone:
     """Return the clone whose tensors `save_trained` wrote. Raises UserError for a file without a lineage."""
     with safe_open(trained, framework="pt") as file:
-        lineage, holds = read_metadata(file.metadata(), trained)
-        clone = load_clone(teacher, lineage)
-        if holds == DENSE.holds:
-            clone.start(DENSE)
-        clone.initialize({name: file.get_tensor(name) for name in file.keys()})
+        lineage, holds = read_lineage(file, trained)
+        clone = load_clone(teacher, lineage, phase=DENSE if holds == DENSE.holds else CLONE)
+        clone.initialize({name: file.get_tensor(name) for name in file.keys() if not is_map(name)})
     return clone
 
 

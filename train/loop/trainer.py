@@ -328,7 +328,7 @@ def save_trained(clone: Clone, path: Path) -> None:
     state = processes.join(next(clone.parameters()).device)
     tensors = processes.gathered(clone.phase.result(clone).items(), state)
     if state.is_main_process:
-        save_file(tensors, path, metadata=clone.lineage.metadata(clone.phase.holds))
+        save_file(tensors | clone.lineage.tensors(), path, metadata=clone.lineage.metadata(clone.phase.holds))
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:
