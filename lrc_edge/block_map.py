@@ -72,8 +72,8 @@ class BlockMap:
         import torch
 
         if second.teacher_size != self.student_size or second.factor_JMTS.shape[2] != self.factor_JMTS.shape[3]:
-            raise ValueError(f"block map: one to {self.student_size} in blocks of {self.factor_JMTS.shape[3]}, then one "
-                             f"of {second.teacher_size} in blocks of {second.factor_JMTS.shape[2]}")
+            raise ValueError(f"block map: one to {self.student_size} in blocks of {self.factor_JMTS.shape[3]}, "
+                             f"then one of {second.teacher_size} in blocks of {second.factor_JMTS.shape[2]}")
         index = self.index_JM[second.index_JM].flatten(1)
         factor = torch.einsum("jnmtu,jnus->jnmts", self.factor_JMTS[second.index_JM], second.factor_JMTS).flatten(1, 2)
         return BlockMap(index, factor, self.teacher_size)

@@ -118,6 +118,20 @@ class Family:
         """The linears of a layer. The clone loss compares the outputs of each."""
         return tuple(role for role in self.roles if role.is_matrix)
 
+    def role(self, name: str) -> Role:
+        """Return the role of a layer by its name. Raises KeyError."""
+        return {role.name: role for role in self.roles}[name]
+
+    def norm_after(self, writer: Role) -> Role | None:
+        """Return the norm that reads the residual stream after a matrix has written to it; None after the last."""
+        later = self.roles[self.roles.index(writer) + 1:]
+        return next((role for role in later if role.is_norm), None)
+
+    @property
+    def normalizes_heads(self) -> bool:
+        """Whether q/k norms stand between the linears and RoPE: then keys cannot be merged."""
+        return any(role.axes == ("head_dim",) for role in self.roles)
+
     def has_window(self, config: Mapping[str, Any]) -> bool:
         """Whether some layer has a sliding window, according to the table of config.json."""
         return {"none": False, "all": True, "switched": bool(config.get("use_sliding_window"))}[self.window]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lrc_edge.block_map import BlockMap
 from lrc_edge.families import Role, Weight, family_of, parts_of, weights_of
@@ -275,13 +275,19 @@ class Clone(nn.Module):
         return Losses.of(token_loss, token_terms, terms, objective)
 
 
-def _new_student(teacher: PreTrainedModel, lineage: Lineage) -> PreTrainedModel:
-    """Make a model of the student's shape with the teacher's other settings, in float32 on the teacher's device."""
-    config = type(teacher.config).from_dict(teacher.config.to_dict())
+def config_of(teacher: PretrainedConfig, lineage: Lineage) -> PretrainedConfig:
+    """Return the student's config: the teacher's with another shape."""
+    config = type(teacher).from_dict(teacher.to_dict())
     for name, value in lineage.student.as_config().items():
         setattr(config, name, value)
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[layer] for layer in lineage.layers]
+    return config
+
+
+def _new_student(teacher: PreTrainedModel, lineage: Lineage) -> PreTrainedModel:
+    """Make a model of the student's shape with the teacher's other settings, in float32 on the teacher's device."""
+    config = config_of(teacher.config, lineage)
     config._attn_implementation = teacher.config._attn_implementation = "sdpa"
     with teacher.device:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-any-return]
