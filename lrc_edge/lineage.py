@@ -102,7 +102,8 @@ class Lineage:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the block maps as tensors of a file, by names that no weight has."""
-        return {name: tensor for axis, maps in self.maps.items() for layer, found in enumerate(maps)
+        # Copies: a safetensors file refuses tensors that share memory.
+        return {name: tensor.clone() for axis, maps in self.maps.items() for layer, found in enumerate(maps)
                 for name, tensor in zip(_map_names(axis, layer), (found.index_JM, found.factor_JMTS), strict=True)}
 
 

@@ -43,12 +43,18 @@ QUANTIZED_RATE = 0.01
 
 @dataclass(frozen=True, kw_only=True)
 class Student:
-    """Shape of the student. Everything else is the same as in the teacher."""
+    """Shape of the student, by Hugging Face's names. 0 = as in the teacher. If all are 0, the student has half the
+    teacher's hidden_size, rounded down to a multiple of 256, 64 or 32."""
 
-    hidden_size: int = key(0, "residual width; 0 = half the teacher's, rounded down to a multiple of 256, 64 or 32",
-                           at_least=0)
+    hidden_size: int = key(0, "residual width", at_least=0)
+    num_hidden_layers: int = key(0, "layers; which of the teacher's stay is found by trying (docs/shapes.md)",
+                                 at_least=0)
+    intermediate_size: int = key(0, "FFN neurons of each layer", at_least=0)
+    num_attention_heads: int = key(0, "query heads, a multiple of num_key_value_heads", at_least=0)
+    num_key_value_heads: int = key(
+        0, "key/value heads, a divisor of the teacher's; the KV cache shrinks with them", at_least=0)
     name: str = key("", "name in file names and the model card; empty = <teacher>-Edge-<hidden_size>, or "
-                         "<teacher>-LRC-<hidden_size> if there is a clone phase")
+                         "<teacher>-LRC-<hidden_size> if there is a clone phase, and the other sizes that change")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,15 +1,11 @@
 """ModelShape: the integers of a decoder's config, and sizes that follow from them."""
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lrc_edge.errors import UserError
-
-if TYPE_CHECKING:
-    from lrc_edge.recipe import Recipe
 
 MOST = 2**31 - 1  # the largest count: runtimes store it in 32 bits
 MOST_LAYERS = 10_000  # every weight of each is listed
@@ -116,30 +112,3 @@ class ModelShape:
             if name not in ("family", "tied") and (type(count) is not int or not 0 < count <= MOST):
                 raise ValueError(f"{name} = {count!r:.40}: need a count")
         return shape
-
-
-# In a student's name, between its teacher's and its width: Low-Rank Clone's projections were trained, or weights alone.
-CLONE_LABEL, DENSE_LABEL = "LRC", "Edge"
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """Split a name as `student_of` makes it into the teacher's and the rest; the rest of any other name is empty."""
-    match = re.fullmatch(rf"(.+)-((?:{CLONE_LABEL}|{DENSE_LABEL})-\d+)", name)
-    return (match[1], match[2]) if match else (name, "")
-
-
-def student_of(recipe: Recipe, teacher: ModelShape, name: str) -> tuple[ModelShape, str]:
-    """Return the shape and the name of the recipe's student of the teacher `name`.
-
-    A hidden_size of 0 means half the teacher's, rounded down to a multiple of 256, 64 or 32. Raises UserError for a
-    student that is not narrower.
-    """
-    width = recipe.student.hidden_size
-    if not width:
-        half = teacher.hidden_size // 2
-        width = next((half // unit * unit for unit in (256, 64, 32) if half >= unit), max(1, half))
-    if width >= teacher.hidden_size:
-        raise UserError(f"student.hidden_size = {width}: the teacher {name} is {teacher.hidden_size} wide; "
-                        "need a smaller student")
-    label = CLONE_LABEL if recipe.train.dense_share < 1 else DENSE_LABEL
-    return teacher.with_hidden_size(width), recipe.student.name or f"{name}-{label}-{width}"

@@ -14,7 +14,7 @@ from lrc_edge.errors import UserError
 from lrc_edge.export.gguf.vocabulary import Vocabulary
 from lrc_edge.export.quantize.encodings import Encoding
 from lrc_edge.families import Architecture, family_of
-from lrc_edge.shape import split_name
+from lrc_edge.student import split_name
 
 # rope_type -> its fields; all except attention_factor are required. Any other field would be dropped silently.
 _ROPE_FIELDS = {

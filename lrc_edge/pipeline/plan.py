@@ -8,7 +8,8 @@ from lrc_edge.checkpoint import DenseCheckpoint, resolve_model
 from lrc_edge.formats import Format, format_of
 from lrc_edge.machine import threads_for
 from lrc_edge.recipe import Recipe
-from lrc_edge.shape import ModelShape, student_of
+from lrc_edge.shape import ModelShape
+from lrc_edge.student import row_lengths, student_of
 from lrc_edge.targets.profile import Profile, load_profiles
 from lrc_edge.targets.runtimes.table import is_here
 
@@ -50,7 +51,7 @@ class Plan:
         source = Source.of(given)
         student, name = student_of(recipe, source.checkpoint.shape, source.checkpoint.name)
         profiles = tuple(load_profiles(recipe.export.targets))
-        formats = _wanted_formats(recipe, profiles, student.hidden_size) if writes else ()
+        formats = _wanted_formats(recipe, profiles, student, source.checkpoint.shape) if writes else ()
         return cls(recipe, source, True, student, name, formats, profiles)
 
     @classmethod
@@ -62,7 +63,7 @@ class Plan:
             recipe = replace(recipe, train=replace(recipe.train, tokens=recipe.quantize.tokens))
         profiles = tuple(load_profiles(recipe.export.targets))
         return cls(recipe, source, False, shape, source.checkpoint.name,
-                   _wanted_formats(recipe, profiles, shape.hidden_size), profiles)
+                   _wanted_formats(recipe, profiles, shape, shape), profiles)
 
     @property
     def teacher(self) -> DenseCheckpoint | None:
@@ -103,10 +104,14 @@ class Plan:
         return self.trains and any(is_here(profile) for profile in self.profiles)
 
 
-def _wanted_formats(recipe: Recipe, profiles: tuple[Profile, ...], hidden_size: int) -> tuple[Format, ...]:
-    """Return the formats of the recipe and its devices, or the defaults for a model of this width."""
+def _wanted_formats(recipe: Recipe, profiles: tuple[Profile, ...], shape: ModelShape, teacher: ModelShape
+                    ) -> tuple[Format, ...]:
+    """Return the formats of the recipe and its devices, or the defaults for a model of this shape."""
     named = [*recipe.export.formats, *(name for profile in profiles for name in profile.format_names)]
     default = ["gguf:f16", "gguf:q8_0", "onnx:fp32"]
-    if hidden_size % 256 == 0:
+    # llama.cpp has other types for rows that do not fit, but a student's need not be such.
+    resized = [row for row, most in zip(row_lengths(shape).values(), row_lengths(teacher).values(), strict=True)
+               if row < most]
+    if all(row % 256 == 0 for row in (shape.hidden_size, *resized)):
         default += ["gguf:q4_k_m", "gguf:q4_0", "onnx:q4"]
     return tuple(dict.fromkeys(format_of(text) for text in named or default))

@@ -10,6 +10,7 @@ from lrc_edge.figures import human_bytes
 from lrc_edge.formats import FORMATS, KINDS
 from lrc_edge.pipeline.plan import Plan
 from lrc_edge.recipe import Recipe
+from lrc_edge.student import nearest, row_lengths
 from lrc_edge.targets.fit import check_fit
 from lrc_edge.targets.runtimes.table import verifiers_of
 from lrc_edge.workspace import free_bytes
@@ -42,7 +43,7 @@ def check(plan: Plan, out: Path) -> None:
         _check_name(plan.recipe)
         choose_device(plan.recipe.train.device)
         _check_sources(plan.recipe)
-        _check_width(plan)
+        _check_rows(plan)
     if plan.formats:
         _check_quantize(plan)
     _check_runtimes(plan)
@@ -55,14 +56,18 @@ def fit_warnings(plan: Plan) -> list[str]:
     return [fit.warning for fit in (check_fit(plan.student, profile) for profile in plan.profiles) if fit.warning]
 
 
-def _check_width(plan: Plan) -> None:
-    """Check that the block size of each format divides the row lengths of the student's matrices."""
-    width = plan.student.hidden_size
-    for row in plan.formats:
-        if width % row.block:
-            remain = [other.name for other in FORMATS.values() if width % other.block == 0]
-            raise UserError(f"student.hidden_size = {width}: {row.name} needs a multiple of {row.block}; change it, "
-                            f"or use one of: {', '.join(remain)}")
+def _check_rows(plan: Plan) -> None:
+    """Check that the block size of each format divides the row lengths of the matrices that the recipe resizes."""
+    teacher, student = plan.source.checkpoint.shape, plan.student
+    for (field, length), most in zip(row_lengths(student).items(), row_lengths(teacher).values(), strict=True):
+        for row in plan.formats if length < most else ():
+            if length % row.block:
+                size, unit = getattr(student, field), length // getattr(student, field)
+                remain = [other.name for other in FORMATS.values() if length % other.block == 0]
+                works = [n for n in range(1, getattr(teacher, field) + 1) if n * unit % row.block == 0]
+                need = f"rows of a multiple of {row.block}" + (f" (nearest: {nearest(size, works)})" if works else "")
+                raise UserError(f"student.{field} = {size}: {row.name} needs {need}; change it, or use one of: "
+                                f"{', '.join(remain)}")
 
 
 def _check_name(recipe: Recipe) -> None:

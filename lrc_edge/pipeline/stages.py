@@ -1,7 +1,7 @@
 """The stages of a build, in order. Each command runs a selection of them.
 
-    teacher -> weights data identity train fold -> student -> quantize imatrix sensitivity allocate gguf onnx -> files
-    files -> check -> report
+    teacher -> weights data identity start train fold -> student
+    student -> quantize imatrix sensitivity allocate gguf onnx -> files -> check -> report
 
 A stage reads and writes files, and is skipped if its named inputs and its outputs are unchanged (stage.py).
 """
@@ -18,7 +18,9 @@ STAGES = (
           finish=training_stages.data_finished),
     Stage("identity", 2, training_stages.identity, training_stages.identity_inputs, is_gate=True,
           wanted=lambda plan: plan.trains),
-    Stage("train", 3, training_stages.train, training_stages.train_inputs,
+    Stage("start", 1, training_stages.start, training_stages.start_inputs, outputs=("start",),
+          wanted=lambda plan: plan.trains),
+    Stage("train", 4, training_stages.train, training_stages.train_inputs,
           outputs=("train/trained.safetensors", "train/metrics.jsonl", "train/training.json"),
           wanted=lambda plan: plan.trains, finish=training_stages.train_finished),
     Stage("fold", 2, training_stages.fold, training_stages.fold_inputs, outputs=(STUDENT,),

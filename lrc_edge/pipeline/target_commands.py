@@ -17,7 +17,8 @@ from lrc_edge.errors import UserError, one_line
 from lrc_edge.exit_status import ExitStatus
 from lrc_edge.figures import human_bytes, human_count
 from lrc_edge.recipe import Recipe
-from lrc_edge.shape import ModelShape, student_of
+from lrc_edge.shape import ModelShape
+from lrc_edge.student import student_of
 from lrc_edge.targets.devices import emulation
 from lrc_edge.targets.devices.kits import Kit
 from lrc_edge.targets.fit import Fit, FormatFit, check_fit

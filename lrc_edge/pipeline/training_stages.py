@@ -1,4 +1,4 @@
-"""The stages that train: data, identity, train, fold, and quantize (quantization-aware training)."""
+"""The stages that train: data, identity, start, train, fold, and quantize (quantization-aware training)."""
 from __future__ import annotations
 
 import json
@@ -107,6 +107,40 @@ def fold_identity(teacher: DenseCheckpoint, folder: Path) -> DenseCheckpoint:
                 {"name": teacher.name, "teacher": teacher.name})
 
 
+# start
+
+
+def start_inputs(build: Build) -> Inputs:
+    from lrc_edge.train.data.stage import row_length
+
+    train, length = build.recipe.train, row_length(build.recipe, build.teacher)
+    return {"train.init": train.init, "train.seed": train.seed, "train.seq_len": length,
+            "train.dense_share is 1": train.dense_share == 1, **named("student", build.plan.student),
+            "teacher": build.digest(build.teacher), "data": build.digest_of_outputs("data")}
+
+
+def start(build: Build, task: Task) -> Done:
+    """Compute the student's values before training, in the first process; the others wait."""
+    from lrc_edge.train.loop.processes import join
+    from lrc_edge.train.loop.trainer import choose_device
+    from lrc_edge.train.start.stage import make_start
+
+    device, figures = choose_device(build.recipe.train.device), None
+    if build.leads:
+        with build.workspace.partial("start") as partial:
+            partial.mkdir(parents=True)
+            figures = make_start(build.teacher, build.plan.student, build.recipe.train, build.out / "data", partial,
+                                 device, task.update)
+            replace_tree(partial, build.out / "start")
+    join(device).wait_for_everyone()
+    if figures is None:
+        return None, ""
+    line = f"{figures['loss']:.3f} nats per token on training text, KL {figures['kl']:.3f} from the teacher"
+    if len(figures["layers"]) < build.teacher.shape.num_hidden_layers:
+        line += f"; layers {', '.join(map(str, figures['layers']))}"
+    return figures, line
+
+
 # train
 
 
@@ -114,7 +148,7 @@ def train_inputs(build: Build) -> Inputs:
     from lrc_edge.train.loop.trainer import choose_device, choose_precision
 
     settings = build.recipe.train
-    return {**named("train", settings, leave_out=RUN_SETTINGS),
+    return {**named("train", settings, leave_out=RUN_SETTINGS), "start": build.digest_of_outputs("start"),
             "train.precision": str(choose_precision(settings.precision, choose_device(settings.device))),
             **named("student", build.plan.student),
             "data.isolate_documents": build.recipe.data.isolate_documents,
@@ -126,13 +160,13 @@ def train(build: Build, task: Task) -> Done:
     from lrc_edge.train.loop.stage import SUMMARY_FILE
     from lrc_edge.train.loop.stage import Plan as TrainingPlan
     from lrc_edge.train.loop.stage import train as train_clone
+    from lrc_edge.train.start.stage import load_start
 
-    folder, corpus = build.out / "train", build.out / "data"
-    plan = TrainingPlan.of(build.recipe, build.teacher, build.plan.student, corpus)
-    task.expect(plan.schedule.tokens)
+    folder, corpus, begin = build.out / "train", build.out / "data", load_start(build.out / "start")
+    task.expect(TrainingPlan.of(build.recipe, begin, corpus).schedule.tokens)
     if build.leads:
         claim(folder, train_inputs(build))
-    train_clone(build.teacher, build.recipe, plan, corpus, folder, lambda row: _show_training(task, row))
+    train_clone(build.teacher, build.recipe, begin, corpus, folder, lambda row: _show_training(task, row))
     if not build.leads:
         return None, ""
     summary = json.loads((folder / SUMMARY_FILE).read_text())
@@ -220,6 +254,15 @@ def _quantize_teacher(build: Build) -> DenseCheckpoint:
     return {"teacher": build.plan.source.checkpoint, "student": build.student}[build.recipe.quantize.teacher]
 
 
+def _quantize_lineage(build: Build) -> Lineage:
+    """Return how the student and the model that it is distilled from are related."""
+    from lrc_edge.train.loop.stage import TRAINED_FILE, lineage_of
+
+    if build.recipe.quantize.teacher == "teacher":
+        return lineage_of(build.out / "train" / TRAINED_FILE)
+    return Lineage.of(build.student.shape, build.student.shape)
+
+
 def quantize(build: Build, task: Task) -> Done:
     """Train the student on the quantization grid of the 4-bit files (quantization-aware training)."""
     from lrc_edge.export.fold import with_weights
@@ -229,7 +272,7 @@ def quantize(build: Build, task: Task) -> Done:
 
     student, folder = build.student, build.out / "quantize"
     claim(folder, quantize_inputs(build))
-    train_on_grid(student, _quantize_teacher(build), build.recipe, build.out / "data", folder,
+    train_on_grid(student, _quantize_teacher(build), _quantize_lineage(build), build.recipe, build.out / "data", folder,
                   lambda row: _show_training(task, row))
     summary = json.loads((folder / SUMMARY_FILE).read_text())
     provenance = student.provenance | {"name": student.name, "grid": "Q4_0; embedding and head Q8_0",

@@ -10,6 +10,7 @@ import torch
 import yaml
 from families import FAMILIES, LLAMA3_ROPE
 from safetensors.torch import load_file, save_file
+from starts import gaussian_values
 from tiny_models import make_tiny
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -19,7 +20,6 @@ from lrc_edge.export import fold as fold_module
 from lrc_edge.export.card import model_card
 from lrc_edge.export.fold import fold
 from lrc_edge.lineage import COPIED_AXES, MAPPED_AXES, Lineage
-from lrc_edge.train import initialize
 from lrc_edge.train.clone import Clone
 from lrc_edge.train.loop.trainer import save_trained
 from lrc_edge.train.phases import DENSE
@@ -34,7 +34,7 @@ def folded(tmp_path: Path, **options: object) -> tuple[Clone, DenseCheckpoint, D
     (path / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": true}')
     teacher = DenseCheckpoint.open(path)
     clone = Clone(teacher.model(), Lineage.of(teacher.shape, teacher.shape.with_hidden_size(32)))
-    clone.initialize(initialize.gaussian_values(clone, seed=3))
+    clone.initialize(gaussian_values(clone, seed=3))
     with torch.no_grad():  # 0.02 is so small that every model would say the same
         for name, p in clone.trainable().items():
             p.mul_(8.0 if p.ndim > 1 else 1.3).add_(0.01 * len(name) % 0.07)
@@ -112,7 +112,7 @@ def test_folded_dense_phase_equals_clone(tmp_path: Path) -> None:
     """After a dense phase the file holds weights, which are what is written."""
     teacher = DenseCheckpoint.open(make_tiny(tmp_path / "teacher", family="qwen2", tied=False, tokenizer="qwen2"))
     clone = Clone(teacher.model(), Lineage.of(teacher.shape, teacher.shape.with_hidden_size(32)))
-    clone.initialize(initialize.gaussian_values(clone, seed=3))
+    clone.initialize(gaussian_values(clone, seed=3))
     clone.start(DENSE)
     with torch.no_grad():
         for p in clone.trainable().values():

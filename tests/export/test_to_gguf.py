@@ -31,7 +31,7 @@ from lrc_edge.export.passes import Passes
 from lrc_edge.export.quantize.encodings import ENCODINGS
 from lrc_edge.families import EMBEDDING, FINAL_NORM, HEAD, Role, Weight
 from lrc_edge.families import FAMILIES as RECORDS
-from lrc_edge.shape import split_name
+from lrc_edge.student import split_name
 from lrc_edge.targets.runtimes.llamacpp import LlamaCpp
 
 LINEAR = {"rope_type": "linear", "factor": 2.0}

@@ -3,12 +3,11 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import pytest
 import torch
 from families import FAMILIES
-from test_losses import LargestTensor
+from starts import gaussian_values, identity_values, start_of
 from tiny_models import make_tiny
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -17,8 +16,7 @@ from transformers import MistralConfig
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.families import family_of
 from lrc_edge.lineage import Lineage, compose
-from lrc_edge.recipe import Train, load_recipe
-from lrc_edge.train import initialize
+from lrc_edge.recipe import load_recipe
 from lrc_edge.train.clone import Clone
 from lrc_edge.train.losses import ACTIVATION_TERMS, CLONE_ERRORS, TERMS, Objective
 from lrc_edge.train.masks import attention_masks
@@ -38,7 +36,7 @@ def some_ids(seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_full_width_identity_has_no_loss_but_the_teachers(name: str, tmp_path: Path) -> None:
     clone = make_clone(tmp_path / "t", 64, **FAMILIES[name])
-    clone.initialize(initialize.identity_values(clone))
+    clone.initialize(identity_values(clone))
     losses = clone(some_ids())
     logits = clone.teacher(some_ids()).logits
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), some_ids()[:, 1:].flatten())
@@ -51,7 +49,7 @@ def test_full_width_identity_has_no_loss_but_the_teachers(name: str, tmp_path: P
 def test_losses_are_those_of_two_plain_forward_passes(name: str, clone_terms: str, tmp_path: Path) -> None:
     """Hooks on transformers' own whole-model forward passes give the same LM, KL and clone losses."""
     clone = make_clone(tmp_path / "t", 32, **FAMILIES[name])
-    clone.initialize(initialize.gaussian_values(clone, seed=1))
+    clone.initialize(gaussian_values(clone, seed=1))
     ids, temperature = some_ids(), 2.0
     roles = family_of(clone.lineage.student.family).matrices
     taken: list[dict[str, torch.Tensor]] = []
@@ -89,7 +87,7 @@ def test_losses_are_those_of_two_plain_forward_passes(name: str, clone_terms: st
 def test_pulled_back_gradients_equal_autograd_through_the_composition(name: str, tmp_path: Path) -> None:
     """Two micro-batches, composed once: the same gradients as autograd through W = f(P) in every forward pass."""
     clone = make_clone(tmp_path / "t", 32, **FAMILIES[name])
-    clone.initialize(initialize.gaussian_values(clone, seed=1))
+    clone.initialize(gaussian_values(clone, seed=1))
     batches = [some_ids(1), some_ids(2)]
     for ids in batches:
         clone(ids).total.backward()
@@ -113,7 +111,7 @@ def test_pulled_back_gradients_equal_autograd_through_the_composition(name: str,
 @pytest.mark.parametrize("name", ["llama-tied", "qwen2-untied", "qwen3-tied"])
 def test_dense_phase_starts_at_the_composed_weights_and_trains_all_weights(name: str, tmp_path: Path) -> None:
     clone = make_clone(tmp_path / "t", 32, **FAMILIES[name])
-    clone.initialize(initialize.pca_values(clone, some_ids()))
+    clone.initialize(start_of(DenseCheckpoint.open(tmp_path / "t"), some_ids(), hidden_size=32).tensors)
     before = clone(some_ids())
     clone.start(DENSE)
     losses = clone(some_ids())
@@ -130,7 +128,7 @@ def test_dense_phase_starts_at_the_composed_weights_and_trains_all_weights(name:
 @pytest.mark.parametrize("recompute", [False, True])
 def test_no_activation_is_kept_for_the_clone_loss_after_its_use(recompute: bool, alpha: float, tmp_path: Path) -> None:
     clone = make_clone(tmp_path / "t", 32, recompute)
-    clone.initialize(initialize.pca_values(clone, some_ids()))
+    clone.initialize(start_of(DenseCheckpoint.open(tmp_path / "t"), some_ids(), hidden_size=32).tensors)
     taps = [tap for pair in clone.layer_pairs() for tap in (pair.teacher_tap, pair.student_tap)]
     assert not any(tap.outputs for tap in taps)
     loss = clone(some_ids(), objective=Objective(clone=alpha)).total
@@ -151,7 +149,7 @@ def test_a_compiled_pair_of_layers_returns_its_three_results_and_nothing_else(tm
 
     torch._dynamo.reset()
     clone = make_clone(tmp_path / "t", 32)
-    clone.initialize(initialize.gaussian_values(clone, seed=1))
+    clone.initialize(gaussian_values(clone, seed=1))
     expected = clone(some_ids()).total
     for pair in clone.layer_pairs():
         pair.compile(backend=counting, fullgraph=True)
@@ -171,7 +169,7 @@ def test_recomputing_layers_changes_no_gradient(tmp_path: Path) -> None:
     grads = []
     for recompute in (False, True):
         clone = make_clone(tmp_path / str(recompute), 32, recompute)
-        clone.initialize(initialize.gaussian_values(clone, seed=1))
+        clone.initialize(gaussian_values(clone, seed=1))
         clone(some_ids()).total.backward()
         clone.pull_back_()
         grads.append({name: p.grad for name, p in clone.trainable().items()})
@@ -182,7 +180,7 @@ def test_recomputing_layers_changes_no_gradient(tmp_path: Path) -> None:
 @pytest.mark.parametrize("clone_terms", CLONE_ERRORS)
 def test_forward_passes_of_one_row_or_of_four_give_the_same_gradients(clone_terms: str, tmp_path: Path) -> None:
     clone = make_clone(tmp_path / "t", 32)
-    clone.initialize(initialize.gaussian_values(clone, seed=1))
+    clone.initialize(gaussian_values(clone, seed=1))
     ids = torch.cat([some_ids(), torch.full((1, 33), 7), some_ids(1)[:1]])  # rows that are unlike
     objective, n_labels = Objective(clone=0.5, clone_terms=clone_terms), torch.tensor(4 * 32)
     grads = []
@@ -202,7 +200,7 @@ def test_isolated_documents_are_read_as_if_alone(window: int | None, tmp_path: P
     """Rows of several documents give the losses of the documents in rows of their own."""
     options = {"sliding_window": window, "family": "mistral", "tied": False, "tokenizer": "spm"} if window else {}
     clone = make_clone(tmp_path / "t", 32, **options)
-    clone.initialize(initialize.gaussian_values(clone, seed=1))
+    clone.initialize(gaussian_values(clone, seed=1))
     ids = some_ids()[:1]
     cuts = [0, 5, 20, 33]
     documents = torch.bucketize(torch.arange(33), torch.tensor(cuts[1:]), right=True)[None]
@@ -220,91 +218,9 @@ def test_isolated_documents_are_read_as_if_alone(window: int | None, tmp_path: P
     assert abs(across.parts["lm"] - together.parts["lm"]) > 1e-3  # attention across documents is something else
 
 
-def test_selection_picks_channels_and_starts_nearer_than_gaussian(tmp_path: Path) -> None:
-    clone = make_clone(tmp_path / "t", 60)  # random weights carry little: leave out only four channels of 64
-    values = initialize.selection_values(clone, some_ids())
-    p = values["model.embed_tokens.weight"]
-    assert set(p.unique().tolist()) == {0.0, 1.0} and (p.sum(0) == 1).all() and (p.sum(1) <= 1).all()
-    clone.initialize(values)
-    near = clone(some_ids()).parts["kl"].item()
-    clone.initialize(initialize.gaussian_values(clone, 0))
-    assert near < clone(some_ids()).parts["kl"].item()
-
-
-def test_selection_at_full_width_is_the_identity(tmp_path: Path) -> None:
-    clone = make_clone(tmp_path / "t", 64)
-    selected, identity = initialize.selection_values(clone, some_ids()), initialize.identity_values(clone)
-    for name, value in identity.items():
-        torch.testing.assert_close(selected[name], value)
-
-
-@pytest.mark.parametrize("name", ["llama-untied", "qwen2-untied", "qwen3-untied", "mistral-untied"])
-def test_pca_at_full_width_is_the_teacher(name: str, tmp_path: Path) -> None:
-    """An untied model is only turned by a full basis: RMSNorm without gain does not see rotations."""
-    clone = make_clone(tmp_path / "t", 64, **FAMILIES[name])
-    clone.initialize(initialize.pca_values(clone, some_ids()))
-    with torch.inference_mode():
-        torch.testing.assert_close(clone.student(some_ids()).logits, clone.teacher(some_ids()).logits,
-                                   rtol=1e-3, atol=1e-3)
-
-
-def test_pca_starts_nearer_than_selection_on_a_stream_of_low_rank(tmp_path: Path) -> None:
-    clone = make_clone(tmp_path / "t", 32)
-    with torch.no_grad():  # everything that writes into the stream writes into the same 24 directions of 64
-        basis = torch.linalg.qr(torch.randn(64, 24, generator=torch.Generator().manual_seed(0))).Q
-        for weight, _ in clone.composed():
-            matrix = clone.teacher_weights[weight.name]
-            if weight.role.writes_stream:
-                matrix.copy_(basis @ basis.T @ matrix)
-            elif weight.name == "model.embed_tokens.weight":
-                matrix.copy_(matrix @ basis @ basis.T)
-    kl = {}
-    for init in (initialize.pca_values, initialize.selection_values):
-        clone.initialize(init(clone, some_ids()))
-        kl[init.__name__] = clone(some_ids()).parts["kl"].item()
-    assert kl["pca_values"] < 0.2 * kl["selection_values"], kl
-
-
-def streams_of(clone: Clone, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What each norm reads, of all rows at once, at unit RMS."""
-    found: dict[str, torch.Tensor] = {}
-    modules = dict(clone.teacher.named_modules())
-    handles = [modules[w.name.removesuffix(".weight")].register_forward_pre_hook(
-        lambda module, inputs, name=w.name: found.__setitem__(name, inputs[0].flatten(0, 1)))
-        for w in clone.weights if w.role.is_norm]
-    with torch.no_grad():
-        clone.teacher.model(input_ids=ids)
-    for handle in handles:
-        handle.remove()
-    return {name: h / h.square().mean(-1, keepdim=True).sqrt() for name, h in found.items()}
-
-
-@pytest.mark.parametrize("name", ["llama-untied", "qwen3-tied"])
-def test_initial_values_are_those_of_all_rows_at_once_without_holding_them(name: str, tmp_path: Path) -> None:
-    clone = make_clone(tmp_path / "t", 32, **FAMILIES[name])
-    ids = torch.randint(0, 500, (16, 100), generator=torch.Generator().manual_seed(0))
-    streams = streams_of(clone, ids)
-    with LargestTensor() as seen:
-        pca, selected = initialize.pca_values(clone, ids), initialize.selection_values(clone, ids)
-    assert seen.elements < 16 * 100 * 64
-    weight = torch.stack([h.abs().mean(0) for h in streams.values()]).sum(0)
-    channels = weight.topk(32).indices.sort().values
-    covariance = torch.stack([h.T @ h / len(h) for h in streams.values()]).sum(0)
-    basis = torch.linalg.eigh(covariance).eigenvectors[:, -32:]
-    for key, h in streams.items():
-        gain = clone.teacher_weights[key].detach()
-        ratio = h[:, channels].square().mean(-1).sqrt().mean()
-        torch.testing.assert_close(selected[key], gain[channels] * ratio)
-        if key != "model.norm.weight" or not clone.lineage.student.tied:
-            torch.testing.assert_close(pca[key], torch.ones(32) * (h @ basis).square().mean(-1).sqrt().mean())
-    u = pca["model.embed_tokens.weight"]
-    torch.testing.assert_close(u @ u.T, basis @ basis.T, rtol=1e-4, atol=1e-4)
-    assert torch.equal(selected["model.embed_tokens.weight"].argmax(0), channels)
-
-
 def test_sliding_window_is_kept(tmp_path: Path) -> None:
     clone = make_clone(tmp_path / "t", 64, family="mistral", tied=False, tokenizer="spm", sliding_window=8)
-    clone.initialize(initialize.identity_values(clone))
+    clone.initialize(identity_values(clone))
     losses = clone(some_ids())
     logits = clone.teacher(some_ids()).logits
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), some_ids()[:, 1:].flatten())
@@ -318,10 +234,6 @@ def test_every_phase_has_a_weight_for_every_term() -> None:
     assert Objective.of(train, "dense") == Objective(lm=1.0, kl=0.5, clone=0.4)
     assert not Objective(clone=0.0).compares_activations and Objective(lm=0.0, kl=0.0).compares_activations
     assert list(ACTIVATION_TERMS) == ["clone"] and not Objective(kl=0.0, clone=0.0).needs_teacher
-
-
-def test_every_initialization_of_the_recipe_has_values() -> None:
-    assert set(initialize.INITS) == set(get_args(get_type_hints(Train)["init"]))
 
 
 def test_initialize_refuses_other_names(tmp_path: Path) -> None:

@@ -5,15 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from starts import start_of
 from tiny_models import make_tiny, tiny_data
 from torch import nn
 from train_runs import run
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
-from lrc_edge.lineage import Lineage
-from lrc_edge.train import fp8, initialize
-from lrc_edge.train.clone import Clone
+from lrc_edge.train import fp8
 from lrc_edge.train.losses import Objective
 
 CPU = torch.device("cpu")
@@ -59,9 +58,8 @@ def test_the_gpus_instruction_gets_its_operands_as_the_cpu_does() -> None:
 
 def test_a_clone_of_a_teacher_in_fp8(tiny_llama: Path) -> None:
     teacher = DenseCheckpoint.open(tiny_llama)
-    clone = Clone(teacher.model(), Lineage.of(teacher.shape, teacher.shape.with_hidden_size(32)))
     ids = torch.randint(0, 500, (2, 33), generator=torch.Generator().manual_seed(0))
-    clone.initialize(initialize.pca_values(clone, ids))
+    clone = start_of(teacher, ids, hidden_size=32).clone(teacher.model())
     before, names = clone(ids), set(clone.teacher_weights)
     weights = {name: weight.clone() for name, weight in clone.teacher_weights.items()}
     fp8.multiply_in_fp8_(clone.teacher_parts.layers, CPU)

@@ -17,9 +17,10 @@ from lrc_edge.errors import UserError
 from lrc_edge.train.clone import Clone
 from lrc_edge.train.loop import checkpoints
 from lrc_edge.train.loop.schedule import NEAR_RATE, default_rate
-from lrc_edge.train.loop.stage import START_FILE, SUMMARY_FILE, load_trained
+from lrc_edge.train.loop.stage import SUMMARY_FILE, load_trained
 from lrc_edge.train.loop.trainer import EVAL_TOKENS, TRAINED_FILE, choose_device, choose_precision, held_out_loss
 from lrc_edge.train.losses import Losses
+from lrc_edge.train.start.stage import FIGURES_FILE
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +78,7 @@ def test_a_step_holds_one_graph_and_sees_one_size_of_batch(tiny_llama: Path, dat
     run(tiny_llama, data, tmp_path / "train", "train.micro_batch=5", "train.batch_tokens=640", "train.tokens=1280")
     n_rows = len(HeldOut.load(data / "held_out.npz").rows(64, EVAL_TOKENS, bos=0))
     assert n_rows % 5, "every evaluation batch is full by itself: nothing was shown"
-    # Sequences one by one are the measurement before the first step, when nothing is compiled yet.
-    assert sizes == {(1, 64), (5, 64)} and len(graphs) == 2 * 2
+    assert sizes == {(5, 64)} and len(graphs) == 2 * 2
 
 
 def test_saved_projections_make_the_same_student(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
@@ -94,17 +94,18 @@ def test_saved_projections_make_the_same_student(tiny_llama: Path, data: Path, t
 def test_the_rate_follows_the_start_and_a_resumed_run_keeps_it(tiny_llama: Path, data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "train"
     run(tiny_llama, data, folder, "train.precision=fp32")
-    start, summary = (json.loads((folder / name).read_text()) for name in (START_FILE, SUMMARY_FILE))
+    figures, begun = tmp_path / "train-start" / FIGURES_FILE, folder / SUMMARY_FILE
+    start, summary = (json.loads(file.read_text()) for file in (figures, begun))
     assert 0 < start["kl"] < 10
     rate = default_rate(32, 20, 256, start["kl"])
     assert summary["phases"] == {"dense": {"steps": 20, "warmup": 4, "learning_rate": rate}}
     assert summary["first_held_out_loss"] > summary["student_held_out_loss"]
-    (folder / START_FILE).write_text(json.dumps({"kl": 0.01}))  # it is not measured again
+    figures.write_text(json.dumps({**start, "kl": 0.01}))  # it is not measured again
     rows = run(tiny_llama, data, folder, "train.precision=fp32")
     steps = [row for row in rows if "lr" in row]
     assert steps and steps[0]["lr"] < NEAR_RATE / 32
-    (folder / START_FILE).write_text("{")
-    with pytest.raises(UserError, match=r"start.json: cannot be read .*remove .* to start again"):
+    figures.write_text("{")
+    with pytest.raises(UserError, match=r"start.json: cannot be read .*remove .* to compute it again"):
         run(tiny_llama, data, folder, "train.precision=fp32")
 
 

@@ -45,22 +45,20 @@ def own_settings(recipe: Recipe, student: ModelShape) -> dict[str, Any]:
         "teacher_precision": "auto"}  # the rounding to be learned is of the size of e4m3's
 
 
-def train_on_grid(student: DenseCheckpoint, teacher: DenseCheckpoint, recipe: Recipe, data: Path, folder: Path,
-                  progress: Progress) -> None:
+def train_on_grid(student: DenseCheckpoint, teacher: DenseCheckpoint, lineage: Lineage, recipe: Recipe, data: Path,
+                  folder: Path, progress: Progress) -> None:
     """Train `student` on the grid in `folder`, from its last checkpoint if there is one. Writes what stage.run writes.
 
-    `teacher`: the model to distil from, either the unquantized student itself or its teacher.
+    `teacher`: the model to distil from, either the unquantized student itself or its teacher. `lineage`: of the two.
     """
     settings = replace(recipe.train, **own_settings(recipe, student.shape))
     device = choose_device(settings.device)
     schedule = Schedule.of(settings, student.shape, 0)
-    plan = Plan(Lineage.of(teacher.shape, student.shape), schedule, device,
-                choose_precision(settings.precision, device))
+    plan = Plan(lineage, schedule, device, choose_precision(settings.precision, device))
     torch.manual_seed(settings.seed)
     with out_of_memory_told(device, settings.micro_batch), processes.in_step(device):
         clone = load_clone(teacher, plan.lineage, dtype=plan.dtype, device=device,
-                           recompute=settings.gradient_checkpointing)
-        clone.start(DENSE)
+                           recompute=settings.gradient_checkpointing, phase=DENSE)
         clone.initialize({name: student.tensor(name).float() for name in clone.trainable()})
         clone.start(QUANTIZED)
         run(clone, teacher, settings, plan, PackedRows(data, schedule.seq_len, recipe.data.isolate_documents), data,

@@ -4,11 +4,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
@@ -18,10 +17,8 @@ from lrc_edge.corpus.held_out import HeldOut
 from lrc_edge.errors import UserError
 from lrc_edge.lineage import Lineage, is_map, read_lineage
 from lrc_edge.recipe import Recipe
-from lrc_edge.shape import ModelShape
 from lrc_edge.train.clone import Clone
 from lrc_edge.train.data.tokenize import HELD_OUT_FILE, PackedRows
-from lrc_edge.train.initialize import CALIBRATION_ROWS, INITS
 from lrc_edge.train.loop import processes
 from lrc_edge.train.loop.checkpoints import latest
 from lrc_edge.train.loop.schedule import Schedule
@@ -37,17 +34,16 @@ from lrc_edge.train.loop.trainer import (
     read_metrics,
     save_trained,
 )
-from lrc_edge.train.losses import TERMS, Objective
-from lrc_edge.train.phases import CLONE, DENSE, Phase
-from lrc_edge.workspace import write_atomically
+from lrc_edge.train.losses import TERMS
+from lrc_edge.train.phases import CLONE, Phase
+from lrc_edge.train.start.build import Start, first_phase
 
-SUMMARY_FILE, START_FILE = "training.json", "start.json"
+SUMMARY_FILE = "training.json"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The settings of a training run, derived from its recipe, teacher, data and machine. Default learning rates are
-    provisional: `train` computes them again once it has measured the student's KL from its teacher."""
+    """The settings of a training run, derived from its recipe, the start of its student, data and machine."""
 
     lineage: Lineage
     schedule: Schedule
@@ -55,10 +51,10 @@ class Plan:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, recipe: Recipe, teacher: DenseCheckpoint, student: ModelShape, data: Path) -> Plan:
+    def of(cls, recipe: Recipe, start: Start, data: Path) -> Plan:
         device = choose_device(recipe.train.device)
         n_tokens = PackedRows(data, recipe.train.seq_len).n_tokens
-        return cls(Lineage.of(teacher.shape, student), Schedule.of(recipe.train, student, n_tokens), device,
+        return cls(start.lineage, Schedule.of(recipe.train, start.lineage.student, n_tokens, start.kl), device,
                    choose_precision(recipe.train.precision, device))
 
 
@@ -70,22 +66,36 @@ def load_clone(teacher: DenseCheckpoint, lineage: Lineage, *, dtype: torch.dtype
     return Clone(model, lineage, dtype, recompute, phase).to(device or torch.device("cpu"))
 
 
+def lineage_of(trained: Path) -> Lineage:
+    """Read the lineage of a trained file. Raises UserError."""
+    with safe_open(trained, framework="pt") as file:
+        return read_lineage(file, trained)[0]
+
+
 def load_trained(teacher: DenseCheckpoint, trained: Path) -> Clone:
     """Return the clone whose tensors `save_trained` wrote. Raises UserError for a file without a lineage."""
     with safe_open(trained, framework="pt") as file:
         lineage, holds = read_lineage(file, trained)
-        clone = load_clone(teacher, lineage, phase=DENSE if holds == DENSE.holds else CLONE)
+        clone = load_clone(teacher, lineage, phase=first_phase(holds))
         clone.initialize({name: file.get_tensor(name) for name in file.keys() if not is_map(name)})
     return clone
 
 
-def train(teacher: DenseCheckpoint, recipe: Recipe, plan: Plan, data: Path, folder: Path, progress: Progress) -> None:
-    """Train in `folder`, from its last checkpoint if there is one. Writes trained tensors, metrics and a summary there.
+def train(teacher: DenseCheckpoint, recipe: Recipe, start: Start, data: Path, folder: Path, progress: Progress) -> None:
+    """Train in `folder`, from its last checkpoint if there is one, else from `start`. Writes trained tensors, metrics
+    and a summary there.
 
     Under torchrun every process calls it with the same arguments. Raises UserError if the GPU's memory is too small.
     """
-    with out_of_memory_told(plan.device, recipe.train.micro_batch), processes.in_step(plan.device) as ranks:
-        _train(teacher, recipe, plan, data, folder, progress, ranks)
+    plan, settings = Plan.of(recipe, start, data), recipe.train
+    with out_of_memory_told(plan.device, settings.micro_batch), processes.in_step(plan.device) as ranks:
+        torch.manual_seed(settings.seed)
+        clone = load_clone(teacher, plan.lineage, dtype=plan.dtype, device=plan.device,
+                           recompute=settings.gradient_checkpointing, phase=first_phase(start.holds))
+        if processes.agreed(latest(folder / "checkpoints"), ranks) is None:
+            start.load_into(clone)
+        rows = PackedRows(data, plan.schedule.seq_len, recipe.data.isolate_documents)
+        run(clone, teacher, settings, plan, rows, data, folder, progress)
 
 
 @contextmanager
@@ -97,22 +107,6 @@ def out_of_memory_told(device: torch.device, micro_batch: int) -> Iterator[None]
         raise UserError(f"train: out of memory on {device} ({str(error).split('. ')[0]}); lower train.micro_batch "
                         f"(now {micro_batch}) or set train.gradient_checkpointing=true: the same command "
                         "continues; if the models themselves do not fit, use a larger GPU") from error
-
-
-def _train(teacher: DenseCheckpoint, recipe: Recipe, plan: Plan, data: Path, folder: Path, progress: Progress,
-           ranks: PartialState) -> None:
-    settings = recipe.train
-    torch.manual_seed(settings.seed)
-    clone = load_clone(teacher, plan.lineage, dtype=plan.dtype, device=plan.device,
-                       recompute=settings.gradient_checkpointing)
-    rows = PackedRows(data, plan.schedule.seq_len, recipe.data.isolate_documents)
-    if processes.agreed(latest(folder / "checkpoints"), ranks) is None:
-        start_kl = _initialize(clone, settings.init, rows, settings.seed)
-        if ranks.is_main_process:
-            write_atomically(folder / START_FILE, json.dumps({"kl": start_kl}))
-        ranks.wait_for_everyone()
-    schedule = Schedule.of(settings, plan.lineage.student, rows.n_tokens, _start_kl(folder))
-    run(clone, teacher, settings, replace(plan, schedule=schedule), rows, data, folder, progress)
 
 
 def run(clone: Clone, teacher: DenseCheckpoint, settings: recipes.Train, plan: Plan, rows: PackedRows, data: Path,
@@ -139,22 +133,3 @@ def run(clone: Clone, teacher: DenseCheckpoint, settings: recipes.Train, plan: P
         "skipped_batches": sum("skipped" in row for row in curve),
         "teacher_held_out_loss": teacher_loss, "first_held_out_loss": losses[0], "student_held_out_loss": losses[-1],
         "bytes_per_token": held_out.bytes_per_token}, indent=1))
-
-
-def _initialize(clone: Clone, init: str, rows: PackedRows, seed: int) -> float:
-    """Set the clone's initial values from some rows. Return its KL from the teacher on them, in nats per token."""
-    picked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[: CALIBRATION_ROWS]
-    sample_BL = torch.stack([rows[int(i)]["input_ids"] for i in picked]).to(next(clone.parameters()).device)
-    clone.initialize(INITS[init](clone, sample_BL, seed))
-    with torch.no_grad():
-        losses = [clone(row[None], objective=Objective(clone=0.0)).parts["kl"].item() for row in sample_BL]
-    return sum(losses) / len(losses)
-
-
-def _start_kl(folder: Path) -> float:
-    """Return the KL that `_initialize` measured when the run began. Raises UserError if it is not recorded."""
-    try:
-        return float(json.loads((folder / START_FILE).read_text())["kl"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / START_FILE}: cannot be read ({error}), and the learning rate depends on it; "
-                        f"remove {folder} to start again") from error

@@ -13,13 +13,15 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from lrc_edge.block_map import BlockMap
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.families import EMBEDDING, FINAL_NORM, Role, Weight, family_of, weights_of
 from lrc_edge.lineage import Holds, Lineage, compose
 from lrc_edge.shape import ModelShape
-from lrc_edge.train.clone import config_of
+from lrc_edge.train.clone import Clone, config_of
+from lrc_edge.train.phases import CLONE, DENSE, Phase
 from lrc_edge.train.start import depth, heads, neurons
 from lrc_edge.train.start.layers import Layers, recorded
 from lrc_edge.train.start.refit import LeastSquares
@@ -58,6 +60,22 @@ class Start:
     loss: float
     kl: float
 
+    def clone(self, teacher: PreTrainedModel, dtype: torch.dtype = torch.float32, recompute: bool = False) -> Clone:
+        """Return a clone that has these values."""
+        clone = Clone(teacher, self.lineage, dtype, recompute, first_phase(self.holds)).to(teacher.device)
+        self.load_into(clone)
+        return clone
+
+    def load_into(self, clone: Clone) -> None:
+        for name, p in clone.writers().items() if self.writers else ():
+            p.data.copy_(self.writers[name])
+        clone.initialize(self.tensors)
+
+
+def first_phase(holds: Holds) -> Phase:
+    """Return the phase that trains these tensors."""
+    return DENSE if holds == DENSE.holds else CLONE
+
 
 @torch.no_grad()
 def build_start(model: DenseCheckpoint, student: ModelShape, rows_BL: torch.Tensor, folder: Path, holds: Holds,
@@ -81,7 +99,8 @@ def _maps(teacher: Layers, student: ModelShape, layers: tuple[int, ...], statist
     found: dict[str, list[BlockMap]] = defaultdict(list)
     for layer in layers:
         of_layer = statistics.layers[layer]
-        o_proj, down = (teacher.read(Weight.of(family.role(name), layer, shape)) for name in ("attn_output", "ffn_down"))
+        o_proj, down = (teacher.read(Weight.of(family.role(name), layer, shape))
+                        for name in ("attn_output", "ffn_down"))
         maps = choices.heads(of_layer, o_proj, shape, student)
         if student.intermediate_size < shape.intermediate_size:
             importance_F = choices.neurons(of_layer, down)

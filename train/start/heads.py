@@ -1,9 +1,9 @@
 """Fewer key/value heads and query heads: which go together, and the maps of queries, keys, values and outputs.
 
-RoPE multiplies each pair of coordinates by a unit complex number, so it commutes with any other complex factor. The keys
-of the groups to be merged are therefore first aligned, pair by pair, by the factors of their common principal component,
-and the queries get the inverse factors. Values have no RoPE: they keep the directions in which the outputs of the
-attention differ most. Both fold into the linears. (Plain merges take the mean: Ainslie et al., arXiv 2305.13245.
+RoPE multiplies each pair of coordinates by a unit complex number, so it commutes with any other complex factor. So the
+keys of the groups to be merged are first aligned, pair by pair, by the factors of their common principal component, and
+the queries get the inverse factors. Values have no RoPE: they keep the directions in which the outputs of the attention
+differ most. Both fold into the linears. (Plain merges take the mean: Ainslie et al., arXiv 2305.13245.
 Alignment by rotations before a merge: arXiv 2412.20677.)
 
 Q query heads, G key/value heads ("groups"), H = head_dim, P = H / 2 pairs. With q/k norms, which stand between the

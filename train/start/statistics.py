@@ -1,7 +1,7 @@
 """Statistics of a model's activations on some text, from one pass. Their size does not depend on the number of rows.
 
-Shapes: B rows, L positions, N tokens, D width, F neurons, Q query heads, G key/value heads, H = head_dim, P = H / 2 pairs
-of coordinates that RoPE rotates together: p and p + P.
+Shapes: B rows, L positions, N tokens, D width, F neurons, Q query heads, G key/value heads, H = head_dim, P = H / 2
+pairs of coordinates that RoPE rotates together: p and p + P.
 """
 from __future__ import annotations
 

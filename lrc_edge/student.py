@@ -1,0 +1,87 @@
+"""The student's shape and name, from the recipe and the teacher's shape, and which shapes are refused."""
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from lrc_edge.errors import UserError
+from lrc_edge.families import family_of
+from lrc_edge.shape import ModelShape
+
+if TYPE_CHECKING:
+    from lrc_edge.recipe import Recipe
+
+# Sizes of a recipe's [student] -> the letter that marks them in a student's name.
+SIZES = {"hidden_size": "", "num_hidden_layers": "L", "intermediate_size": "F", "num_attention_heads": "H",
+         "num_key_value_heads": "K"}
+# In a student's name, between its teacher's and its width: Low-Rank Clone's projections were trained, or weights alone.
+CLONE_LABEL, DENSE_LABEL = "LRC", "Edge"
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Split a name as `student_of` makes it into the teacher's and the rest; the rest of any other name is empty."""
+    letters = "".join(SIZES.values())
+    match = re.fullmatch(rf"(.+)-((?:{CLONE_LABEL}|{DENSE_LABEL})-\d+(?:-[{letters}]\d+)*)", name)
+    return (match[1], match[2]) if match else (name, "")
+
+
+def student_of(recipe: Recipe, teacher: ModelShape, name: str) -> tuple[ModelShape, str]:
+    """Return the shape and the name of the recipe's student of the teacher `name`.
+
+    A size of 0 is the teacher's. If all are 0, the student has half the teacher's hidden_size, rounded down to a
+    multiple of 256, 64 or 32. Raises UserError for a shape that is not smaller, or that no start leads to.
+    """
+    given = {field: getattr(recipe.student, field) for field in SIZES if getattr(recipe.student, field)}
+    if not given:
+        half = teacher.hidden_size // 2
+        given = {"hidden_size": next((half // unit * unit for unit in (256, 64, 32) if half >= unit), max(1, half))}
+    shape = replace(teacher, **given)
+    _check_smaller(shape, teacher, name)
+    _check_heads(shape, teacher)
+    label = CLONE_LABEL if recipe.train.dense_share < 1 else DENSE_LABEL
+    changed = [f"{letter}{getattr(shape, field)}" for field, letter in SIZES.items()
+               if not letter or getattr(shape, field) != getattr(teacher, field)]
+    return shape, recipe.student.name or "-".join([name, label, *changed])
+
+
+def row_lengths(shape: ModelShape) -> dict[str, int]:
+    """Return the length of the rows of a shape's matrices, which blocks of a quantized format divide, by the size that
+    decides it."""
+    return {"hidden_size": shape.hidden_size, "intermediate_size": shape.intermediate_size,
+            "num_attention_heads": shape.o_size}
+
+
+def nearest(value: int, allowed: Iterable[int]) -> str:
+    """Return the nearest allowed numbers below and above `value`, as an error words them."""
+    found = sorted(allowed)
+    below, above = [n for n in found if n < value][-1:], [n for n in found if n > value][:1]
+    return " or ".join(map(str, below + above))
+
+
+def _check_smaller(shape: ModelShape, teacher: ModelShape, name: str) -> None:
+    for field in SIZES:
+        size, most = getattr(shape, field), getattr(teacher, field)
+        if size > most:
+            raise UserError(f"student.{field} = {size}: the teacher {name} has {most}; need a smaller student")
+    if shape == teacher:
+        raise UserError(f"student: {name} has these sizes already; need a smaller student: lower one of "
+                        f"{', '.join(f'student.{field}' for field in SIZES)}")
+
+
+def _check_heads(shape: ModelShape, teacher: ModelShape) -> None:
+    """Check that key/value heads can be merged or dropped to this number, and that each serves as many query heads."""
+    groups, heads = shape.num_key_value_heads, shape.num_attention_heads
+    drops = family_of(teacher.family).normalizes_heads
+    if not drops and teacher.num_key_value_heads % groups:
+        divisors = [n for n in range(1, teacher.num_key_value_heads + 1) if teacher.num_key_value_heads % n == 0]
+        raise UserError(f"student.num_key_value_heads = {groups}: the teacher's {teacher.num_key_value_heads} are "
+                        f"merged in equal groups; need {nearest(groups, divisors)}")
+    most = (teacher.num_attention_heads // teacher.num_key_value_heads) if drops else teacher.num_attention_heads
+    allowed = [groups * n for n in range(1, most + 1) if groups * n <= teacher.num_attention_heads]
+    if heads not in allowed:
+        why = f"q/k norms of {teacher.family} forbid merging heads, so each of the {groups} key/value heads keeps at " \
+              f"most its own {most} query heads" if drops and heads % groups == 0 else \
+            f"each of the {groups} key/value heads must serve as many query heads"
+        raise UserError(f"student.num_attention_heads = {heads}: {why}; need {nearest(heads, allowed)}")
