@@ -1,8 +1,8 @@
 """Fewer layers: which of the teacher's stay.
 
-Greedy: the layer goes without which the KL from the teacher is lowest, once the last matrix of the layer before it has been refitted
-to the stream after it. The first layer always stays. All layers are tried again after each removal: to try again only
-those that were best before gave 2.842 in place of 2.816 nats for 8 of 12 layers (docs/LOG.md).
+Greedy: the layer goes without which the KL from the teacher is lowest, once the last matrix of the layer before it has
+been refitted to the stream after it. The first layer always stays. All layers are tried again after each removal: to
+try again only those that were best before gave 2.842 in place of 2.816 nats for 8 of 12 layers (docs/LOG.md).
 """
 from __future__ import annotations
 

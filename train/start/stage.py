@@ -39,8 +39,9 @@ def make_start(teacher: DenseCheckpoint, student: ModelShape, train: Train, data
 
 def save_start(start: Start, folder: Path) -> dict[str, Any]:
     tensors = start.tensors | {WRITER + name: p for name, p in start.writers.items()} | start.lineage.tensors()
-    save_file({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}, folder / START_FILE,
-              start.lineage.metadata(start.holds))
+    # Copies: a safetensors file refuses tensors that share memory.
+    copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    save_file(copies, folder / START_FILE, start.lineage.metadata(start.holds))
     figures = {"kl": start.kl, "loss": start.loss, "layers": start.lineage.layers}
     (folder / FIGURES_FILE).write_text(json.dumps(figures))
     return figures
