@@ -52,7 +52,7 @@ def _start(source: str, out: Path, recipe: Recipe, console: Console, only_train:
         run = Build(plan, out, console)
         describe_job(run, teacher=_recorded_name(plan))
         run_stages(stages(last="data"), run)
-    if not run_stages(stages("identity", "identity"), run):
+    if not run_stages(stages("identity", "start"), run):
         console.print("identity gate failed: a clone of this teacher would not equal it, so nothing was trained",
                       style="red", soft_wrap=True)
         return None

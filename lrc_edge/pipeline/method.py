@@ -10,7 +10,7 @@ DENSE = "dense distillation"
 STARTS = {
     "gaussian": "random projections",
     "selection": "selected channels (RED, arXiv 2605.29327)",
-    "pca": "principal components (arXiv 2401.15024)",
+    "pca": "principal components (arXiv 2401.15024), refitted",
 }
 # train.clone_terms -> the clone loss.
 CLONE_TERMS = {

@@ -120,21 +120,16 @@ def start_inputs(build: Build) -> Inputs:
 
 
 def start(build: Build, task: Task) -> Done:
-    """Compute the student's values before training, in the first process; the others wait."""
-    from lrc_edge.train.loop.processes import join
+    """Compute the student's values before training."""
     from lrc_edge.train.loop.trainer import choose_device
     from lrc_edge.train.start.stage import make_start
 
-    device, figures = choose_device(build.recipe.train.device), None
-    if build.leads:
-        with build.workspace.partial("start") as partial:
-            partial.mkdir(parents=True)
-            figures = make_start(build.teacher, build.plan.student, build.recipe.train, build.out / "data", partial,
-                                 device, task.update)
-            replace_tree(partial, build.out / "start")
-    join(device).wait_for_everyone()
-    if figures is None:
-        return None, ""
+    device = choose_device(build.recipe.train.device)
+    with build.workspace.partial("start") as partial:
+        partial.mkdir(parents=True)
+        figures = make_start(build.teacher, build.plan.student, build.recipe.train, build.out / "data", partial,
+                             device, task.update)
+        replace_tree(partial, build.out / "start")
     line = f"{figures['loss']:.3f} nats per token on training text, KL {figures['kl']:.3f} from the teacher"
     if len(figures["layers"]) < build.teacher.shape.num_hidden_layers:
         line += f"; layers {', '.join(map(str, figures['layers']))}"

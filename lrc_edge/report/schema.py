@@ -57,7 +57,7 @@ class ModelRow(TypedDict, total=False):
     provenance: dict[str, Any]
     proof_perplexity: float | None  # of the teacher, on the rows of the verification
     held_out: HeldOutFigures
-    training: dict[str, Any]  # training.json, and the rows of metrics.jsonl as "curve"
+    training: dict[str, Any]  # training.json, the rows of metrics.jsonl as "curve", and start.json as "start"
 
 
 class Sample(TypedDict):

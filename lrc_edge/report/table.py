@@ -37,7 +37,7 @@ def report_table(stages: dict[str, Any], student: DenseCheckpoint, teacher: Dens
     if table["teacher"]:
         table["teacher"]["proof_perplexity"] = check["teacher_perplexity"]
     if training is not None:
-        table["student"]["training"] = {**training, "curve": curve}
+        table["student"]["training"] = {**training, "curve": curve, "start": stages["start"]["result"]}
         for who, row in (("teacher", table["teacher"]), ("student", table["student"])):
             if row:
                 row["held_out"] = _held_out_figures(training[f"{who}_held_out_loss"], training["bytes_per_token"])

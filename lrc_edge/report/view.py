@@ -153,6 +153,20 @@ def _row(name: str, of_student: Any, of_teacher: Any, write: Callable[[Any], str
             "same": "same" if of_student == of_teacher else ""}
 
 
+def _start_facts(start: dict[str, Any], teacher: ModelRow | None) -> list[tuple[str, str]]:
+    """Return the KL of the student before training, and which layers and heads of the teacher it has."""
+    facts = [("KL from the teacher before training", figure(start["kl"]))] if is_number(start.get("kl")) else []
+    layers = start.get("layers") or []
+    if teacher and len(layers) < teacher["shape"]["num_hidden_layers"]:
+        facts.append(("layers of the teacher", ", ".join(map(str, layers))))
+    for key, name in (("query_heads", "query heads"), ("key_value_heads", "key/value heads")):
+        if of_layers := start.get(key):
+            heads = [" ".join("+".join(map(str, members)) for members in of_layer) for of_layer in of_layers]
+            text = "; ".join(f"layer {layer}: {text}" for layer, text in enumerate(heads))
+            facts.append((f"the teacher's {name} in each layer", text))
+    return facts
+
+
 def training_facts(report: Report) -> list[tuple[str, str]]:
     training = report["student"].get("training")
     if not training:
@@ -168,6 +182,7 @@ def training_facts(report: Report) -> list[tuple[str, str]]:
     before, after = (training.get(f"{which}_held_out_loss") for which in ("first", "student"))
     if is_number(before) and is_number(after):
         facts.append(("held-out loss", f"{before:.4f} before the first step, {after:.4f} after the last"))
+    facts += _start_facts(training.get("start") or {}, report.get("teacher"))
     if training.get("skipped_batches"):
         facts.append(("bad batches skipped", f"{training['skipped_batches']:,}"))
     if training["seconds"]:

@@ -11,7 +11,8 @@ from pathlib import Path
 from faults.runs import Ended, Stage, artifacts, lrc_edge, run, watch_stages
 
 # In the order in which a build runs them; `device`: the check in a target's runtimes, after the report.
-STAGES = ("weights", "data", "identity", "train", "fold", "quantize", "imatrix", "sensitivity", "allocate", "gguf",
+STAGES = ("weights", "data", "identity", "start", "train", "fold", "quantize", "imatrix", "sensitivity", "allocate",
+          "gguf",
           "onnx", "check", "teacher", "report", "device")
 RECIPE = """
 [student]

@@ -19,6 +19,7 @@ from lrc_edge.recipe import load_recipe
 from lrc_edge.train.loop import stage
 from lrc_edge.train.loop.checkpoints import claim, latest
 from lrc_edge.train.loop.trainer import METRICS_FILE, TRAINED_FILE, read_metrics
+from lrc_edge.train.start import stage as start_stage
 from lrc_edge.workspace import Workspace
 
 STEPS = 100
@@ -132,7 +133,8 @@ def test_a_changed_setting_is_named_and_refused_while_there_are_checkpoints(whol
         train(tiny_llama, text, out)
     kept = sorted((out / "train" / "checkpoints").iterdir())
     with pytest.raises(UserError, match=r"train: holds checkpoints of a run with other settings or data "
-                                        r"\(train.alpha was 0.2, is 0.3; train.seed was 0, is 1\); restore"):
+                                        r"\(train.alpha was 0.2, is 0.3; train.seed was 0, is 1; "
+                                        r"start was \w+, is \w+\); restore"):
         train(tiny_llama, text, out, "train.alpha=0.3", "train.seed=1")
     assert sorted((out / "train" / "checkpoints").iterdir()) == kept
     train(tiny_llama, text, out, "train.micro_batch=1")  # how it runs may change
@@ -154,7 +156,7 @@ def test_checkpoints_of_an_unknown_run_are_refused_and_a_folder_without_any_is_e
     assert (tmp_path / "run" / METRICS_FILE).exists()
 
 
-@pytest.mark.parametrize("what", ["load_clone", "_initialize", "Trainer"])
+@pytest.mark.parametrize("what", ["load_clone", "run", "Trainer"])
 def test_too_little_memory_is_told_wherever_it_ends(what: str, tiny_llama: Path, text: Path, tmp_path: Path,
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **options: object) -> None:
@@ -163,3 +165,14 @@ def test_too_little_memory_is_told_wherever_it_ends(what: str, tiny_llama: Path,
     monkeypatch.setattr(stage, what, refuse)
     with pytest.raises(UserError, match=r"out of memory on cpu \(CUDA out of memory\); lower train.micro_batch \(now"):
         train(tiny_llama, text, tmp_path / "out")
+
+
+def test_too_little_memory_for_the_start_is_told(tiny_llama: Path, text: Path, tmp_path: Path,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(start_stage, "build_start", refuse)
+    with pytest.raises(UserError, match=r"start: out of memory on cpu \(CUDA out of memory\); the embedding, the LM"):
+        train(tiny_llama, text, tmp_path / "out")
+    assert not (tmp_path / "out" / "start").exists()

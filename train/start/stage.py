@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
-from lrc_edge.lineage import is_map, read_lineage
+from lrc_edge.lineage import Holds, is_map, read_lineage
 from lrc_edge.recipe import Train
 from lrc_edge.shape import ModelShape
 from lrc_edge.train.data.rows import PackedRows
@@ -26,14 +26,21 @@ WRITER = "writer."  # before the name of a weight: its projection
 
 def make_start(teacher: DenseCheckpoint, student: ModelShape, train: Train, data: Path, folder: Path,
                device: torch.device, progress: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """Write the start of a student of this shape to `folder`. Returns its figures, which are also in FIGURES_FILE."""
+    """Write the start of a student of this shape to `folder`. Returns its figures, which are also in FIGURES_FILE:
+    loss and KL on the calibration rows, the teacher's layers that stay, and, for each layer of the student, the
+    teacher's heads that each head comes from (empty lists if all stay)."""
     rows = PackedRows(data, min(train.seq_len, student.max_position_embeddings))
     n_rows = max(1, CALIBRATION_TOKENS // rows.seq_len)
     picked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(train.seed))[:n_rows]
     sample_BL = torch.stack([rows[int(i)]["input_ids"] for i in picked])
-    with tempfile.TemporaryDirectory(dir=folder, prefix="streams-") as streams:
-        start = build_start(teacher, student, sample_BL, Path(streams), "weights" if train.dense_share == 1 else
-                            "projections", Choices(init=train.init, seed=train.seed), device, progress)
+    holds: Holds = "weights" if train.dense_share == 1 else "projections"
+    choices = Choices(init=train.init, seed=train.seed)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix="streams-") as streams:
+            start = build_start(teacher, student, sample_BL, Path(streams), holds, choices, device, progress)
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"start: out of memory on {device} ({str(error).split('. ')[0]}); the embedding, the LM head "
+                        "and one layer of the teacher must fit: use a larger GPU, or --set train.device=cpu") from error
     return save_start(start, folder)
 
 
@@ -42,7 +49,9 @@ def save_start(start: Start, folder: Path) -> dict[str, Any]:
     # Copies: a safetensors file refuses tensors that share memory.
     copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     save_file(copies, folder / START_FILE, start.lineage.metadata(start.holds))
-    figures = {"kl": start.kl, "loss": start.loss, "layers": start.lineage.layers}
+    heads = {name: [block_map.index_JM.tolist() for block_map in start.lineage.maps.get(axis, ())]
+             for name, axis in (("query_heads", "q_size"), ("key_value_heads", "k_size"))}
+    figures = {"kl": start.kl, "loss": start.loss, "layers": start.lineage.layers, **heads}
     (folder / FIGURES_FILE).write_text(json.dumps(figures))
     return figures
 

@@ -1,0 +1,84 @@
+"""A build whose student is smaller along every axis: from the command to proved Q4_0 and q4 files that chat."""
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from test_end_to_end import report_of, run
+from tiny_models import TEXT, make_tiny
+
+from lrc_edge.checkpoint import DenseCheckpoint
+from lrc_edge.errors import UserError
+from lrc_edge.pipeline import preflight
+from lrc_edge.pipeline.plan import Plan
+from lrc_edge.recipe import load_recipe
+from lrc_edge.student import student_of
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 2,
+         "num_key_value_heads": 1}
+COMMON = ["--set", "train.tokens=8192", "--set", "train.seq_len=128", "--set", "train.batch_tokens=1024",
+          "--set", "parity.positions=512", "--set", "parity.row_len=64", "--set", "parity.generate_tokens=8",
+          "--set", "parity.long_rows=[]", "--formats", "gguf:q4_0,onnx:q4"]
+
+
+def sizes(**changed: int) -> list[str]:
+    return [part for name, size in (SIZES | changed).items() for part in ("--set", f"student.{name}={size}")]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "text.txt").write_text(TEXT[:300_000])
+    return make_tiny(folder / "teacher", layers=3, head_dim=32), folder / "text.txt"
+
+
+def test_a_student_smaller_along_every_axis(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run("build", inputs[0], "--out", out, "--data", inputs[1], *COMMON, *sizes())
+    assert result.returncode == 0, result.stdout + result.stderr
+    config = json.loads((out / "student" / "config.json").read_text())
+    assert {name: config[name] for name in SIZES} == SIZES and config["head_dim"] == 32
+    report = report_of(out)
+    assert {gate["artifact"] for gate in report["gates"] if gate["name"].startswith("smoke generation")} == \
+        {artifact["path"] for artifact in report["artifacts"]}
+    assert {"chat template", "stop tokens", "token ids"} <= {gate["name"] for gate in report["gates"]}
+    assert all(gate["passed"] for gate in report["gates"])
+    assert report["student"]["name"] == "teacher-Edge-32-L2-F64-H2-K1"
+    kept = report["student"]["training"]["start"]["layers"]
+    assert len(kept) == 2 and kept[0] == 0
+    for layer in map(str, kept):
+        assert layer in (out / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("changed", "message"), [
+    ({"num_hidden_layers": 4}, "student.num_hidden_layers = 4: the teacher teacher has 3; need a smaller student"),
+    ({"num_attention_heads": 4, "num_key_value_heads": 3}, "num_key_value_heads = 3: the teacher teacher has 2; need"),
+    ({"num_attention_heads": 3, "num_key_value_heads": 2}, "student.num_attention_heads = 3: each of the 2 key/value "
+                                                           "heads must serve as many query heads; need 2 or 4"),
+    ({"intermediate_size": 70}, "student.intermediate_size = 70: gguf:q4_0 needs rows of a multiple of 32 (nearest: 64 "
+                                "or 96)"),
+    ({"hidden_size": 40}, "student.hidden_size = 40: gguf:q4_0 needs rows of a multiple of 32 (nearest: 32 or 64)"),
+    ({"hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 96, "num_attention_heads": 4,
+      "num_key_value_heads": 2}, "teacher has these sizes already; need a smaller student: lower one of student.hid")])
+def test_sizes_that_do_not_work_are_refused_with_the_nearest_that_do(changed: dict[str, int], message: str,
+                                                                     inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe = load_recipe(None, [setting for setting in sizes(**changed) if setting != "--set"],
+                         data={"sources": [str(inputs[1])]}, export={"formats": ["gguf:q4_0", "onnx:q4"]})
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        preflight.check(Plan.of_build(str(inputs[0]), recipe), tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_groups_merge_evenly_and_heads_with_q_k_norms_are_only_dropped(tmp_path: Path) -> None:
+    llama = DenseCheckpoint.open(make_tiny(tmp_path / "llama", heads=12, kv_heads=6)).shape
+    with pytest.raises(UserError, match="num_key_value_heads = 4: the teacher's 6 are merged in equal groups; need 3"):
+        student_of(load_recipe(None, ["student.num_key_value_heads=4"]), llama, "t")
+    qwen3 = DenseCheckpoint.open(make_tiny(tmp_path / "qwen3", family="qwen3", heads=12, kv_heads=6)).shape
+    with pytest.raises(UserError, match="q/k norms of qwen3 forbid merging heads, so each of the 4 key/value heads "
+                                        "keeps at most its own 2 query heads; need 8"):
+        student_of(load_recipe(None, ["student.num_key_value_heads=4"]), qwen3, "t")
+    shape, name = student_of(load_recipe(None, ["student.num_key_value_heads=4", "student.num_attention_heads=8"]),
+                             qwen3, "t")
+    assert (shape.num_attention_heads, shape.num_key_value_heads, name) == (8, 4, "t-Edge-64-H8-K4")
