@@ -255,7 +255,7 @@ def fit_target(model: Annotated[str, typer.Argument(help="A teacher (directory o
 
     For a teacher, the student that the recipe plans is estimated too.
 
-    [dim]lrc-edge targets fit HuggingFaceTB/SmolLM2-360M --target android-low --set student.hidden_size=512[/]
+    [dim]lrc-edge targets fit HuggingFaceTB/SmolLM2-360M --target android-low --set student.hidden_size=480[/]
     """
     from lrc_edge.pipeline import target_commands
 

@@ -111,6 +111,8 @@ class Family:
     # use_sliding_window is on, those that its layer_types name.
     window: Literal["none", "all", "switched"] = "none"
     default_window: int | None = None  # transformers' own, if the config has no sliding_window
+    # Whether transformers 5 refuses a hidden_size that is not a multiple of the query heads, even with a head_dim.
+    width_divides_by_heads: bool = False
     off: tuple[str, ...] = ()  # config switches that add weights or arithmetic that `roles` does not have
 
     @property
@@ -176,7 +178,8 @@ _QK_NORM = (
 )
 
 FAMILIES = {family.model_type: family for family in (
-    Family("llama", _DECODER, (LLAMA,), off=("attention_bias", "mlp_bias")),  # SmolLM is a llama, too
+    # SmolLM is a llama, too.
+    Family("llama", _DECODER, (LLAMA,), width_divides_by_heads=True, off=("attention_bias", "mlp_bias")),
     Family("mistral", _DECODER, (LLAMA,), window="all", default_window=4096),
     Family("qwen2", _DECODER + _QKV_BIAS, (QWEN2, LLAMA), window="switched"),
     Family("qwen3", _DECODER + _QK_NORM, (QWEN3,), window="switched", off=("attention_bias",)),

@@ -1,6 +1,7 @@
 """The student's shape and name, from the recipe and the teacher's shape, and which shapes are refused."""
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import replace
@@ -34,12 +35,10 @@ def student_of(recipe: Recipe, teacher: ModelShape, name: str) -> tuple[ModelSha
     multiple of 256, 64 or 32. Raises UserError for a shape that is not smaller, or that no start leads to.
     """
     given = {field: getattr(recipe.student, field) for field in SIZES if getattr(recipe.student, field)}
-    if not given:
-        half = teacher.hidden_size // 2
-        given = {"hidden_size": next((half // unit * unit for unit in (256, 64, 32) if half >= unit), max(1, half))}
-    shape = replace(teacher, **given)
+    shape = replace(teacher, **(given or {"hidden_size": _half_width(teacher)}))
     _check_smaller(shape, teacher, name)
     _check_heads(shape, teacher)
+    _check_width(shape)
     label = CLONE_LABEL if recipe.train.dense_share < 1 else DENSE_LABEL
     changed = [f"{letter}{getattr(shape, field)}" for field, letter in SIZES.items()
                if not letter or getattr(shape, field) != getattr(teacher, field)]
@@ -68,6 +67,27 @@ def _check_smaller(shape: ModelShape, teacher: ModelShape, name: str) -> None:
     if shape == teacher:
         raise UserError(f"student: {name} has these sizes already; need a smaller student: lower one of "
                         f"{', '.join(f'student.{field}' for field in SIZES)}")
+
+
+def _unit(shape: ModelShape) -> int:
+    """Return the number that must divide the student's width in every format."""
+    return shape.num_attention_heads if family_of(shape.family).width_divides_by_heads else 1
+
+
+def _half_width(teacher: ModelShape) -> int:
+    """Return half the teacher's width, rounded down to a multiple of the largest block that it can have."""
+    half = teacher.hidden_size // 2
+    units = [math.lcm(_unit(teacher), block) for block in (256, 64, 32, 1)]
+    return next((half // unit * unit for unit in units if half >= unit), max(1, half))
+
+
+def _check_width(shape: ModelShape) -> None:
+    """Check that transformers reads a config of this shape."""
+    if shape.hidden_size % _unit(shape):
+        unit = math.lcm(_unit(shape), 32)
+        works = range(unit, shape.hidden_size + 2 * unit, unit)
+        raise UserError(f"student.hidden_size = {shape.hidden_size}: transformers' {shape.family} needs a multiple of "
+                        f"the {shape.num_attention_heads} query heads; need {nearest(shape.hidden_size, works)}")
 
 
 def _check_heads(shape: ModelShape, teacher: ModelShape) -> None:

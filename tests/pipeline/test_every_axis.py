@@ -3,14 +3,17 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from test_end_to_end import report_of, run
 from tiny_models import TEXT, make_tiny
+from transformers import AutoConfig
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
+from lrc_edge.families import FAMILIES
 from lrc_edge.pipeline import preflight
 from lrc_edge.pipeline.plan import Plan
 from lrc_edge.recipe import load_recipe
@@ -72,7 +75,7 @@ def test_sizes_that_do_not_work_are_refused_with_the_nearest_that_do(changed: di
 
 
 def test_groups_merge_evenly_and_heads_with_q_k_norms_are_only_dropped(tmp_path: Path) -> None:
-    llama = DenseCheckpoint.open(make_tiny(tmp_path / "llama", heads=12, kv_heads=6)).shape
+    llama = DenseCheckpoint.open(make_tiny(tmp_path / "llama", hidden_size=96, heads=12, kv_heads=6)).shape
     with pytest.raises(UserError, match="num_key_value_heads = 4: the teacher's 6 are merged in equal groups; need 3"):
         student_of(load_recipe(None, ["student.num_key_value_heads=4"]), llama, "t")
     qwen3 = DenseCheckpoint.open(make_tiny(tmp_path / "qwen3", family="qwen3", heads=12, kv_heads=6)).shape
@@ -82,3 +85,25 @@ def test_groups_merge_evenly_and_heads_with_q_k_norms_are_only_dropped(tmp_path:
     shape, name = student_of(load_recipe(None, ["student.num_key_value_heads=4", "student.num_attention_heads=8"]),
                              qwen3, "t")
     assert (shape.num_attention_heads, shape.num_key_value_heads, name) == (8, 4, "t-Edge-64-H8-K4")
+
+
+def test_widths_that_transformers_refuses_are_refused_before(tmp_path: Path) -> None:
+    """SmolLM2-135M has 9 query heads: half its 576 is no multiple of 256 or 64 that 9 divides."""
+    shape = replace(DenseCheckpoint.open(make_tiny(tmp_path / "t")).shape, hidden_size=576, num_attention_heads=9,
+                    num_key_value_heads=3)
+    assert student_of(load_recipe(None, ()), shape, "t")[0].hidden_size == 288
+    with pytest.raises(UserError, match="hidden_size = 320: transformers' llama needs a multiple of the 9 query heads; "
+                                        "need 288 or 576"):
+        student_of(load_recipe(None, ["student.hidden_size=320"]), shape, "t")
+    others = [replace(shape, family=family) for family in ("qwen2", "qwen3", "mistral")]
+    assert [student_of(load_recipe(None, ()), other, "t")[0].hidden_size for other in others] == [256] * 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_reads_what_the_record_of_a_family_allows(family: str) -> None:
+    sizes = dict(hidden_size=40, num_attention_heads=3, num_key_value_heads=1, head_dim=16, vocab_size=64,
+                 intermediate_size=64, num_hidden_layers=1)
+    try:
+        AutoConfig.for_model(family, **sizes)
+    except Exception as error:
+        assert FAMILIES[family].width_divides_by_heads and "not a multiple of the number of attention" in str(error)
