@@ -118,7 +118,7 @@ def student_of(recipe: Recipe, teacher: ModelShape, name: str) -> tuple[ModelSha
     """Return the shape and the name of the recipe's student of the teacher `name`.
 
     A hidden_size of 0 means half the teacher's, rounded down to a multiple of 256, 64 or 32. Raises UserError for a
-    student that is not narrower.
+    student that is not narrower, or has more tokens than the teacher.
     """
     width = recipe.student.hidden_size
     if not width:
@@ -127,5 +127,10 @@ def student_of(recipe: Recipe, teacher: ModelShape, name: str) -> tuple[ModelSha
     if width >= teacher.hidden_size:
         raise UserError(f"student.hidden_size = {width}: the teacher {name} is {teacher.hidden_size} wide; "
                         "need a smaller student")
+    vocab_size = recipe.student.vocab_size or teacher.vocab_size
+    if vocab_size > teacher.vocab_size:
+        raise UserError(f"student.vocab_size = {vocab_size}: the teacher {name} has {teacher.vocab_size} tokens; "
+                        "need at most as many, or 0 for all of them")
     label = CLONE_LABEL if recipe.train.dense_share < 1 else DENSE_LABEL
-    return teacher.with_hidden_size(width), recipe.student.name or f"{name}-{label}-{width}"
+    student = replace(teacher.with_hidden_size(width), vocab_size=vocab_size)
+    return student, recipe.student.name or f"{name}-{label}-{width}"
