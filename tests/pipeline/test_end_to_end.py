@@ -204,3 +204,31 @@ def test_the_teacher_is_measured_on_the_same_text(built: Path) -> None:
     assert report["teacher"]["proof_perplexity"] > 1
     assert report["teacher"]["proof_perplexity"] != student["ppl"] - student["delta_ppl"]
     assert [output["who"] for output in report["samples"][0]["outputs"]][:2] == ["teacher", "student"]
+
+
+def test_a_smaller_vocabulary(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    settings = ["--set", "student.hidden_size=32", "--set", "student.vocab_size=400", "--set", "train.tokens=8192",
+                "--set", "train.seq_len=64", "--set", "train.batch_tokens=1024", "--set", "parity.positions=128",
+                "--set", "parity.row_len=64", "--set", "parity.generate_tokens=4", "--formats", "gguf:f32,onnx:fp32"]
+    result = run("build", inputs[0], "--out", out, "--data", inputs[1], *settings)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "400 of 512 tokens kept" in result.stdout
+    report = report_of(out)
+    assert [row["n_mismatches"] for row in report["tokenizer"]] == [0]
+    teacher, student = report["teacher"], report["student"]
+    assert (teacher["shape"]["vocab_size"], student["shape"]["vocab_size"]) == (512, 400)
+    assert teacher["proof_perplexity"] is None, "its text has other tokens"
+    assert 0 < teacher["full_vocabulary"]["bits_per_byte"] != teacher["held_out"]["bits_per_byte"] > 0
+    assert student["provenance"]["teacher_vocab_size"] == "512" and student["provenance"]["student_vocab_size"] == "400"
+    stages = json.loads((out / "build.json").read_text())["stages"]
+    original, trimmed = stages["weights"]["inputs"], stages["train"]["inputs"]["teacher"]
+    assert "model.safetensors" in original and student["provenance"]["teacher_sha256"] != trimmed
+    assert stages["vocabulary"]["inputs"]["teacher"] == student["provenance"]["teacher_sha256"]
+    card = (out / "student" / "README.md").read_text()
+    assert "Its vocabulary is 400 of the teacher's 512 tokens." in card and "| vocabulary | 512 | 400 |" in card
+    checked = run("check", out)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert report_of(out)["teacher"]["full_vocabulary"] == teacher["full_vocabulary"]
+    again = run("build", inputs[0], "--out", out, "--data", inputs[1], *settings)
+    assert again.returncode == 0 and "vocabulary  unchanged, nothing to do" in again.stdout, again.stdout
