@@ -107,24 +107,24 @@ def test_the_rarest_leaf_goes_first(teacher: DenseCheckpoint, chance: random.Ran
 
 
 def test_what_goes_leaves_its_occurrences_to_its_parts(tmp_path: Path) -> None:
-    """`QX` is as rare as `ZJ`, but inherits the occurrences of `QXV`, so that it goes later."""
+    """QXZJ, a whole word without a merge, leaves its own to ZJ, which was a leaf before; QXV leaves its own to QX."""
     path = make_tiny(tmp_path / "teacher")
 
     def change(table: dict[str, Any]) -> None:
-        table["model"]["vocab"] |= {"QX": 512, "QXV": 513, "ZJ": 514}
-        table["model"]["merges"] += [["Q", "X"], ["QX", "V"], ["Z", "J"]]
+        table["model"]["vocab"] |= {"QX": 512, "QXV": 513, "VK": 514, "ZJ": 515, "QXZJ": 516}
+        table["model"]["merges"] += [["Q", "X"], ["QX", "V"], ["V", "K"], ["Z", "J"]]
 
     edit_json(path / "tokenizer.json", change)
-    teacher = DenseCheckpoint.open(make_tiny(tmp_path / "large", vocab_size=516))
+    teacher = DenseCheckpoint.open(make_tiny(tmp_path / "large", vocab_size=518))
     (teacher.path / "tokenizer.json").write_bytes((path / "tokenizer.json").read_bytes())
-    counts = np.full(516, 1000)
-    counts[[512, 513, 514]] = 2, 1, 2
-    order, kept = [], set(range(516))
-    for size in reversed(range(511, 516)):
+    counts = np.full(518, 1000)
+    counts[[512, 513, 514, 515, 516]] = 2, 2, 3, 2, 2
+    order, kept = [], set(range(518))
+    for size in reversed(range(512, 518)):
         after = set(Vocabulary.of(teacher).choose(size, counts))
         order += kept - after
         kept = after
-    assert order[:4] == [515, 513, 514, 512], "padding, QXV (1), ZJ (2), QX (2 + 1)"
+    assert order == [517, 516, 513, 514, 515, 512], "padding, QXZJ (2), QXV (2), VK (3), ZJ (2 + 2), QX (2 + 2 + 2)"
 
 
 def test_later_merges_go_first_among_equals(llama: DenseCheckpoint) -> None:
@@ -382,6 +382,18 @@ def test_damaged_tokenizers(llama_copy: Path, tmp_path: Path) -> None:
     teacher = DenseCheckpoint.open(llama_copy)
     with pytest.raises(UserError, match=r"needs token|would have id"):  # two tokens have one id: the library keeps one
         write_trimmed(teacher, Vocabulary.of(teacher).choose(450, np.zeros(512, int)), tmp_path / "trimmed")
+    file.write_text(original)
+    edit_json(file, _with_a_gap)
+    teacher = DenseCheckpoint.open(llama_copy)
+    with pytest.raises(UserError, match="would have id"):
+        write_trimmed(teacher, Vocabulary.of(teacher).choose(450, np.zeros(512, int)), tmp_path / "again")
+
+
+def _with_a_gap(table: dict[str, Any]) -> None:
+    """The library gives an added token the id that follows the number of tokens, which here is a token's."""
+    left, right = table["model"]["merges"].pop(-20)
+    del table["model"]["vocab"][left + right]
+    table["added_tokens"].append({**table["added_tokens"][0], "id": 511, "content": "<|added|>"})
 
 
 def test_tables_with_unexpected_values(llama: DenseCheckpoint, tmp_path: Path) -> None:
