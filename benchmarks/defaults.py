@@ -21,6 +21,8 @@ from lrc_edge.errors import UserError
 from lrc_edge.recipe import load_recipe
 from lrc_edge.train.data.tokenize import prepare
 from lrc_edge.train.loop.stage import SUMMARY_FILE, Plan, train
+from lrc_edge.train.loop.trainer import choose_device
+from lrc_edge.train.start.stage import load_start, make_start
 
 BUDGETS = (20_480, 102_400, 409_600, 2_048_000)
 SHARES = (0.25, 0.5, 0.75)  # of the teacher's width
@@ -31,12 +33,14 @@ def run(teacher: DenseCheckpoint, width: int, tokens: int, data: Path, folder: P
     recipe = load_recipe(None, (), train={"tokens": tokens})
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    plan = Plan.of(recipe, teacher, teacher.shape.with_hidden_size(width), data)
+    student = teacher.shape.with_hidden_size(width)
+    make_start(teacher, student, recipe.train, data, folder, choose_device("auto"))
+    start = load_start(folder)
     cell: dict[str, Any] = {"teacher": teacher.path.name, "width": width, "tokens": tokens}
     try:
-        train(teacher, recipe, plan, data, folder, lambda row: None)
+        train(teacher, recipe, start, data, folder, lambda row: None)
     except UserError as error:
-        return cell | {"steps": plan.schedule.steps, "stopped": str(error)}
+        return cell | {"steps": Plan.of(recipe, start, data).schedule.steps, "stopped": str(error)}
     summary = json.loads((folder / SUMMARY_FILE).read_text())
     return cell | {"steps": summary["steps"], "rate": summary["phases"]["dense"]["learning_rate"], "stopped": "",
                    "start": summary["first_held_out_loss"], "end": summary["student_held_out_loss"],

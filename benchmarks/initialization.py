@@ -4,12 +4,14 @@
 
 Each initialization trains on the same sequences in the same order. Columns: held-out cross entropy of the student, and
 the KL divergence (nats per token) that Q4_0 weights with a Q8_0 embedding add, both at the start and after each third.
-`components` is the PCA basis itself; `pca` is the same basis, randomly rotated (lrc_edge.train.initialize.pca_values).
+`components` is the PCA basis itself; `pca` is the same basis, randomly rotated (lrc_edge.train.start.width).
 """
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,20 +20,15 @@ from gguf import GGMLQuantizationType, quants
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.corpus.encode import token_ids
 from lrc_edge.corpus.sources import Fields, source_documents
-from lrc_edge.lineage import Lineage
-from lrc_edge.train import initialize
 from lrc_edge.train.clone import Clone
 from lrc_edge.train.loop.trainer import held_out_loss
+from lrc_edge.train.start.build import Choices, build_start
+from lrc_edge.train.start.width import INITS, principal_components
 
-HELD_OUT_ROWS = 40
+HELD_OUT_ROWS, CALIBRATION_ROWS = 40, 16
 
 
-def start(clone: Clone, name: str, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-    if name == "gaussian":
-        return initialize.gaussian_values(clone, seed=0)
-    if name == "selection":
-        return initialize.selection_values(clone, rows)
-    return initialize.pca_values(clone, rows, turned=name == "pca")
+STARTS = {**INITS, "components": partial(principal_components, turned=False)}
 
 
 @torch.no_grad()
@@ -50,9 +47,10 @@ def cost_of_4_bits(clone: Clone, rows: torch.Tensor) -> float:
 
 def run(teacher: DenseCheckpoint, name: str, rows: torch.Tensor, args: argparse.Namespace) -> None:
     held_out, train = rows[:HELD_OUT_ROWS], rows[HELD_OUT_ROWS:]
-    lineage = Lineage.of(teacher.shape, teacher.shape.with_hidden_size(args.hidden_size))
-    clone = Clone(teacher.model().to(torch.bfloat16), lineage, torch.bfloat16)
-    clone.initialize(start(clone, name, train[:initialize.CALIBRATION_ROWS]))
+    with tempfile.TemporaryDirectory() as folder:
+        start = build_start(teacher, teacher.shape.with_hidden_size(args.hidden_size), train[:CALIBRATION_ROWS],
+                            Path(folder), "projections", Choices(width=STARTS[name], refits=False))
+    clone = start.clone(teacher.model().to(torch.bfloat16), torch.bfloat16)
     optimizer = torch.optim.AdamW(clone.trainable().values(), lr=args.lr, weight_decay=0.0)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     figures, started = [], time.monotonic()

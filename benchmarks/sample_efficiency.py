@@ -17,9 +17,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +29,16 @@ from torch import nn
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.corpus.held_out import HeldOut
 from lrc_edge.corpus.sources import Fields, documents
-from lrc_edge.lineage import Lineage
+from lrc_edge.lineage import Holds, Lineage
 from lrc_edge.recipe import load_recipe
 from lrc_edge.train import losses
 from lrc_edge.train.clone import Clone
 from lrc_edge.train.data.tokenize import PackedRows, prepare
-from lrc_edge.train.initialize import INITS
 from lrc_edge.train.loop.schedule import Schedule
 from lrc_edge.train.loop.trainer import Trainer, choose_device, choose_precision, held_out_loss
 from lrc_edge.train.masks import positions_of
-from lrc_edge.train.phases import DENSE
+from lrc_edge.train.start.build import Choices, build_start, first_phase
+from lrc_edge.train.start.width import INITS
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo"
 PICK_TOKENS, EVAL_TOKENS, CALIBRATION_ROWS, POINTS = 16_384, 65_536, 16, 4
@@ -49,28 +47,19 @@ PUBLISHED_LENGTH = 2048  # the weight 1.28 of the published KL holds at this seq
 
 @dataclass(frozen=True)
 class Method:
-    """`start` sets the initial values of a new clone; `settings` override the recipe's [train]."""
+    """`start`: how the student starts, None for random weights. `settings` override the recipe's [train]."""
 
     name: str
-    start: Callable[[Clone, torch.Tensor, int], None]
+    start: Choices | None
     settings: dict[str, Any]
     rates: tuple[float, ...]
     alphas: tuple[float, ...] = (0.0,)  # the rates are tried with the first, the others at the best rate
     kind: type[Clone] = Clone
 
 
-def from_random(clone: Clone, rows: torch.Tensor, seed: int) -> None:
-    """Initialize a student as transformers does, without weights of the teacher."""
-    torch.manual_seed(seed)
-    clone.start(DENSE)
-    clone.student.apply(clone.student._init_weights)
-
-
-def from_projections(clone: Clone, rows: torch.Tensor, seed: int, init: str) -> None:
-    clone.initialize(INITS[init](clone, rows, seed))
-
-
-gaussian, selection, pca = (partial(from_projections, init=name) for name in ("gaussian", "selection", "pca"))
+from_random = None
+gaussian, selection, pca = (Choices(width=INITS[init], refits=False) for init in ("gaussian", "selection", "pca"))
+refitted = Choices()
 
 
 class Aligned(Clone):
@@ -102,7 +91,7 @@ class Aligned(Clone):
             rope = student.rope(below.to(self.compute_dtype), positions_of(input_ids, None))
             features = below.new_zeros(1)
             for i, pair in enumerate(self.pairs):
-                above, below, _ = pair(above, below, losses.Objective(clone=0.0), None, rope)
+                above, below, _ = pair(above, below, losses.Objective(clone=0.0), [None], rope)
                 features = features + losses.clone_term(below @ self.align[str(i)], above, "relative")
             total, terms = losses.head_losses(
                 student.norm(below).flatten(0, 1), student.head.weight, teacher.norm(above).flatten(0, 1),
@@ -143,6 +132,8 @@ METHODS = {method.name: method for method in (
     Method("gaussian, dense", gaussian, WEIGHTS, rates(4e-4, 6)),
     Method("gaussian, clone, terms", gaussian, PROJECTIONS, rates(1.6e-3, 4), RELATIVE),
     Method("gaussian, clone", gaussian, PROJECTIONS, rates(8e-4, 6)),
+    Method("components, refitted, dense", refitted, WEIGHTS, rates(1e-4, 6)),
+    Method("components, refitted, dense, terms", refitted, WEIGHTS, rates(2e-4, 4), RELATIVE),
 )}
 
 
@@ -170,25 +161,36 @@ def train_once(method: Method, pair: Pair, seed: int, tokens: int, judged: str, 
         "spike_factor": 0.0, "on_bad_batch": "skip", "compile": args.compile,
         **({"kl_weight": 1.28 * args.seq_len / PUBLISHED_LENGTH} if "kl_temperature" in method.settings else {}),
         **method.settings}).train
-    device = choose_device("auto")
-    dtype = choose_precision("auto", device)
     rows = PackedRows(args.out / "data", args.seq_len)
-    lineage = Lineage.of(teacher.shape, teacher.shape.with_hidden_size(args.hidden_size))
-    clone = method.kind(teacher.model(dtype).to(device), lineage, dtype).to(device)
     picked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:CALIBRATION_ROWS]
-    sample = torch.stack([rows[int(i)]["input_ids"] for i in picked]).to(device)
+    sample = torch.stack([rows[int(i)]["input_ids"] for i in picked])
     held_out_BL = np.load(args.out / "data" / f"{judged}.npy")
     with tempfile.TemporaryDirectory() as folder:
         metrics: list[dict[str, Any]] = []
         before = time.process_time()
-        method.start(clone, sample, seed)
-        trainer = TimedTrainer(clone, settings, Schedule.of(settings, lineage.student, 0), rows, held_out_BL,
+        clone = new_clone(method, teacher, args.hidden_size, sample, seed, Path(folder))
+        trainer = TimedTrainer(clone, settings, Schedule.of(settings, clone.lineage.student, 0), rows, held_out_BL,
                                Path(folder), metrics.append)
         trainer.run()
         seconds = time.process_time() - before - trainer.evaluating
     return Run(args.hidden_size, method.name, rate, alpha, seed, tokens, judged, round(seconds, 1),
                [(row["tokens"], round(row["held_out_loss"], 5)) for row in metrics if "held_out_loss" in row],
                sum("skipped" in row for row in metrics))
+
+
+def new_clone(method: Method, teacher: DenseCheckpoint, width: int, sample: torch.Tensor, seed: int, folder: Path
+              ) -> Clone:
+    device = choose_device("auto")
+    dtype, student = choose_precision("auto", device), teacher.shape.with_hidden_size(width)
+    holds: Holds = "weights" if method.settings["dense_share"] == 1 else "projections"
+    model = teacher.model(dtype).to(device)
+    clone = method.kind(model, Lineage.of(teacher.shape, student), dtype, phase=first_phase(holds)).to(device)
+    if method.start is None:  # as transformers initializes a model, without weights of the teacher
+        torch.manual_seed(seed)
+        clone.student.apply(clone.student._init_weights)
+    else:
+        build_start(teacher, student, sample, folder, holds, replace(method.start, seed=seed), device).load_into(clone)
+    return clone
 
 
 def prepare_data(args: argparse.Namespace) -> None:

@@ -32,7 +32,7 @@ from lrc_edge.shape import ModelShape
 from lrc_edge.train.clone import Clone
 from lrc_edge.train.loop.schedule import Schedule
 from lrc_edge.train.loop.trainer import Trainer
-from lrc_edge.train.phases import CLONE, DENSE, PHASES, Phase
+from lrc_edge.train.phases import DENSE, PHASES, Phase
 
 TEACHERS: dict[str, PretrainedConfig] = {  # size in a recipe's name -> the shape of its teacher
     "1.5b": SHAPES["llama-3.2-3b"].config(3072),
@@ -108,9 +108,7 @@ def simulate(teacher: PretrainedConfig, lineage: Lineage, settings: Train, phase
     sdpa = patch.object(torch.nn.functional, "scaled_dot_product_attention", flash)
     with sdpa, FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, tempfile.TemporaryDirectory() as folder:
         model = AutoModelForCausalLM.from_config(teacher, dtype=torch.bfloat16)
-        clone = Clone(model, lineage, torch.bfloat16, settings.gradient_checkpointing)
-        if phase is not CLONE:
-            clone.start(phase)
+        clone = Clone(model, lineage, torch.bfloat16, settings.gradient_checkpointing, phase)
         schedule = Schedule(settings.seq_len, 2 * settings.micro_batch, 1000, 1000, 10, 1e-4, 10, 1e-4)
         trainer = Trainer(clone, replace(settings, device="cpu", compile="off"), schedule,
                           range(10**6), np.zeros((1, 2)), Path(folder), lambda row: None)  # type: ignore[arg-type]

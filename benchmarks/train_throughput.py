@@ -41,7 +41,7 @@ from lrc_edge.families import family_of
 from lrc_edge.lineage import Lineage
 from lrc_edge.recipe import load_recipe
 from lrc_edge.shape import ModelShape
-from lrc_edge.train import initialize, losses
+from lrc_edge.train import losses
 from lrc_edge.train.clone import Clone, Tap
 from lrc_edge.train.loop.schedule import Schedule
 from lrc_edge.train.loop.trainer import Trainer, choose_device, choose_precision
@@ -101,10 +101,10 @@ def lrc_edge(setup: Setup, device: torch.device, dtype: torch.dtype, args: argpa
     """A step of the trainer in a phase. `train`: settings of the recipe's [train]."""
     lineage = Lineage.of(setup.shape(setup.hidden_size), setup.shape(setup.student_size))
     teacher = model(setup, setup.hidden_size, device, dtype)
-    clone = Clone(teacher, lineage, dtype, args.gradient_checkpointing).to(device)
-    clone.initialize(initialize.gaussian_values(clone, seed=0))
-    if phase is not CLONE:
-        clone.start(phase)
+    clone = Clone(teacher, lineage, dtype, args.gradient_checkpointing, phase).to(device)
+    for p in clone.trainable().values():
+        nn.init.normal_(p, std=0.02)
+    clone.compose_()
     settings = load_recipe(None, (), train={
         "micro_batch": args.micro_batch or setup.micro_batch, "seq_len": setup.seq_len, "compile": args.compile,
         "spike_factor": 0.0, **train}).train

@@ -1,6 +1,7 @@
 """The model card of a folded student: licence and lineage for Hugging Face, GGUF and people."""
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import yaml
@@ -12,7 +13,8 @@ from lrc_edge.shape import ModelShape
 def model_card(teacher: DenseCheckpoint, shape: ModelShape, provenance: dict[str, str]) -> str:
     """Return README.md: YAML front matter (license, base_model, tags), and how the student was made.
 
-    `provenance` must have `name` and `teacher`. `method` (the phases that ran) and `init` are stated if present.
+    `provenance` must have `name` and `teacher`. `method` (the phases that ran), `init` and `teacher_vocab_size` (if the
+    student has fewer tokens, `student_vocab_size`) are stated if present.
     """
     front: dict[str, Any] = {
         "base_model": provenance["teacher"], "base_model_relation": "finetune", "library_name": "transformers",
@@ -23,7 +25,8 @@ def model_card(teacher: DenseCheckpoint, shape: ModelShape, provenance: dict[str
         if key in teacher.card:
             front[key] = teacher.card[key]
     licence = teacher.card.get("license") or "not stated by the teacher's model card; the teacher's terms apply"
-    columns = [_facts(model) for model in (teacher.shape, shape)]
+    full = replace(teacher.shape, vocab_size=int(provenance.get("teacher_vocab_size", teacher.shape.vocab_size)))
+    columns = [_facts(model) for model in (full, shape)]
     table = "\n".join(f"| {name} | {value} | {columns[1][name]} |" for name, value in columns[0].items())
     lineage = "\n".join(f"| {_cell(key)} | {_cell(value)} |" for key, value in provenance.items())
     return (f"---\n{yaml.safe_dump(front, sort_keys=True, allow_unicode=True)}---\n\n"
@@ -45,6 +48,9 @@ def _story(provenance: dict[str, str]) -> str:
              "checkpoint. Its matrices started as the teacher's times low-rank projections")
     if "init" in provenance:
         story += f" (initialization: {_cell(provenance['init'])})"
+    if "teacher_vocab_size" in provenance:
+        story += (f". Its vocabulary is {int(provenance['student_vocab_size']):,} of the teacher's "
+                  f"{int(provenance['teacher_vocab_size']):,} tokens")
     return f"{story}. Training: {_cell(provenance['method'])}." if "method" in provenance else f"{story}."
 
 

@@ -13,16 +13,15 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
-from lrc_edge.checkpoint import PROVENANCE_FILE, TOKENIZER_PARTS, DenseCheckpoint, Rope
+from lrc_edge.checkpoint import PROVENANCE_FILE, DenseCheckpoint, Rope
+from lrc_edge.checkpoint_writer import LICENCES, copy_files, copy_tokenizer, write_weights
 from lrc_edge.errors import UserError
 from lrc_edge.export.card import model_card, quantized_section
 from lrc_edge.families import weights_of
 from lrc_edge.lineage import Holds, Lineage, compose, is_map, read_lineage
 from lrc_edge.shape import ModelShape
 
-SHARD_BYTES = 2 * 1024**3
 SAME_TEACHER = "fold with the teacher that it was trained on, or train again"
 # Fields of a teacher's config about its own files, or about code to run.
 DROPPED_CONFIG = ("_name_or_path", "auto_map", "torch_dtype", "transformers_version")
@@ -42,16 +41,14 @@ def fold(teacher: DenseCheckpoint, trained_file: Path, folder: Path, provenance:
             raise UserError(f"{trained_file}: trained on a teacher of another shape; {SAME_TEACHER}")
         _check_tensors(trained, lineage, holds, trained_file)
         folder.mkdir(parents=True)
-        _write_weights(_folded(teacher, lineage, holds, trained, progress), folder)
+        write_weights(_folded(teacher, lineage, holds, trained, progress), folder)
     provenance = provenance | {"lineage": lineage.sources()}
     config = student_config(teacher.config, lineage.student, teacher.rope)
     if lineage.student.num_hidden_layers < teacher.shape.num_hidden_layers:
         config |= _layer_types(teacher, lineage.layers)
     _write_tables(config, folder, provenance)
     copy_tokenizer(teacher.path, folder)
-    for name in ("generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE"):
-        if (teacher.path / name).exists():
-            shutil.copyfile(teacher.path / name, folder / name)
+    copy_files(teacher.path, folder, ("generation_config.json", *LICENCES))
     (folder / "README.md").write_text(model_card(teacher, lineage.student, provenance))
     return DenseCheckpoint.open(folder)
 
@@ -69,7 +66,7 @@ def with_weights(source: DenseCheckpoint, trained_file: Path, folder: Path, prov
             raise UserError(f"{trained_file}: does not hold the weights of {source.path}; delete it and train again")
         _check_tensors(trained, lineage, holds, trained_file)
         folder.mkdir(parents=True)
-        _write_weights(_folded(source, lineage, holds, trained, None), folder)
+        write_weights(_folded(source, lineage, holds, trained, None), folder)
     kept_out = {file.name for file in source.weight_files()} | {"model.safetensors.index.json"}
     for file in source.path.iterdir():
         if file.is_file() and file.name not in kept_out:
@@ -116,37 +113,6 @@ def _folded(teacher: DenseCheckpoint, lineage: Lineage, holds: Holds, trained: A
             yield weight.name, tensor.contiguous()
 
 
-def _write_weights(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path) -> None:
-    """Write shards of at most SHARD_BYTES, with an index if there are several. One shard is in memory at a time."""
-    shards: list[dict[str, Any]] = []
-    shard: dict[str, torch.Tensor] = {}
-    size = total = 0
-
-    def flush() -> None:
-        nonlocal shard, size
-        save_file(shard, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append(dict.fromkeys(shard))
-        shard, size = {}, 0
-
-    for name, tensor in tensors:
-        n_bytes = tensor.numel() * tensor.element_size()
-        if shard and size + n_bytes > SHARD_BYTES:
-            flush()
-        shard[name] = tensor
-        size, total = size + n_bytes, total + n_bytes
-    flush()
-    if len(shards) == 1:
-        (folder / "shard-0").rename(folder / "model.safetensors")
-        return
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"shard-{number}").rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
-
-
 def _layer_types(teacher: DenseCheckpoint, layers: Sequence[int]) -> dict[str, Any]:
     """Return the kinds of attention of these layers as a field of a config; nothing if all layers have one kind."""
     types = getattr(teacher.check_config(), "layer_types", None)
@@ -169,18 +135,3 @@ def student_config(config: dict[str, Any], shape: ModelShape, rope: Rope) -> dic
         "rope_scaling": rope.scaling,
         "rope_parameters": {"rope_type": "default", **(rope.scaling or {}), "rope_theta": rope.theta},
     }
-
-
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the tokenizer's files. The only change is the class name: one that reads tokenizer.json literally in
-    transformers 4 and 5."""
-    for name in TOKENIZER_PARTS:
-        if (source / name).exists():
-            shutil.copyfile(source / name, folder / name)
-    config = folder / "tokenizer_config.json"
-    if config.exists():
-        table = json.loads(config.read_text())
-        if (folder / "tokenizer.json").exists():
-            table["tokenizer_class"] = "PreTrainedTokenizerFast"
-        table.pop("auto_map", None)
-        config.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n")

@@ -53,6 +53,9 @@ class Student:
     num_attention_heads: int = key(0, "query heads, a multiple of num_key_value_heads", at_least=0)
     num_key_value_heads: int = key(
         0, "key/value heads, a divisor of the teacher's; the KV cache shrinks with them", at_least=0)
+    vocab_size: int = key(
+        0, "tokens of the vocabulary; a smaller one keeps the tokens that are most frequent in the data "
+           "(docs/training.md)", at_least=0)
     name: str = key("", "name in file names and the model card; empty = <teacher>-Edge-<hidden_size>, or "
                          "<teacher>-LRC-<hidden_size> if there is a clone phase, and the other sizes that change")
 
@@ -386,6 +389,9 @@ def _check_data(recipe: Recipe) -> None:
         raise UserError(f"recipe: data.weights contains {bad[0]}; need finite numbers above 0. To leave a source out, "
                         "remove it")
     Filters(d.filters)  # raises
+    if SELF in d.sources and recipe.student.vocab_size:
+        raise UserError("recipe: student.vocab_size counts tokens in the data, but the samples of `self` are made "
+                        "after that; give text with --data, or set student.vocab_size=0")
     if d.sources.count(SELF) > 1:
         raise UserError("recipe: data.sources contains `self` more than once; list it once and give it a weight")
     if SELF in d.sources and not recipe.train.tokens:

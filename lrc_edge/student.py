@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Sizes of a recipe's [student] -> the letter that marks them in a student's name.
 SIZES = {"hidden_size": "", "num_hidden_layers": "L", "intermediate_size": "F", "num_attention_heads": "H",
-         "num_key_value_heads": "K"}
+         "num_key_value_heads": "K", "vocab_size": "V"}
 # In a student's name, between its teacher's and its width: Low-Rank Clone's projections were trained, or weights alone.
 CLONE_LABEL, DENSE_LABEL = "LRC", "Edge"
 
@@ -65,8 +65,8 @@ def _check_smaller(shape: ModelShape, teacher: ModelShape, name: str) -> None:
         if size > most:
             raise UserError(f"student.{field} = {size}: the teacher {name} has {most}; need a smaller student")
     if shape == teacher:
-        raise UserError(f"student: {name} has these sizes already; need a smaller student: lower one of "
-                        f"{', '.join(f'student.{field}' for field in SIZES)}")
+        raise UserError(f"student: the teacher {name} has these sizes, such as hidden_size = {shape.hidden_size}; "
+                        f"need a smaller student: lower one of {', '.join(f'student.{field}' for field in SIZES)}")
 
 
 def _unit(shape: ModelShape) -> int:

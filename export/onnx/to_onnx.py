@@ -22,9 +22,10 @@ import numpy as np
 from lrc_edge import __version__
 from lrc_edge.artifact import Artifact, sha256_of
 from lrc_edge.checkpoint import PROVENANCE_FILE, DenseCheckpoint
+from lrc_edge.checkpoint_writer import copy_tokenizer
 from lrc_edge.console import QUIET, Listener
 from lrc_edge.errors import UserError
-from lrc_edge.export.fold import copy_tokenizer, student_config
+from lrc_edge.export.fold import student_config
 from lrc_edge.export.onnx.file import SHARD_BYTES, OnnxFile
 from lrc_edge.export.onnx.genai_config import genai_config
 from lrc_edge.export.onnx.graph import ROPE_TABLES, DecoderGraph, WeightFormat, check_supported

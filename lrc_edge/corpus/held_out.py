@@ -6,7 +6,7 @@ import hashlib
 import json
 import pydoc_data.topics
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,6 +76,12 @@ class HeldOut:
     @property
     def bytes_per_token(self) -> float:
         return self.n_bytes / len(self.ids)
+
+    def retokenized(self, tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> HeldOut:
+        """Return the same text as ids of the tokenizer `other`. tokenizer: the one that made the ids."""
+        text = tokenizer.decode(self.ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        ids = other(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return replace(self, ids=np.asarray(ids, dtype=np.int64))
 
     def rows(self, row_len: int, positions: int, bos: int | None) -> np.ndarray:
         """Return (n, row_len) ids with at least `positions` next-token predictions, or as many as the text allows.

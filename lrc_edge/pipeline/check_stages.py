@@ -43,7 +43,7 @@ def check(build: Build, task: Task) -> Done:
 
     text = texts.proof_text(build.held_out, build.recipe, build.student)
     proof = prove(build.artifacts, build.out, build.student, build.student_on_grid, text, build.recipe,
-                  build.plan.threads, build.plan.teacher, task)
+                  build.plan.threads, build.teacher if build.plan.trains else None, task)
     gates = gate_tables(proof.gates)
     table = {key: value for key, value in vars(proof).items() if key != "gates"}
     return {**table, "gates": gates}, f"{sum(gate['passed'] for gate in gates)} of {len(gates)} gates passed"

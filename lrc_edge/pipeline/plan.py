@@ -67,8 +67,13 @@ class Plan:
 
     @property
     def teacher(self) -> DenseCheckpoint | None:
-        """Return the teacher of a build; None for an export."""
+        """Return the teacher of a build, with its full vocabulary; None for an export."""
         return self.source.checkpoint if self.trains else None
+
+    @property
+    def trims_vocabulary(self) -> bool:
+        """Whether the student has fewer tokens than its teacher."""
+        return self.student.vocab_size < self.source.checkpoint.shape.vocab_size
 
     @property
     def threads(self) -> int:

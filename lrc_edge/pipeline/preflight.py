@@ -1,8 +1,10 @@
 """Checks before hours of work: widths, formats, tokenizer, data, disk. Nothing here writes."""
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.corpus.sources import SELF, WANTED, looks_local
 from lrc_edge.errors import UserError
 from lrc_edge.families import weights_of
@@ -10,6 +12,7 @@ from lrc_edge.figures import human_bytes
 from lrc_edge.formats import FORMATS, KINDS
 from lrc_edge.pipeline.plan import Plan
 from lrc_edge.recipe import Recipe
+from lrc_edge.shape import ModelShape
 from lrc_edge.student import nearest, row_lengths
 from lrc_edge.targets.fit import check_fit
 from lrc_edge.targets.runtimes.table import verifiers_of
@@ -44,6 +47,10 @@ def check(plan: Plan, out: Path) -> None:
         choose_device(plan.recipe.train.device)
         _check_sources(plan.recipe)
         _check_rows(plan)
+    if plan.trims_vocabulary:
+        from lrc_edge.train.vocabulary import Vocabulary
+
+        Vocabulary.of(plan.source.checkpoint).check_size(plan.student.vocab_size)
     if plan.formats:
         _check_quantize(plan)
     _check_runtimes(plan)
@@ -133,14 +140,21 @@ def _training_bytes(recipe: Recipe, trained: float) -> float:
 
 
 def _build_bytes(plan: Plan) -> float:
-    recipe, teacher, student = plan.recipe, plan.source.checkpoint.shape, plan.student
+    recipe, student = plan.recipe, plan.student
+    teacher = replace(plan.source.checkpoint.shape, vocab_size=student.vocab_size)
     projections = 4 * teacher.hidden_size * student.hidden_size * (7 * teacher.num_hidden_layers + 2)
     trained = max(projections, 4 * student.n_params) if recipe.train.dense_share else projections
     identity = 4 * teacher.n_params  # the teacher folded through P = I; removed before training
     tokens = recipe.train.tokens * (2 if teacher.vocab_size <= 2**16 else 4)
     training = _training_bytes(recipe, trained) + 4 * student.n_params
     timed = 0.6 * teacher.n_params if plan.times_teacher else 0  # the teacher in 4 bits
-    return tokens + max(identity, training + _export_bytes(plan) + timed)
+    trimmed = _stored_bytes(plan.source.checkpoint, teacher) if plan.trims_vocabulary else 0
+    return trimmed + tokens + max(identity, training + _export_bytes(plan) + timed)
+
+
+def _stored_bytes(model: DenseCheckpoint, shape: ModelShape) -> int:
+    """Return the bytes of a model of this shape with the stored types of `model`."""
+    return sum(weight.numel * model.types[weight.name].itemsize for weight in weights_of(shape))
 
 
 def _check_disk(out: Path, needed: float) -> None:

@@ -22,6 +22,7 @@ from lrc_edge.pipeline import texts
 from lrc_edge.pipeline.plan import Plan
 from lrc_edge.workspace import Workspace, changes, digest
 
+VOCABULARY = "vocabulary"  # folder of the teacher with the student's vocabulary, if that is smaller
 STUDENT = "student"  # folder of the folded student
 ON_GRID = "student-q4_0"  # folder of the student that was trained on the quantization grid
 Inputs = dict[str, Any]  # by names that a person understands; anything that JSON holds
@@ -38,10 +39,17 @@ class Build:
         self.workspace = Workspace.create(out) if leads else Workspace(out)
         self.ran: list[str] = []  # stages that were not skipped
 
+    @cached_property
+    def source(self) -> DenseCheckpoint:
+        """The model that the stages after `vocabulary` read: the teacher, or the model of an export."""
+        given = self.plan.source.checkpoint
+        return DenseCheckpoint.open(self.out / VOCABULARY, given.name) if self.plan.trims_vocabulary else given
+
     @property
     def teacher(self) -> DenseCheckpoint:
-        assert self.plan.teacher is not None
-        return self.plan.teacher
+        """The teacher with the student's vocabulary; `plan.teacher` has its own."""
+        assert self.plan.trains
+        return self.source
 
     @cached_property
     def student(self) -> DenseCheckpoint:
@@ -55,7 +63,7 @@ class Build:
 
     @cached_property
     def held_out(self) -> HeldOut:
-        return texts.held_out_text(self.out, self.recipe, self.plan.source.checkpoint)
+        return texts.held_out_text(self.out, self.recipe, self.source)
 
     @property
     def artifacts(self) -> list[Artifact]:

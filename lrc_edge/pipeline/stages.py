@@ -1,6 +1,6 @@
 """The stages of a build, in order. Each command runs a selection of them.
 
-    teacher -> weights data identity start train fold -> student
+    teacher -> weights vocabulary data identity start train fold -> student
     student -> quantize imatrix sensitivity allocate gguf onnx -> files -> check -> report
 
 A stage reads and writes files, and is skipped if its named inputs and its outputs are unchanged (stage.py).
@@ -8,11 +8,13 @@ A stage reads and writes files, and is skipped if its named inputs and its outpu
 from __future__ import annotations
 
 from lrc_edge.pipeline import check_stages, export_stages, training_stages
-from lrc_edge.pipeline.stage import ON_GRID, STUDENT, Stage
+from lrc_edge.pipeline.stage import ON_GRID, STUDENT, VOCABULARY, Stage
 from lrc_edge.stored_reference import REFERENCE_FILE, TEACHER_FILE
 
 STAGES = (
     Stage("weights", 1, check_stages.weights, check_stages.weights_inputs),
+    Stage("vocabulary", 1, training_stages.vocabulary, training_stages.vocabulary_inputs, outputs=(VOCABULARY,),
+          wanted=lambda plan: plan.trims_vocabulary, is_optional=True),
     Stage("data", 4, training_stages.data, training_stages.data_inputs, outputs=("data",),
           wanted=lambda plan: plan.trains or plan.trains_on_grid, total=lambda build: build.recipe.train.tokens or None,
           finish=training_stages.data_finished),

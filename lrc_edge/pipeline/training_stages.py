@@ -1,13 +1,15 @@
-"""The stages that train: data, identity, start, train, fold, and quantize (quantization-aware training)."""
+"""The stages that train: vocabulary, data, identity, start, train, fold, and quantize (quantization-aware training)."""
 from __future__ import annotations
 
 import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lrc_edge import __version__
 from lrc_edge.checkpoint import DenseCheckpoint
+from lrc_edge.checkpoint_writer import LICENCES
 from lrc_edge.console import Task
 from lrc_edge.corpus.held_out import HeldOut
 from lrc_edge.corpus.sources import SELF, local_files
@@ -15,12 +17,55 @@ from lrc_edge.lineage import Lineage
 from lrc_edge.parity import gates_of_copy
 from lrc_edge.pipeline import texts
 from lrc_edge.pipeline.method import method_of
-from lrc_edge.pipeline.stage import ON_GRID, STUDENT, Build, Done, Inputs, gate_tables, named
+from lrc_edge.pipeline.stage import ON_GRID, STUDENT, VOCABULARY, Build, Done, Inputs, gate_tables, named
 from lrc_edge.workspace import digest, replace_tree
+
+if TYPE_CHECKING:
+    from lrc_edge.train.loop.stage import Plan as TrainingPlan
 
 # Settings that change how training runs, not what it makes.
 RUN_SETTINGS = ("device", "compile", "gradient_checkpointing", "micro_batch", "workers", "log_every", "eval_every",
                 "checkpoint_every", "keep_checkpoints", "on_bad_batch", "spike_factor")
+
+# vocabulary
+
+
+def vocabulary_inputs(build: Build) -> Inputs:
+    teacher = build.plan.source.checkpoint
+    others = [teacher.path / name for name in ("generation_config.json", "README.md", *LICENCES)]
+    return _document_inputs(build) | {
+        "student.vocab_size": build.plan.student.vocab_size, "teacher": build.digest(teacher),
+        "tokenizer": build.digest_of_tokenizer(teacher),
+        "other files": build.digest_of_files(file for file in others if file.exists())}
+
+
+def vocabulary(build: Build, task: Task) -> Done:
+    """Write the teacher with the student's vocabulary: the tokens that are most frequent in the data."""
+    from lrc_edge.train.data.stage import count_occurrences
+    from lrc_edge.train.trimmed_teacher import write_trimmed
+    from lrc_edge.train.vocabulary import COUNTED_TOKENS, Vocabulary
+
+    teacher, size = build.plan.source.checkpoint, build.plan.student.vocab_size
+    tokens = Vocabulary.of(teacher)
+    task.expect(COUNTED_TOKENS)
+    counts = count_occurrences(teacher, build.recipe, COUNTED_TOKENS, task.update)
+    kept = tokens.choose(size, counts)
+    with build.workspace.partial(VOCABULARY) as partial:
+        write_trimmed(teacher, kept, partial, task.update)
+        replace_tree(partial, build.out / VOCABULARY)
+    n, n_kept = int(counts.sum()), int(counts[kept].sum())
+    return ({"tokens": size, "teacher_tokens": teacher.shape.vocab_size, "counted": n, "counted_and_kept": n_kept},
+            f"{size:,} of {teacher.shape.vocab_size:,} tokens kept: {n_kept / max(1, n):.2%} of {n:,} in the data")
+
+
+def _document_inputs(build: Build) -> Inputs:
+    """Return everything that the documents depend on."""
+    data = build.recipe.data
+    # A local source is its files, however its path is written.
+    sources = [[[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in local_files([source])] or source
+               for source in data.sources]
+    return named("data", data, leave_out=("sources", "cache", "isolate_documents")) | {"data.sources": sources}
+
 
 # data
 
@@ -29,13 +74,9 @@ def corpus_inputs(build: Build) -> Inputs:
     """Return everything that the tokens depend on. Builds with the same inputs may share tokens (data.cache)."""
     from lrc_edge.train.data.stage import row_length
 
-    data, train, model = build.recipe.data, build.recipe.train, build.plan.source.checkpoint
-    # A local source is its files, however its path is written.
-    sources = [[[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in local_files([source])] or source
-               for source in data.sources]
-    inputs = named("data", data, leave_out=("sources", "cache", "isolate_documents"))
-    inputs |= {"data.sources": sources, "train.tokens": train.tokens, "tokenizer": build.digest_of_tokenizer(model)}
-    if SELF in data.sources:
+    train, model = build.recipe.train, build.source
+    inputs = _document_inputs(build) | {"train.tokens": train.tokens, "tokenizer": build.digest_of_tokenizer(model)}
+    if SELF in build.recipe.data.sources:
         inputs |= {"teacher": build.digest(model), "train.seq_len": row_length(build.recipe, model),
                    "train.seed": train.seed, "train.precision": train.precision}
     return inputs
@@ -44,7 +85,7 @@ def corpus_inputs(build: Build) -> Inputs:
 def data_inputs(build: Build) -> Inputs:
     from lrc_edge.train.data.stage import row_length
 
-    return corpus_inputs(build) | {"train.seq_len": row_length(build.recipe, build.plan.source.checkpoint)}
+    return corpus_inputs(build) | {"train.seq_len": row_length(build.recipe, build.source)}
 
 
 def data(build: Build, task: Task) -> Done:
@@ -52,7 +93,7 @@ def data(build: Build, task: Task) -> Done:
     from lrc_edge.train.data.stage import row_length, tokenize_corpus
     from lrc_edge.train.data.tokenize import PackedRows
 
-    model, folder = build.plan.source.checkpoint, build.out / "data"
+    model, folder = build.source, build.out / "data"
     summary = tokenize_corpus(model, build.recipe, folder, digest(corpus_inputs(build)), task.update)
     n_tokens = PackedRows(folder, row_length(build.recipe, model)).n_tokens
     held_out = HeldOut.load(folder / "held_out.npz")
@@ -158,16 +199,29 @@ def train(build: Build, task: Task) -> Done:
     from lrc_edge.train.start.stage import load_start
 
     folder, corpus, begin = build.out / "train", build.out / "data", load_start(build.out / "start")
-    task.expect(TrainingPlan.of(build.recipe, begin, corpus).schedule.tokens)
+    plan = TrainingPlan.of(build.recipe, begin, corpus)
+    task.expect(plan.schedule.tokens)
     if build.leads:
         claim(folder, train_inputs(build))
     train_clone(build.teacher, build.recipe, begin, corpus, folder, lambda row: _show_training(task, row))
     if not build.leads:
         return None, ""
     summary = json.loads((folder / SUMMARY_FILE).read_text())
+    if build.plan.trims_vocabulary:
+        task.update("teacher with its full vocabulary")
+        summary["full_vocabulary"] = _full_vocabulary(build, plan)
     return summary, (f"{summary['tokens']:,} tokens on {summary['device']} in {summary['precision']}: held-out "
                      f"loss {summary['student_held_out_loss']:.3f} nats per token (before training "
                      f"{summary['first_held_out_loss']:.3f}, teacher's {summary['teacher_held_out_loss']:.3f})")
+
+
+def _full_vocabulary(build: Build, plan: TrainingPlan) -> dict[str, float]:
+    """Evaluate the teacher with its own tokens on the held-out text: its loss per byte is comparable, per token not."""
+    from lrc_edge.train.loop.stage import evaluate
+
+    teacher = build.plan.source.checkpoint
+    held_out = build.held_out.retokenized(build.source.tokenizer(), teacher.tokenizer())
+    return {"held_out_loss": evaluate(teacher, held_out, plan), "bytes_per_token": held_out.bytes_per_token}
 
 
 def train_finished(build: Build) -> None:
@@ -215,7 +269,8 @@ def fold(build: Build, task: Task) -> Done:
 
 
 def _provenance(build: Build) -> dict[str, str]:
-    training, teacher, source = build.workspace.result("train"), build.teacher, build.plan.source
+    training, source = build.workspace.result("train"), build.plan.source
+    teacher, student = source.checkpoint, build.plan.student
     return {
         "name": build.plan.student_name,
         # A path of this machine means nothing elsewhere, and may tell what its owner would not.
@@ -224,7 +279,9 @@ def _provenance(build: Build) -> dict[str, str]:
         "teacher_sha256": build.digest(teacher),
         "method": method_of(build.recipe.train, training["dense_from_step"], training["steps"]),
         "teacher_hidden_size": str(teacher.shape.hidden_size),
-        "student_hidden_size": str(build.plan.student.hidden_size),
+        "student_hidden_size": str(student.hidden_size),
+        **({"teacher_vocab_size": str(teacher.shape.vocab_size), "student_vocab_size": str(student.vocab_size)}
+           if build.plan.trims_vocabulary else {}),
         "init": training["init"],
         "training_tokens": str(training["tokens"]),
         "recipe_sha256": digest([asdict(build.recipe.train), asdict(build.recipe.student)]),
@@ -246,7 +303,7 @@ def quantize_inputs(build: Build) -> Inputs:
 
 
 def _quantize_teacher(build: Build) -> DenseCheckpoint:
-    return {"teacher": build.plan.source.checkpoint, "student": build.student}[build.recipe.quantize.teacher]
+    return {"teacher": build.source, "student": build.student}[build.recipe.quantize.teacher]
 
 
 def _quantize_lineage(build: Build) -> Lineage:

@@ -34,8 +34,12 @@ def report_table(stages: dict[str, Any], student: DenseCheckpoint, teacher: Dens
         "allocation": _allocation(stages["allocate"]["result"], check["artifacts"]) if "allocate" in stages else None,
         "rounding": check["rounding"], "lengths": check["lengths"], "notes": check["notes"],
         "tokenizer": check["tokenizer"], "chat_template": check["chat_template"], "samples": check["samples"]}
+    full = training.get("full_vocabulary") if training else None  # only if the student has fewer tokens
     if table["teacher"]:
-        table["teacher"]["proof_perplexity"] = check["teacher_perplexity"]
+        # The measured teacher has the student's vocabulary, the described one its own.
+        table["teacher"]["proof_perplexity"] = None if full else check["teacher_perplexity"]
+        if full:
+            table["teacher"]["full_vocabulary"] = _held_out_figures(full["held_out_loss"], full["bytes_per_token"])
     if training is not None:
         table["student"]["training"] = {**training, "curve": curve, "start": stages["start"]["result"]}
         for who, row in (("teacher", table["teacher"]), ("student", table["student"])):

@@ -14,6 +14,8 @@ SHAPE_NAMES = {
     "hidden_size": "residual width", "num_hidden_layers": "layers", "num_attention_heads": "query heads",
     "num_key_value_heads": "key/value heads", "head_dim": "head size", "intermediate_size": "FFN width",
     "vocab_size": "vocabulary", "max_position_embeddings": "context", "tied": "tied embeddings"}
+HELD_OUT_NAMES = {"loss": "held-out loss, nats per token", "perplexity": "held-out perplexity",
+                  "bits_per_byte": "held-out bits per byte"}
 METRIC_NAMES = {"kl_mean": "KL mean", "kl_p99": "KL p99", "kl_max": "KL max", "top1": "top-1", "nmse": "NMSE",
                 "max_abs": "max abs", "delta_ppl": "Δ perplexity", "identical_blocks": "identical blocks"}
 SHARES = ("top1", "identical_blocks")
@@ -76,7 +78,11 @@ def tiles(report: Report, names: Names) -> list[dict[str, str]]:
         found.append({"name": "Smallest that passed" if failed else "Smallest artifact",
                       "value": human_bytes(smallest["bytes"]),
                       "note": f"{names(smallest['path'])}, {figure(smallest['bits_per_weight'])} bits per weight"})
-    if student.get("held_out"):
+    full = teacher.get("full_vocabulary") if teacher else None
+    if student.get("held_out") and full:  # perplexities per token of two vocabularies are not comparable
+        found.append({"name": "Held-out bits per byte", "value": figure(student["held_out"]["bits_per_byte"]),
+                      "note": f"teacher, full vocabulary: {figure(full['bits_per_byte'])}"})
+    elif student.get("held_out"):
         of_teacher = teacher.get("held_out") if teacher else None
         found.append({"name": "Held-out perplexity", "value": figure(student["held_out"]["perplexity"]),
                       "note": f"teacher: {figure(of_teacher['perplexity'])}" if of_teacher else "student"})
@@ -132,12 +138,16 @@ def shape_rows(report: Report) -> list[dict[str, str]]:
             rows.append(_row(SHAPE_NAMES.get(field, visible(field)), student["shape"][field],
                              teacher["shape"].get(field) if teacher else None, lambda n: f"{n:,}"))
     rows.append(_row("parameters", student["n_params"], teacher["n_params"] if teacher else None, lambda n: f"{n:,}"))
-    for key, name in (("loss", "held-out loss, nats per token"), ("perplexity", "held-out perplexity"),
-                      ("bits_per_byte", "held-out bits per byte")):
+    full = teacher.get("full_vocabulary") if teacher else None
+    whose = ", student's vocabulary" if full else ""
+    for key, name in HELD_OUT_NAMES.items():
         held_out: list[Any] = [m.get("held_out") if m else None for m in (student, teacher)]
         of_student, of_teacher = (figures.get(key) if figures else None for figures in held_out)
         if of_student is not None:
-            rows.append({**_row(name, of_student, of_teacher, lambda x: figure(x, 4)), "ratio": ""})
+            rows.append({**_row(name + whose, of_student, of_teacher, lambda x: figure(x, 4)), "ratio": ""})
+    if full:
+        rows.append(_row(f"{HELD_OUT_NAMES['bits_per_byte']}, teacher's vocabulary", None, full["bits_per_byte"],
+                         lambda x: figure(x, 4)))
     return rows
 
 

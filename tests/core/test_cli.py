@@ -170,6 +170,6 @@ def test_time_left_is_told_by_what_this_run_did(monkeypatch: pytest.MonkeyPatch)
 def test_width_that_leaves_some_formats(tmp_path: Path, tiny_llama: Path, text: Path) -> None:
     recipe = load_recipe(None, ["student.hidden_size=32"], data={"sources": [str(text)]},
                          export={"formats": "gguf:q4_k_m"})
-    with pytest.raises(UserError, match=r"gguf:q4_k_m needs a multiple of 256.*one of:.*gguf:q8_0") as caught:
+    with pytest.raises(UserError, match=r"gguf:q4_k_m needs rows of a multiple of 256.*one of:.*gguf:q8_0") as caught:
         preflight.check(Plan.of_build(str(tiny_llama), recipe), tmp_path / "out")
     assert "gguf:q6_k," not in str(caught.value)

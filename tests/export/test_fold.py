@@ -14,9 +14,9 @@ from starts import gaussian_values
 from tiny_models import make_tiny
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from lrc_edge import checkpoint_writer
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
-from lrc_edge.export import fold as fold_module
 from lrc_edge.export.card import model_card
 from lrc_edge.export.fold import fold
 from lrc_edge.lineage import COPIED_AXES, MAPPED_AXES, Lineage
@@ -100,7 +100,7 @@ def test_model_card_shows_each_models_own_shape(tmp_path: Path) -> None:
 
 def test_several_shards_are_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, teacher, whole = folded(tmp_path)
-    monkeypatch.setattr(fold_module, "SHARD_BYTES", 40_000)
+    monkeypatch.setattr(checkpoint_writer, "SHARD_BYTES", 40_000)
     sharded = fold(teacher, tmp_path / "projections.safetensors", tmp_path / "sharded", PROVENANCE)
     assert len(sharded.weight_files()) > 1
     expected = dict(whole.model().named_parameters())

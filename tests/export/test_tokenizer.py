@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from gguf import TokenType
-from tiny_models import SPECIAL, make_tiny
+from tiny_models import SPECIAL, every_split, make_tiny
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from lrc_edge.checkpoint import DenseCheckpoint
@@ -59,13 +59,6 @@ def with_boundless_merges(path: Path, kind: str) -> Path:
         table["model"]["merges"] = every_split(table["model"])
     file.write_text(json.dumps(table))
     return path
-
-
-def every_split(model: dict[str, Any]) -> list[list[str]]:
-    """SentencePiece joins any two pieces that make a piece; a converted tokenizer lists all those pairs."""
-    vocab, ranks = model["vocab"], {left + right: i for i, (left, right) in reversed([*enumerate(model["merges"])])}
-    return [[token[:i], token[i:]] for token in sorted(ranks, key=lambda token: ranks[token])
-            for i in range(1, len(token)) if token[:i] in vocab and token[i:] in vocab]
 
 
 @pytest.mark.parametrize("kind", KINDS)

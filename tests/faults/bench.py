@@ -11,12 +11,12 @@ from pathlib import Path
 from faults.runs import Ended, Stage, artifacts, lrc_edge, run, watch_stages
 
 # In the order in which a build runs them; `device`: the check in a target's runtimes, after the report.
-STAGES = ("weights", "data", "identity", "start", "train", "fold", "quantize", "imatrix", "sensitivity", "allocate",
-          "gguf",
-          "onnx", "check", "teacher", "report", "device")
+STAGES = ("weights", "vocabulary", "data", "identity", "start", "train", "fold", "quantize", "imatrix",
+          "sensitivity", "allocate", "gguf", "onnx", "check", "teacher", "report", "device")
 RECIPE = """
 [student]
 hidden_size = 32
+vocab_size = 400
 [train]
 tokens = 6144
 seq_len = 64

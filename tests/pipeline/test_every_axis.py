@@ -20,7 +20,7 @@ from lrc_edge.recipe import load_recipe
 from lrc_edge.student import student_of
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 2,
-         "num_key_value_heads": 1}
+         "num_key_value_heads": 1, "vocab_size": 400}
 COMMON = ["--set", "train.tokens=8192", "--set", "train.seq_len=128", "--set", "train.batch_tokens=1024",
           "--set", "parity.positions=512", "--set", "parity.row_len=64", "--set", "parity.generate_tokens=8",
           "--set", "parity.long_rows=[]", "--formats", "gguf:q4_0,onnx:q4"]
@@ -48,11 +48,31 @@ def test_a_student_smaller_along_every_axis(inputs: tuple[Path, Path], tmp_path:
         {artifact["path"] for artifact in report["artifacts"]}
     assert {"chat template", "stop tokens", "token ids"} <= {gate["name"] for gate in report["gates"]}
     assert all(gate["passed"] for gate in report["gates"])
-    assert report["student"]["name"] == "teacher-Edge-32-L2-F64-H2-K1"
+    assert report["student"]["name"] == "teacher-Edge-32-L2-F64-H2-K1-V400"
     kept = report["student"]["training"]["start"]["layers"]
     assert len(kept) == 2 and kept[0] == 0
-    for layer in map(str, kept):
-        assert layer in (out / "report.html").read_text()
+    assert f"layers of the teacher <b>{kept[0]}, {kept[1]}</b>" in (out / "report.html").read_text()
+    vocabulary_is_told(out, result.stdout)
+    checked = run("check", out)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert report_of(out)["teacher"]["full_vocabulary"] == report["teacher"]["full_vocabulary"]
+
+
+def vocabulary_is_told(out: Path, printed: str) -> None:
+    report = report_of(out)
+    assert "400 of 512 tokens kept" in printed
+    assert {row["n_mismatches"] for row in report["tokenizer"]} == {0}
+    teacher, student = report["teacher"], report["student"]
+    assert (teacher["shape"]["vocab_size"], student["shape"]["vocab_size"]) == (512, 400)
+    assert teacher["proof_perplexity"] is None, "its text has other tokens"
+    assert 0 < teacher["full_vocabulary"]["bits_per_byte"] != teacher["held_out"]["bits_per_byte"] > 0
+    assert student["provenance"]["teacher_vocab_size"] == "512" and student["provenance"]["student_vocab_size"] == "400"
+    stages = json.loads((out / "build.json").read_text())["stages"]
+    original, trimmed = stages["weights"]["inputs"], stages["train"]["inputs"]["teacher"]
+    assert "model.safetensors" in original and student["provenance"]["teacher_sha256"] != trimmed
+    assert stages["vocabulary"]["inputs"]["teacher"] == student["provenance"]["teacher_sha256"]
+    card = (out / "student" / "README.md").read_text()
+    assert "Its vocabulary is 400 of the teacher's 512 tokens." in card and "| vocabulary | 512 | 400 |" in card
 
 
 @pytest.mark.parametrize(("changed", "message"), [
@@ -64,7 +84,8 @@ def test_a_student_smaller_along_every_axis(inputs: tuple[Path, Path], tmp_path:
                                 "or 96)"),
     ({"hidden_size": 40}, "student.hidden_size = 40: gguf:q4_0 needs rows of a multiple of 32 (nearest: 32 or 64)"),
     ({"hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 96, "num_attention_heads": 4,
-      "num_key_value_heads": 2}, "teacher has these sizes already; need a smaller student: lower one of student.hid")])
+      "num_key_value_heads": 2, "vocab_size": 512},
+     "the teacher teacher has these sizes, such as hidden_size = 64; need a smaller student: lower one of student.hid")])
 def test_sizes_that_do_not_work_are_refused_with_the_nearest_that_do(changed: dict[str, int], message: str,
                                                                      inputs: tuple[Path, Path], tmp_path: Path) -> None:
     recipe = load_recipe(None, [setting for setting in sizes(**changed) if setting != "--set"],

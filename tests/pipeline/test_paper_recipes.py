@@ -41,6 +41,7 @@ def same(source: str, value: Any) -> Published:
 
 PAPER = {
     "student.hidden_size": Published("the paper's models; code: --target_hidden_size 1536", (1536, 1200, 2048)),
+    "student.vocab_size": same("section 3: embedding and LM head keep the teacher's vocabulary", 0),
     "student.name": Published("the paper's models", ("LRC-1.5B", "LRC-1.7B", "LRC-4B")),
     "data.sources": Published(
         "training data; code: process_v5_1, process_v5_1_20b, process_v5_0 of data/generate_general_data_parallel.py",

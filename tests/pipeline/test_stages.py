@@ -90,7 +90,7 @@ def test_what_finishes_a_stage_follows_the_record(plan: Plan, tmp_path: Path) ->
 def test_commands_are_selections() -> None:
     names = [stage.name for stage in STAGES]
     assert len(set(names)) == len(names)
-    assert [stage.name for stage in stages(last="data")] == ["weights", "data"]
+    assert [stage.name for stage in stages(last="data")] == ["weights", "vocabulary", "data"]
     assert [stage.name for stage in stages("check", "check")] == ["check"]
     assert stages() == STAGES
     with pytest.raises(ValueError, match="chekc"):

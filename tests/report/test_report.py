@@ -142,6 +142,22 @@ def test_what_was_made() -> None:
     assert "lrc-edge build examples/demo/teacher" in page.text[""] and "torch 2.13.0" in page.text[""]
 
 
+def test_vocabularies_are_compared_per_byte() -> None:
+    """Losses per token of two vocabularies cannot be compared: the teacher's column has its loss with the student's."""
+    report = example_report()
+    report["teacher"]["full_vocabulary"] = {"loss": 1.5, "perplexity": math.exp(1.5), "bits_per_byte": 0.654}
+    report["student"]["shape"]["vocab_size"], report["teacher"]["proof_perplexity"] = 2048, None
+    page = Page(render_report(report))
+    rows = {row[0]: row[1:] for row in page.rows[""] if row}
+    assert rows["vocabulary"] == ["4,096", "2,048", "÷ 2"]
+    assert rows["held-out loss, nats per token, student's vocabulary"] == ["1.902", "2.131", ""]
+    assert rows["held-out bits per byte, student's vocabulary"] == ["0.731", "0.819", ""]
+    assert rows["held-out bits per byte, teacher's vocabulary"] == ["0.654", "–", ""]
+    header = page.text[""]
+    assert "Held-out bits per byte" in header and "teacher, full vocabulary: 0.654" in header
+    assert "Held-out perplexity" not in header and "4.48" not in "".join(page.text.values())
+
+
 def test_artifacts() -> None:
     report = example_report()
     page = Page(render_report(report))

@@ -12,6 +12,7 @@ from lrc_edge.lineage import Holds
 from lrc_edge.train import lowrank
 from lrc_edge.train.clone import Clone
 from lrc_edge.train.start.build import Choices, Start, build_start
+from lrc_edge.train.start.width import INITS
 
 
 def gaussian_values(clone: Clone, seed: int) -> dict[str, torch.Tensor]:
@@ -36,4 +37,4 @@ def start_of(teacher: DenseCheckpoint, rows_BL: torch.Tensor, holds: Holds = "pr
 
 
 def plain(init: str = "pca") -> Choices:
-    return Choices(init=init, refits=False)
+    return Choices(width=INITS[init], refits=False)

@@ -99,6 +99,13 @@ def make_tokenizer(kind: str, vocab_size: int = 512) -> PreTrainedTokenizerFast:
                                        **names)
 
 
+def every_split(model: dict[str, Any]) -> list[list[str]]:
+    """SentencePiece and tiktoken join any two pieces that make a piece; a converted tokenizer lists all those pairs."""
+    vocab, ranks = model["vocab"], {left + right: i for i, (left, right) in reversed([*enumerate(model["merges"])])}
+    return [[token[:i], token[i:]] for token in sorted(ranks, key=lambda token: ranks[token])
+            for i in range(1, len(token)) if token[:i] in vocab and token[i:] in vocab]
+
+
 def make_tiny(path: Path, family: str = "llama", **settings: Any) -> Path:
     """Write a tiny random checkpoint to `path`, as `_make_tiny` does, and return it. Made once, then copied."""
     key = json.dumps([family, settings], sort_keys=True, default=str)

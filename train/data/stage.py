@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.corpus.filters import Filters
 from lrc_edge.corpus.sources import SELF, Document, Fields, LeftOut, known_fields, source_documents
-from lrc_edge.recipe import Recipe
+from lrc_edge.recipe import Data, Recipe
 from lrc_edge.train.data.self_data import SELF_FILE, self_documents
 from lrc_edge.train.data.token_cache import make_or_link, make_resumable
-from lrc_edge.train.data.tokenize import check_enough, describe, prepare, read_summary
+from lrc_edge.train.data.tokenize import check_enough, count_ids, describe, prepare, read_summary
 
 Progress = Callable[[str, int], None]  # gets a status line and the number of tokens so far
 
@@ -23,8 +25,7 @@ def tokenize_corpus(teacher: DenseCheckpoint, recipe: Recipe, folder: Path, key:
     seq_len, settings = row_length(recipe, teacher), recipe.data
 
     def make(work: Path) -> None:
-        fields = Fields(settings.text_field, settings.messages_field, Filters(settings.filters))
-        _check_filters(fields.filters, settings.sources)
+        fields = _fields(settings)
         sources = [(source, _documents(source, teacher, recipe, fields, work)) for source in settings.sources]
         with _all_processors():
             prepare(sources, teacher.tokenizer(), work, weights=settings.weights, filters=fields.filters,
@@ -38,6 +39,27 @@ def tokenize_corpus(teacher: DenseCheckpoint, recipe: Recipe, folder: Path, key:
     tallies = read_summary(folder)
     check_enough(tallies, seq_len, settings.held_out_share)
     return describe(tallies)
+
+
+def count_occurrences(teacher: DenseCheckpoint, recipe: Recipe, max_tokens: int, progress: Progress) -> np.ndarray:
+    """Return (vocab_size,) int64: how often each id occurs in the first `max_tokens` training tokens.
+
+    The recipe's sources must not include `self`. Raises UserError as `source_documents` does.
+    """
+    settings = recipe.data
+    fields = _fields(settings)
+    sources = [(source, source_documents(source, fields)) for source in settings.sources]
+    with _all_processors():
+        return count_ids(sources, teacher.tokenizer(), teacher.shape.vocab_size, weights=settings.weights,
+                         held_out_share=settings.held_out_share, max_tokens=max_tokens,
+                         all_tokens=settings.conversation_loss == "all", progress=_with_speed(progress))
+
+
+def _fields(settings: Data) -> Fields:
+    """Return the names and filters to read documents with. Raises UserError if no source has the field of a filter."""
+    fields = Fields(settings.text_field, settings.messages_field, Filters(settings.filters))
+    _check_filters(fields.filters, settings.sources)
+    return fields
 
 
 def _check_filters(filters: Filters, sources: tuple[str, ...]) -> None:

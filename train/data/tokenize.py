@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Protocol
 
+import numpy as np
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lrc_edge.corpus.encode import Encoded, encode
@@ -112,6 +114,35 @@ def prepare(sources: Sequence[tuple[str, Iterable[Document | LeftOut]]], tokeniz
     return state.n_tokens
 
 
+def count_ids(sources: Sequence[tuple[str, Iterable[Document | LeftOut]]], tokenizer: PreTrainedTokenizerBase,
+              n_ids: int, *, weights: Sequence[float] = (), held_out_share: float, max_tokens: int,
+              progress: Callable[[int], None], all_tokens: bool = False) -> np.ndarray:
+    """Return (n_ids,) int64: the occurrences of each id in about the first `max_tokens` training tokens of `prepare`.
+
+    Arguments as there.
+    """
+    state, occurrences = _State([Tally(name) for name, _ in sources]), _Occurrences(n_ids)
+    streams = [_batches(documents) for _, documents in sources]
+    for tally, batch in _mixture(state, streams, weights, max_tokens):
+        _write(encode(tokenizer, _split(batch, state, tally, held_out_share), all_tokens), tally, occurrences)
+        progress(state.n_tokens)
+    return occurrences.counts
+
+
+class _Sink(Protocol):
+    def add(self, encoded: Encoded) -> None: ...
+
+
+class _Occurrences:
+    """Counts ids. Implements _Sink, as ShardWriter does."""
+
+    def __init__(self, n_ids: int):
+        self.counts = np.zeros(n_ids, dtype=np.int64)
+
+    def add(self, encoded: Encoded) -> None:
+        np.add.at(self.counts, encoded.ids, 1)
+
+
 Batch = list[Document | LeftOut]
 
 
@@ -148,8 +179,8 @@ def _size(document: Document) -> int:
     return len(document) if isinstance(document, str) else sum(len(message["content"]) for message in document)
 
 
-def _write(documents: Iterable[Encoded | None], tally: Tally, writer: ShardWriter) -> None:
-    """Add training documents to the shard, and count them."""
+def _write(documents: Iterable[Encoded | None], tally: Tally, writer: _Sink) -> None:
+    """Add training documents to the writer, and count them."""
     for encoded in documents:
         if encoded is None:
             tally.skipped_conversations += 1

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
@@ -114,7 +116,7 @@ def run(clone: Clone, teacher: DenseCheckpoint, settings: recipes.Train, plan: P
     """Train a clone that is ready to start, from the folder's last checkpoint if there is one, and write its files."""
     schedule = plan.schedule
     held_out = HeldOut.load(data / HELD_OUT_FILE)
-    held_out_BL = held_out.rows(min(schedule.seq_len, len(held_out.ids) // 2), EVAL_TOKENS, teacher.bos())
+    held_out_BL = _evaluation_rows(held_out, schedule.seq_len, teacher)
     teacher_loss = held_out_loss(clone.teacher, held_out_BL, plan.dtype)
     trainer = Trainer(clone, settings, schedule, rows, held_out_BL, folder, progress)
     trainer.run()
@@ -133,3 +135,13 @@ def run(clone: Clone, teacher: DenseCheckpoint, settings: recipes.Train, plan: P
         "skipped_batches": sum("skipped" in row for row in curve),
         "teacher_held_out_loss": teacher_loss, "first_held_out_loss": losses[0], "student_held_out_loss": losses[-1],
         "bytes_per_token": held_out.bytes_per_token}, indent=1))
+
+
+def _evaluation_rows(held_out: HeldOut, seq_len: int, model: DenseCheckpoint) -> np.ndarray:
+    return held_out.rows(min(seq_len, len(held_out.ids) // 2), EVAL_TOKENS, model.bos())
+
+
+def evaluate(model: DenseCheckpoint, held_out: HeldOut, plan: Plan) -> float:
+    """Return a model's loss on held-out text in its own ids, in nats per token, as `run` measures the teacher's."""
+    loaded: Any = model.model(plan.dtype).to(plan.device)  # type: ignore[arg-type]
+    return held_out_loss(loaded, _evaluation_rows(held_out, plan.schedule.seq_len, model), plan.dtype)

@@ -27,7 +27,7 @@ from lrc_edge.train.start.layers import Layers, recorded
 from lrc_edge.train.start.refit import LeastSquares
 from lrc_edge.train.start.statistics import LayerStatistics, Statistics, at_unit_rms, statistics_of
 from lrc_edge.train.start.streams import Streams
-from lrc_edge.train.start.width import INITS, Width
+from lrc_edge.train.start.width import Width, principal_components
 
 Progress = Callable[[str], None]
 LOGIT_TOKENS = 512  # tokens whose logits exist at one time
@@ -37,7 +37,7 @@ LOGIT_TOKENS = 512  # tokens whose logits exist at one time
 class Choices:
     """How a start chooses; other values than these serve comparisons (benchmarks/axes.py)."""
 
-    init: str = "pca"
+    width: Callable[[Statistics, Lineage, int], Width] = principal_components
     layers: Callable[..., tuple[int, ...]] = depth.greedy
     neurons: Callable[[LayerStatistics, torch.Tensor], torch.Tensor] = neurons.strongest
     heads: Callable[..., dict[str, BlockMap]] = heads.head_maps
@@ -88,7 +88,7 @@ def build_start(model: DenseCheckpoint, student: ModelShape, rows_BL: torch.Tens
     statistics = statistics_of(teacher, rows_BL, streams, progress)
     layers = choices.layers(teacher, statistics, student.num_hidden_layers, rows_BL, folder, progress)
     lineage = Lineage(model.shape, student, layers, _maps(teacher, student, layers, statistics, choices))
-    width = INITS[choices.init](statistics, lineage, choices.seed)
+    width = choices.width(statistics, lineage, choices.seed)
     return Assembly(teacher, lineage, width, holds, streams, choices.refits and width.is_linear).run(rows_BL, progress)
 
 

@@ -18,6 +18,7 @@ from lrc_edge.recipe import Train
 from lrc_edge.shape import ModelShape
 from lrc_edge.train.data.rows import PackedRows
 from lrc_edge.train.start.build import Choices, Start, build_start
+from lrc_edge.train.start.width import INITS
 
 START_FILE, FIGURES_FILE = "start.safetensors", "start.json"
 CALIBRATION_TOKENS = 16_384
@@ -34,7 +35,7 @@ def make_start(teacher: DenseCheckpoint, student: ModelShape, train: Train, data
     picked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(train.seed))[:n_rows]
     sample_BL = torch.stack([rows[int(i)]["input_ids"] for i in picked])
     holds: Holds = "weights" if train.dense_share == 1 else "projections"
-    choices = Choices(init=train.init, seed=train.seed)
+    choices = Choices(width=INITS[train.init], seed=train.seed)
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix="streams-") as streams:
             start = build_start(teacher, student, sample_BL, Path(streams), holds, choices, device, progress)
