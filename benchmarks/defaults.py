@@ -22,7 +22,8 @@ from lrc_edge.recipe import load_recipe
 from lrc_edge.train.data.tokenize import prepare
 from lrc_edge.train.loop.stage import SUMMARY_FILE, Plan, train
 from lrc_edge.train.loop.trainer import choose_device
-from lrc_edge.train.start.stage import load_start, make_start
+from lrc_edge.train.start.layers import Layers
+from lrc_edge.train.start.stage import make_start
 
 BUDGETS = (20_480, 102_400, 409_600, 2_048_000)
 SHARES = (0.25, 0.5, 0.75)  # of the teacher's width
@@ -34,8 +35,7 @@ def run(teacher: DenseCheckpoint, width: int, tokens: int, data: Path, folder: P
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     student = teacher.shape.with_hidden_size(width)
-    make_start(teacher, student, recipe.train, data, folder, choose_device("auto"))
-    start = load_start(folder)
+    start = make_start(Layers.of(teacher, choose_device("auto")), student, recipe.train, data, folder)
     cell: dict[str, Any] = {"teacher": teacher.path.name, "width": width, "tokens": tokens}
     try:
         train(teacher, recipe, start, data, folder, lambda row: None)

@@ -23,6 +23,7 @@ from lrc_edge.corpus.sources import Fields, source_documents
 from lrc_edge.train.clone import Clone
 from lrc_edge.train.loop.trainer import held_out_loss
 from lrc_edge.train.start.build import Choices, build_start
+from lrc_edge.train.start.layers import Layers
 from lrc_edge.train.start.width import INITS, principal_components
 
 HELD_OUT_ROWS, CALIBRATION_ROWS = 40, 16
@@ -48,8 +49,9 @@ def cost_of_4_bits(clone: Clone, rows: torch.Tensor) -> float:
 def run(teacher: DenseCheckpoint, name: str, rows: torch.Tensor, args: argparse.Namespace) -> None:
     held_out, train = rows[:HELD_OUT_ROWS], rows[HELD_OUT_ROWS:]
     with tempfile.TemporaryDirectory() as folder:
-        start = build_start(teacher, teacher.shape.with_hidden_size(args.hidden_size), train[:CALIBRATION_ROWS],
-                            Path(folder), "projections", Choices(width=STARTS[name], refits=False))
+        student = teacher.shape.with_hidden_size(args.hidden_size)
+        start = build_start(Layers.of(teacher, torch.device("cpu")), student, train[:CALIBRATION_ROWS], Path(folder),
+                            "projections", Choices(width=STARTS[name], refits=False))
     clone = start.clone(teacher.model().to(torch.bfloat16), torch.bfloat16)
     optimizer = torch.optim.AdamW(clone.trainable().values(), lr=args.lr, weight_decay=0.0)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))

@@ -38,6 +38,7 @@ from lrc_edge.train.loop.schedule import Schedule
 from lrc_edge.train.loop.trainer import Trainer, choose_device, choose_precision, held_out_loss
 from lrc_edge.train.masks import positions_of
 from lrc_edge.train.start.build import Choices, build_start, first_phase
+from lrc_edge.train.start.layers import Layers
 from lrc_edge.train.start.width import INITS
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo"
@@ -189,7 +190,8 @@ def new_clone(method: Method, teacher: DenseCheckpoint, width: int, sample: torc
         torch.manual_seed(seed)
         clone.student.apply(clone.student._init_weights)
     else:
-        build_start(teacher, student, sample, folder, holds, replace(method.start, seed=seed), device).load_into(clone)
+        choices = replace(method.start, seed=seed)
+        build_start(Layers.of(teacher, device), student, sample, folder, holds, choices).load_into(clone)
     return clone
 
 

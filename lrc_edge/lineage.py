@@ -65,6 +65,15 @@ class Lineage:
             raise ValueError(f"lineage: layers {self.layers} of a teacher with {self.teacher.num_hidden_layers} do not "
                              f"make a student of {self.student.num_hidden_layers}; the first is always kept")
 
+    def then(self, second: Lineage) -> Lineage:
+        """Return the lineage of a student that `second` makes from this one's student."""
+        maps: dict[str, list[BlockMap]] = {}
+        for axis in self.maps.keys() | second.maps.keys():
+            own = [self.map_of(axis, layer) for layer in second.layers]
+            further = [second.map_of(axis, layer) for layer in range(len(second.layers))]
+            maps[axis] = [a.then(b) if a and b else a or b for a, b in zip(own, further, strict=True)]  # type: ignore[misc]
+        return Lineage(self.teacher, second.student, tuple(self.layers[layer] for layer in second.layers), maps)
+
     def teacher_layers(self, layer: int) -> range:
         """Return the teacher's layers that a layer of the student stands for: its own, and those left out after it."""
         following = (*self.layers[1:], self.teacher.num_hidden_layers)

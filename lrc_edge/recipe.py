@@ -56,6 +56,10 @@ class Student:
     vocab_size: int = key(
         0, "tokens of the vocabulary; a smaller one keeps the tokens that are most frequent in the data "
            "(docs/training.md)", at_least=0)
+    hops: tuple[str, ...] = key(
+        (), "larger students that are trained first, each cut from the one before, as in [\"num_hidden_layers=20\", "
+            "\"num_hidden_layers=18 intermediate_size=6144\"]; sizes that are not named are those before "
+            "(docs/shapes.md)")
     name: str = key("", "name in file names and the model card; empty = <teacher>-Edge-<hidden_size>, or "
                          "<teacher>-LRC-<hidden_size> if there is a clone phase, and the other sizes that change")
 
@@ -114,6 +118,7 @@ class Train:
         1.0, "last share of the steps, which trains the student's matrices directly (Train What You Deploy, arXiv "
              "2609.02006); the steps before it train the projections that make them (Low-Rank Clone)",
         at_least=0, at_most=1)
+    hop_share: float = key(0.5, "share of the tokens for all hops of student.hops together", above=0, below=1)
     alpha: float = key(0.2, "weight of the clone loss in the clone phase", at_least=0)
     dense_alpha: float = key(0.2, "weight of the clone loss in the dense phase", at_least=0)
     clone_terms: Literal["relative", "per_token", "absolute"] = key(
@@ -411,6 +416,9 @@ def _check(recipe: Recipe) -> None:
     if recipe.export.bits_per_weight and not recipe.export.calibration_tokens:
         raise UserError(f"recipe: export.bits_per_weight = {recipe.export.bits_per_weight:g} needs calibration text to "
                         "measure the loss from each type; set export.calibration_tokens above 0")
+    if recipe.student.hops and t.dense_share < 1:
+        raise UserError(f"recipe: student.hops with train.dense_share = {t.dense_share:g}: projections of the teacher "
+                        "do not reach a student of a student; set train.dense_share=1, or no hops")
     if 0 < t.spike_factor <= 1:
         raise UserError(f"recipe: train.spike_factor = {t.spike_factor}: need more than 1, or 0 for no limit")
     for phase, phase_runs in (("clone", t.dense_share < 1), ("dense", t.dense_share > 0)):

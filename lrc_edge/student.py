@@ -36,13 +36,29 @@ def student_of(recipe: Recipe, teacher: ModelShape, name: str) -> tuple[ModelSha
     """
     given = {field: getattr(recipe.student, field) for field in SIZES if getattr(recipe.student, field)}
     shape = replace(teacher, **(given or {"hidden_size": _half_width(teacher)}))
-    _check_smaller(shape, teacher, name)
-    _check_heads(shape, teacher)
-    _check_width(shape)
+    _check_cut(shape, teacher, name)
     label = CLONE_LABEL if recipe.train.dense_share < 1 else DENSE_LABEL
     changed = [f"{letter}{getattr(shape, field)}" for field, letter in SIZES.items()
                if not letter or getattr(shape, field) != getattr(teacher, field)]
     return shape, recipe.student.name or "-".join([name, label, *changed])
+
+
+def hops_of(recipe: Recipe, teacher: ModelShape, student: ModelShape) -> list[ModelShape]:
+    """Return the shapes of the recipe's hops, which begin with the student's vocabulary. Raises UserError."""
+    shapes, before = [], replace(teacher, vocab_size=student.vocab_size)
+    for hop in recipe.student.hops:
+        sizes = dict(part.partition("=")[::2] for part in hop.split())
+        if unknown := [f"{name}={size}" for name, size in sizes.items()
+                       if name not in SIZES or name == "vocab_size" or not size.isdecimal()]:
+            raise UserError(f"student.hops: {unknown[0]!r} in {hop!r}: need a size and a number, as in "
+                            "\"num_hidden_layers=20 intermediate_size=4096\"")
+        shape = replace(before, **{name: int(size) for name, size in sizes.items()})
+        _check_cut(shape, before, f"before {hop!r} of student.hops")
+        shapes.append(shape)
+        before = shape
+    if shapes:
+        _check_cut(student, before, "of the last of student.hops")
+    return shapes
 
 
 def row_lengths(shape: ModelShape) -> dict[str, int]:
@@ -57,6 +73,13 @@ def nearest(value: int, allowed: Iterable[int]) -> str:
     found = sorted(allowed)
     below, above = [n for n in found if n < value][-1:], [n for n in found if n > value][:1]
     return " or ".join(map(str, below + above))
+
+
+def _check_cut(shape: ModelShape, teacher: ModelShape, name: str) -> None:
+    """Raise UserError unless a student of this shape can be cut from the teacher `name`."""
+    _check_smaller(shape, teacher, name)
+    _check_heads(shape, teacher)
+    _check_width(shape)
 
 
 def _check_smaller(shape: ModelShape, teacher: ModelShape, name: str) -> None:

@@ -9,7 +9,7 @@ from lrc_edge.formats import Format, format_of
 from lrc_edge.machine import threads_for
 from lrc_edge.recipe import Recipe
 from lrc_edge.shape import ModelShape
-from lrc_edge.student import row_lengths, student_of
+from lrc_edge.student import hops_of, row_lengths, student_of
 from lrc_edge.targets.profile import Profile, load_profiles
 from lrc_edge.targets.runtimes.table import is_here
 
@@ -42,6 +42,7 @@ class Plan:
     trains: bool  # a student of `source`; otherwise `source` is exported as it is
     student: ModelShape
     student_name: str
+    hops: tuple[ModelShape, ...]  # of students that are trained before, each cut from the one before
     formats: tuple[Format, ...]
     profiles: tuple[Profile, ...]  # of the devices that the recipe names
 
@@ -52,7 +53,8 @@ class Plan:
         student, name = student_of(recipe, source.checkpoint.shape, source.checkpoint.name)
         profiles = tuple(load_profiles(recipe.export.targets))
         formats = _wanted_formats(recipe, profiles, student, source.checkpoint.shape) if writes else ()
-        return cls(recipe, source, True, student, name, formats, profiles)
+        hops = tuple(hops_of(recipe, source.checkpoint.shape, student))
+        return cls(recipe, source, True, student, name, hops, formats, profiles)
 
     @classmethod
     def of_export(cls, given: str, recipe: Recipe) -> Plan:
@@ -62,13 +64,18 @@ class Plan:
         if recipe.quantize.tokens and not recipe.train.tokens:  # read only as much of --data as is used
             recipe = replace(recipe, train=replace(recipe.train, tokens=recipe.quantize.tokens))
         profiles = tuple(load_profiles(recipe.export.targets))
-        return cls(recipe, source, False, shape, source.checkpoint.name,
+        return cls(recipe, source, False, shape, source.checkpoint.name, (),
                    _wanted_formats(recipe, profiles, shape, shape), profiles)
 
     @property
     def teacher(self) -> DenseCheckpoint | None:
         """Return the teacher of a build, with its full vocabulary; None for an export."""
         return self.source.checkpoint if self.trains else None
+
+    @property
+    def shapes(self) -> list[ModelShape]:
+        """Return the shapes of all students that are trained: those of the hops, and the student's."""
+        return [*self.hops, self.student]
 
     @property
     def trims_vocabulary(self) -> bool:

@@ -156,20 +156,21 @@ def start_inputs(build: Build) -> Inputs:
 
     train, length = build.recipe.train, row_length(build.recipe, build.teacher)
     return {"train.init": train.init, "train.seed": train.seed, "train.seq_len": length,
-            "train.dense_share is 1": train.dense_share == 1, **named("student", build.plan.student),
+            "train.dense_share is 1": train.dense_share == 1, **named("student", build.plan.shapes[0]),
             "teacher": build.digest(build.teacher), "data": build.digest_of_outputs("data")}
 
 
 def start(build: Build, task: Task) -> Done:
     """Compute the student's values before training."""
     from lrc_edge.train.loop.trainer import choose_device
-    from lrc_edge.train.start.stage import make_start
+    from lrc_edge.train.start.layers import Layers
+    from lrc_edge.train.start.stage import make_start, save_start
 
-    device = choose_device(build.recipe.train.device)
+    teacher = Layers.of(build.teacher, choose_device(build.recipe.train.device))
     with build.workspace.partial("start") as partial:
         partial.mkdir(parents=True)
-        figures = make_start(build.teacher, build.plan.student, build.recipe.train, build.out / "data", partial,
-                             device, task.update)
+        begun = make_start(teacher, build.plan.shapes[0], build.recipe.train, build.out / "data", partial, task.update)
+        figures = save_start(begun, partial)
         replace_tree(partial, build.out / "start")
     line = f"{figures['loss']:.3f} nats per token on training text, KL {figures['kl']:.3f} from the teacher"
     if len(figures["layers"]) < build.teacher.shape.num_hidden_layers:
@@ -186,16 +187,16 @@ def train_inputs(build: Build) -> Inputs:
     settings = build.recipe.train
     return {**named("train", settings, leave_out=RUN_SETTINGS), "start": build.digest_of_outputs("start"),
             "train.precision": str(choose_precision(settings.precision, choose_device(settings.device))),
-            **named("student", build.plan.student),
+            **named("student", build.plan.student), "student.hops": build.recipe.student.hops,
             "data.isolate_documents": build.recipe.data.isolate_documents,
             "teacher": build.digest(build.teacher), "data": build.digest_of_outputs("data")}
 
 
 def train(build: Build, task: Task) -> Done:
+    from lrc_edge.train.hops import hop_summaries, train_in_hops
     from lrc_edge.train.loop.checkpoints import claim
     from lrc_edge.train.loop.stage import SUMMARY_FILE
     from lrc_edge.train.loop.stage import Plan as TrainingPlan
-    from lrc_edge.train.loop.stage import train as train_clone
     from lrc_edge.train.start.stage import load_start
 
     folder, corpus, begin = build.out / "train", build.out / "data", load_start(build.out / "start")
@@ -203,10 +204,11 @@ def train(build: Build, task: Task) -> Done:
     task.expect(plan.schedule.tokens)
     if build.leads:
         claim(folder, train_inputs(build))
-    train_clone(build.teacher, build.recipe, begin, corpus, folder, lambda row: _show_training(task, row))
+    train_in_hops(build.teacher, build.recipe, build.plan.shapes, build.out / "start", corpus, folder,
+                  lambda row: _show_training(task, row))
     if not build.leads:
         return None, ""
-    summary = json.loads((folder / SUMMARY_FILE).read_text())
+    summary = json.loads((folder / SUMMARY_FILE).read_text()) | {"hops": hop_summaries(folder)}
     if build.plan.trims_vocabulary:
         task.update("teacher with its full vocabulary")
         summary["full_vocabulary"] = _full_vocabulary(build, plan)
@@ -227,7 +229,8 @@ def _full_vocabulary(build: Build, plan: TrainingPlan) -> dict[str, float]:
 def train_finished(build: Build) -> None:
     """Delete the checkpoints: the trained tensors are recorded, so no run resumes from them."""
     if build.leads:
-        shutil.rmtree(build.out / "train" / "checkpoints", ignore_errors=True)
+        for folder in (build.out / "train").glob("**/checkpoints"):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _show_training(task: Task, row: dict[str, float]) -> None:

@@ -85,7 +85,7 @@ def vocabulary_is_told(out: Path, printed: str) -> None:
     ({"hidden_size": 40}, "student.hidden_size = 40: gguf:q4_0 needs rows of a multiple of 32 (nearest: 32 or 64)"),
     ({"hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 96, "num_attention_heads": 4,
       "num_key_value_heads": 2, "vocab_size": 512},
-     "the teacher teacher has these sizes, such as hidden_size = 64; need a smaller student: lower one of student.hid")])
+     "the teacher teacher has these sizes, such as hidden_size = 64; need a smaller student: lower one of student.h")])
 def test_sizes_that_do_not_work_are_refused_with_the_nearest_that_do(changed: dict[str, int], message: str,
                                                                      inputs: tuple[Path, Path], tmp_path: Path) -> None:
     recipe = load_recipe(None, [setting for setting in sizes(**changed) if setting != "--set"],

@@ -42,6 +42,9 @@ def same(source: str, value: Any) -> Published:
 PAPER = {
     "student.hidden_size": Published("the paper's models; code: --target_hidden_size 1536", (1536, 1200, 2048)),
     "student.vocab_size": same("section 3: embedding and LM head keep the teacher's vocabulary", 0),
+    **{f"student.{size}": same("section 3: only the width is compressed", 0) for size in (
+        "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads")},
+    "student.hops": same("one student of each teacher", ()),
     "student.name": Published("the paper's models", ("LRC-1.5B", "LRC-1.7B", "LRC-4B")),
     "data.sources": Published(
         "training data; code: process_v5_1, process_v5_1_20b, process_v5_0 of data/generate_general_data_parallel.py",
@@ -86,6 +89,7 @@ DIFFERS = {
     "train.seed": "the order of the data and random numbers are not those of the reference, whatever the seed",
     "train.on_bad_batch": "the reference has no guard; ours acts on bad batches only, and reports them",
     "train.spike_factor": "the reference has no guard; ours acts on bad batches only, and reports them",
+    "train.hop_share": "the paper has no hops",
     "train.dense_learning_rate": NO_DENSE_PHASE, "train.dense_warmup_share": NO_DENSE_PHASE,
     "train.dense_alpha": NO_DENSE_PHASE,
     "quantize.teacher": NO_QUANTIZED_PHASE, "quantize.alpha": NO_QUANTIZED_PHASE,
@@ -215,6 +219,6 @@ def test_a_build_of_ours_says_what_it_is(tiny_llama: Path, tmp_path: Path) -> No
     recipe = load_recipe("edge-1.5b", [*SMALL, "quantize.tokens=0"], data={"sources": local_sources(tmp_path, 2)})
     build(str(tiny_llama), tmp_path / "out", recipe, Console(quiet=True))
     card = (tmp_path / "out" / "student" / "README.md").read_text()
-    assert ("Training: dense distillation from principal components (arXiv 2401.15024), with relative clone terms "
-            "(arXiv 2505.12781).\n") in card
+    assert ("Training: dense distillation from principal components (arXiv 2401.15024), refitted, with relative clone "
+            "terms (arXiv 2505.12781).\n") in card
     assert "low-rank-clone" not in card

@@ -9,9 +9,14 @@ import torch
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.lineage import Holds
+from lrc_edge.recipe import Recipe
+from lrc_edge.shape import ModelShape
 from lrc_edge.train import lowrank
 from lrc_edge.train.clone import Clone
+from lrc_edge.train.loop.processes import join
 from lrc_edge.train.start.build import Choices, Start, build_start
+from lrc_edge.train.start.layers import Layers
+from lrc_edge.train.start.stage import FIGURES_FILE, make_start, save_start
 from lrc_edge.train.start.width import INITS
 
 
@@ -33,8 +38,19 @@ def start_of(teacher: DenseCheckpoint, rows_BL: torch.Tensor, holds: Holds = "pr
              choices: Choices | None = None, **sizes: int) -> Start:
     """The start of a student with these sizes."""
     with tempfile.TemporaryDirectory() as folder:
-        return build_start(teacher, replace(teacher.shape, **sizes), rows_BL, Path(folder), holds, choices)
+        layers, student = Layers.of(teacher, torch.device("cpu")), replace(teacher.shape, **sizes)
+        return build_start(layers, student, rows_BL, Path(folder), holds, choices)
 
 
 def plain(init: str = "pca") -> Choices:
     return Choices(width=INITS[init], refits=False)
+
+
+def started(model: DenseCheckpoint, shape: ModelShape, recipe: Recipe, data: Path, folder: Path) -> Path:
+    """Store the start of a student of this shape in `folder`, by the first process that trains; return `folder`."""
+    here = join(torch.device("cpu"))
+    if here.is_main_process and not (folder / FIGURES_FILE).exists():
+        folder.mkdir(exist_ok=True, parents=True)
+        save_start(make_start(Layers.of(model, torch.device("cpu")), shape, recipe.train, data, folder), folder)
+    here.wait_for_everyone()
+    return folder

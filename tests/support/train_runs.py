@@ -5,29 +5,19 @@ import sys
 from pathlib import Path
 
 import torch
+from starts import started
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.lineage import Lineage
-from lrc_edge.recipe import Recipe, load_recipe
+from lrc_edge.recipe import load_recipe
 from lrc_edge.student import student_of
 from lrc_edge.train.loop.processes import join, leave
 from lrc_edge.train.loop.quantized_stage import train_on_grid
 from lrc_edge.train.loop.stage import train
-from lrc_edge.train.start.build import Start
-from lrc_edge.train.start.stage import FIGURES_FILE, load_start, make_start
+from lrc_edge.train.start.stage import load_start
 
 SETTINGS = ["train.seq_len=64", "train.batch_tokens=256", "train.tokens=5120", "train.eval_every=5",
             "train.log_every=1", "train.checkpoint_every=4", "train.device=cpu", "student.hidden_size=32"]
-
-
-def started(model: DenseCheckpoint, recipe: Recipe, data: Path, folder: Path) -> Start:
-    """Return the start of the recipe's student in `folder`, made by the first process that trains."""
-    here = join(torch.device("cpu"))
-    if here.is_main_process and not (folder / FIGURES_FILE).exists():
-        folder.mkdir(exist_ok=True, parents=True)
-        make_start(model, student_of(recipe, model.shape, "tiny")[0], recipe.train, data, folder, torch.device("cpu"))
-    here.wait_for_everyone()
-    return load_start(folder)
 
 
 def run(teacher: Path, data: Path, folder: Path, *settings: str) -> list[dict[str, float]]:
@@ -39,8 +29,9 @@ def run(teacher: Path, data: Path, folder: Path, *settings: str) -> list[dict[st
     if recipe.quantize.tokens:
         train_on_grid(model, model, Lineage.of(model.shape, model.shape), recipe, data, folder, rows.append)
     else:
-        train(model, recipe, started(model, recipe, data, folder.with_name(f"{folder.name}-start")), data, folder,
-              rows.append)
+        shape = student_of(recipe, model.shape, "tiny")[0]
+        start = load_start(started(model, shape, recipe, data, folder.with_name(f"{folder.name}-start")))
+        train(model, recipe, start, data, folder, rows.append)
     return rows
 
 

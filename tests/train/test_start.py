@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -14,11 +15,14 @@ from tiny_models import make_tiny
 from transformers import PreTrainedModel
 
 from lrc_edge.checkpoint import DenseCheckpoint
+from lrc_edge.families import weights_of
 from lrc_edge.lineage import Holds
 from lrc_edge.recipe import Train
+from lrc_edge.train.clone import config_of
 from lrc_edge.train.losses import Objective
-from lrc_edge.train.start.build import Choices, Start
+from lrc_edge.train.start.build import Choices, Start, build_start
 from lrc_edge.train.start.heads import grouping
+from lrc_edge.train.start.layers import Layers
 from lrc_edge.train.start.refit import RIDGE, LeastSquares
 from lrc_edge.train.start.stage import load_start, save_start
 from lrc_edge.train.start.width import INITS
@@ -264,3 +268,22 @@ def test_initial_values_are_those_of_all_rows_at_once_without_holding_them(name:
     u = pca["model.embed_tokens.weight"]
     torch.testing.assert_close(u @ u.T, basis @ basis.T, rtol=1e-4, atol=1e-4)
     assert torch.equal(selected["model.embed_tokens.weight"].argmax(0), channels)
+
+
+def test_a_lineage_of_two_cuts_is_that_of_the_student(tmp_path: Path) -> None:
+    """Layers, block maps and projections of both cuts in a row give the teacher's activations what the student has."""
+    teacher = teacher_of(tmp_path / "t", family="llama", tied=True, layers=4, kv_heads=4)
+    first = start_of(teacher, some_ids(), "weights", plain(), num_hidden_layers=3, intermediate_size=80,
+                     num_key_value_heads=2)
+    second_sizes = dict(num_hidden_layers=2, intermediate_size=64, num_key_value_heads=1, num_attention_heads=2)
+    shape = replace(first.lineage.student, **second_sizes)
+    base = Layers(config_of(teacher.check_config(), first.lineage), first.lineage.student,
+                  lambda weight: first.tensors[weight.name], torch.device("cpu"))
+    second = build_start(base, shape, some_ids(), tmp_path, "weights", plain())
+    lineage = first.lineage.then(second.lineage)
+    assert lineage.layers == tuple(first.lineage.layers[i] for i in second.lineage.layers)
+    for weight in weights_of(shape):
+        if weight.layer is None or weight.role.is_norm:
+            continue
+        direct = lineage.mapped(weight, teacher.tensor(lineage.source_of(weight)))
+        torch.testing.assert_close(second.tensors[weight.name], direct, rtol=1e-4, atol=1e-5)

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lrc_edge.block_map import BlockMap
-from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.families import EMBEDDING, FINAL_NORM, Role, Weight, family_of, weights_of
 from lrc_edge.lineage import Holds, Lineage, compose
 from lrc_edge.shape import ModelShape
@@ -78,16 +77,14 @@ def first_phase(holds: Holds) -> Phase:
 
 
 @torch.no_grad()
-def build_start(model: DenseCheckpoint, student: ModelShape, rows_BL: torch.Tensor, folder: Path, holds: Holds,
-                choices: Choices | None = None, device: torch.device | None = None,
-                progress: Progress = lambda text: None) -> Start:
+def build_start(teacher: Layers, student: ModelShape, rows_BL: torch.Tensor, folder: Path, holds: Holds,
+                choices: Choices | None = None, progress: Progress = lambda text: None) -> Start:
     """Return the start of a student of this shape. rows_BL: ids of calibration text. folder: for temporary files."""
-    choices, device = choices or Choices(), device or torch.device("cpu")
-    teacher = Layers.of(model, device)
-    streams = Streams(folder, *rows_BL.shape, device)
+    choices = choices or Choices()
+    streams = Streams(folder, *rows_BL.shape, teacher.device)
     statistics = statistics_of(teacher, rows_BL, streams, progress)
     layers = choices.layers(teacher, statistics, student.num_hidden_layers, rows_BL, folder, progress)
-    lineage = Lineage(model.shape, student, layers, _maps(teacher, student, layers, statistics, choices))
+    lineage = Lineage(teacher.shape, student, layers, _maps(teacher, student, layers, statistics, choices))
     width = choices.width(statistics, lineage, choices.seed)
     return Assembly(teacher, lineage, width, holds, streams, choices.refits and width.is_linear).run(rows_BL, progress)
 

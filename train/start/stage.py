@@ -11,13 +11,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
 from lrc_edge.lineage import Holds, is_map, read_lineage
 from lrc_edge.recipe import Train
 from lrc_edge.shape import ModelShape
 from lrc_edge.train.data.rows import PackedRows
 from lrc_edge.train.start.build import Choices, Start, build_start
+from lrc_edge.train.start.layers import Layers
 from lrc_edge.train.start.width import INITS
 
 START_FILE, FIGURES_FILE = "start.safetensors", "start.json"
@@ -25,11 +25,10 @@ CALIBRATION_TOKENS = 16_384
 WRITER = "writer."  # before the name of a weight: its projection
 
 
-def make_start(teacher: DenseCheckpoint, student: ModelShape, train: Train, data: Path, folder: Path,
-               device: torch.device, progress: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """Write the start of a student of this shape to `folder`. Returns its figures, which are also in FIGURES_FILE:
-    loss and KL on the calibration rows, the teacher's layers that stay, and, for each layer of the student, the
-    teacher's heads that each head comes from (empty lists if all stay)."""
+def make_start(teacher: Layers, student: ModelShape, train: Train, data: Path, folder: Path,
+               progress: Callable[[str], None] = lambda text: None) -> Start:
+    """Return the start of a student of this shape, computed on rows of the training text. `folder`: for temporary
+    files. Raises UserError if the GPU's memory is too small."""
     rows = PackedRows(data, min(train.seq_len, student.max_position_embeddings))
     n_rows = max(1, CALIBRATION_TOKENS // rows.seq_len)
     picked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(train.seed))[:n_rows]
@@ -38,14 +37,17 @@ def make_start(teacher: DenseCheckpoint, student: ModelShape, train: Train, data
     choices = Choices(width=INITS[train.init], seed=train.seed)
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix="streams-") as streams:
-            start = build_start(teacher, student, sample_BL, Path(streams), holds, choices, device, progress)
+            return build_start(teacher, student, sample_BL, Path(streams), holds, choices, progress)
     except torch.OutOfMemoryError as error:
-        raise UserError(f"start: out of memory on {device} ({str(error).split('. ')[0]}); the embedding, the LM head "
-                        "and one layer of the teacher must fit: use a larger GPU, or --set train.device=cpu") from error
-    return save_start(start, folder)
+        raise UserError(f"start: out of memory on {teacher.device} ({str(error).split('. ')[0]}); the embedding, the "
+                        "LM head and one layer of the teacher must fit: use a larger GPU, or "
+                        "--set train.device=cpu") from error
 
 
 def save_start(start: Start, folder: Path) -> dict[str, Any]:
+    """Write a start. Returns its figures, which are also in FIGURES_FILE: loss and KL on the calibration rows, the
+    teacher's layers that stay, and, for each layer of the student, the teacher's heads that each head comes from
+    (empty lists if all stay)."""
     tensors = start.tensors | {WRITER + name: p for name, p in start.writers.items()} | start.lineage.tensors()
     # Copies: a safetensors file refuses tensors that share memory.
     copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}

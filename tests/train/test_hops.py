@@ -1,0 +1,99 @@
+"""Progressive cuts: each student is cut from the trained one before, and compared with the same teacher."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from starts import started
+from tiny_models import make_tiny, tiny_data
+from train_runs import SETTINGS
+
+from lrc_edge.checkpoint import DenseCheckpoint
+from lrc_edge.errors import UserError
+from lrc_edge.export.fold import fold
+from lrc_edge.recipe import Recipe, load_recipe
+from lrc_edge.student import hops_of, student_of
+from lrc_edge.train.hops import hop_settings, hop_summaries, train_in_hops
+from lrc_edge.train.loop.stage import lineage_of, load_trained
+from lrc_edge.train.loop.trainer import TRAINED_FILE, Trainer
+
+SIZES = ["student.num_hidden_layers=2", "student.intermediate_size=64", "student.num_key_value_heads=1",
+         "student.num_attention_heads=2"]
+HOPS = ["num_hidden_layers=3 hidden_size=48", "num_hidden_layers=2 num_key_value_heads=1"]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> DenseCheckpoint:
+    return DenseCheckpoint.open(make_tiny(tmp_path_factory.mktemp("teacher") / "t", layers=4))
+
+
+def run(teacher: DenseCheckpoint, data: Path, folder: Path, recipe: Recipe) -> list[dict[str, float]]:
+    student, _ = student_of(recipe, teacher.shape, "t")
+    shapes = [*hops_of(recipe, teacher.shape, student), student]
+    rows: list[dict[str, float]] = []
+    first = started(teacher, shapes[0], recipe, data, folder.with_name("start"))
+    train_in_hops(teacher, recipe, shapes, first, data, folder, rows.append)
+    return rows
+
+
+def recipe_of(*settings: str) -> Recipe:
+    return load_recipe(None, [*SETTINGS, *SIZES, "train.dense_alpha=0.2", *settings], student={"hops": HOPS})
+
+
+def test_hops_lead_to_the_student_and_are_not_repeated(teacher: DenseCheckpoint, tmp_path: Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, recipe = tmp_path / "train", recipe_of()
+    for made in (folder, tmp_path / "data"):
+        made.mkdir()
+    data = tiny_data(teacher.path, tmp_path / "data")
+    rows = run(teacher, data, folder, recipe)
+    assert [row["step"] for row in rows if "held_out_loss" in row] == [0, 5, 0, 5, 0, 5, 10]
+    assert all(np.isfinite(row["clone"]) and row["clone"] > 0 for row in rows if "clone" in row)
+    summaries = hop_summaries(folder)
+    assert [summary["tokens"] for summary in summaries] == [1280, 1280]
+    lineage = lineage_of(folder / TRAINED_FILE)
+    assert lineage.teacher == teacher.shape and lineage.student == student_of(recipe, teacher.shape, "t")[0]
+    student = fold(teacher, folder / TRAINED_FILE, tmp_path / "student", {"name": "tiny", "teacher": "t"})
+    clone, ids = load_trained(teacher, folder / TRAINED_FILE), torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(student.model()(ids).logits, clone.student(ids).logits)
+    before = (folder / TRAINED_FILE).read_bytes()
+    steps: list[int] = []
+    step = Trainer._step
+    monkeypatch.setattr(Trainer, "_step", lambda self, n, batch: (steps.append(n), step(self, n, batch)))
+    run(teacher, data, folder, recipe)
+    assert len(steps) == 10 and (folder / TRAINED_FILE).read_bytes() == before, "only the last one is trained again"
+
+
+def test_the_budget_is_shared() -> None:
+    settings = hop_settings(recipe_of("train.tokens=1000", "train.hop_share=0.3").train, 0, 2)
+    assert [(one.tokens, one.seed) for one in settings] == [(150, 0), (150, 1), (700, 2)]
+    assert [one.tokens for one in hop_settings(recipe_of("train.tokens=0").train, 400, 1)] == [200, 200]
+
+
+@pytest.mark.parametrize(("hops", "message"), [
+    (["layers=3"], "student.hops: 'layers=3' in 'layers=3': need a size and a number"),
+    (["num_hidden_layers=x"], "student.hops: 'num_hidden_layers=x'"),
+    (["num_hidden_layers=5"], "num_hidden_layers = 5: the teacher before 'num_hidden_layers=5' of student.hops has 4"),
+    (["num_hidden_layers=1"], "num_hidden_layers = 2: the teacher of the last of student.hops has 1")])
+def test_hops_that_do_not_lead_to_the_student_are_refused(hops: list[str], message: str, teacher: DenseCheckpoint
+                                                          ) -> None:
+    recipe = load_recipe(None, SIZES, student={"hops": hops})
+    with pytest.raises(UserError) as caught:
+        hops_of(recipe, teacher.shape, student_of(recipe, teacher.shape, "t")[0])
+    assert message in str(caught.value)
+
+
+def test_hops_need_dense_training() -> None:
+    with pytest.raises(UserError, match=r"student.hops with train.dense_share = 0.5.*set train.dense_share=1"):
+        recipe_of("train.dense_share=0.5")
+
+
+def test_summaries_are_in_the_order_of_the_hops(tmp_path: Path) -> None:
+    for hop in (10, 2):
+        (tmp_path / f"hop-{hop}").mkdir()
+        (tmp_path / f"hop-{hop}" / "training.json").write_text(json.dumps({"tokens": hop}))
+    assert [summary["tokens"] for summary in hop_summaries(tmp_path)] == [2, 10]
