@@ -67,7 +67,7 @@ class ClonePhase(Phase):
                              if not weight.role.writes_stream})
         # Mapped once, because a sharded weight cannot be mapped.
         clone.mapped.update({key(weight.name): nn.Parameter(
-            clone.lineage.mapped(weight, clone.teacher_of(weight).data), requires_grad=False)
+            clone.lineage.mapped(weight, clone.teacher_of(weight).data).contiguous(), requires_grad=False)
             for weight, _ in clone.composed() if clone.lineage.has_maps(weight.role)})
 
     def master(self, clone: Clone, weight: Weight) -> nn.Parameter:

@@ -11,7 +11,7 @@ from starts import gaussian_values, identity_values, start_of
 from tiny_models import make_tiny
 from torch.func import functional_call
 from torch.nn import functional as F
-from transformers import MistralConfig
+from transformers import MistralConfig, PreTrainedModel
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.families import family_of
@@ -21,6 +21,7 @@ from lrc_edge.train.clone import Clone
 from lrc_edge.train.losses import ACTIVATION_TERMS, CLONE_ERRORS, TERMS, Objective
 from lrc_edge.train.masks import attention_masks
 from lrc_edge.train.phases import DENSE, PHASES
+from lrc_edge.train.start.build import Choices
 
 
 def make_clone(path: Path, hidden_size: int, recompute: bool = False, **options: object) -> Clone:
@@ -81,6 +82,42 @@ def test_losses_are_those_of_two_plain_forward_passes(name: str, clone_terms: st
     assert losses.parts["lm"].item() == pytest.approx(lm.item(), rel=1e-4)
     whole = sum(weight * losses.parts[name] for name, weight in (("lm", 0.5), ("kl", 0.7), ("clone", 0.3)))
     assert losses.total.item() == pytest.approx(whole.item(), rel=1e-5)
+
+
+def test_terms_go_through_the_lineage(tmp_path: Path) -> None:
+    """Each activation is compared with that of its own layer, after its block map; the last one of a layer also stands
+    for the layers that were left out."""
+    teacher = DenseCheckpoint.open(make_tiny(tmp_path / "t", layers=4, **FAMILIES["qwen2-untied"]))
+    choices = Choices(layers=lambda *_: (0, 3), refits=False)
+    start = start_of(teacher, some_ids(), "projections", choices, num_hidden_layers=2, hidden_size=32,
+                     intermediate_size=64, num_attention_heads=2, num_key_value_heads=1)
+    clone, lineage, ids = start.clone(teacher.model()), start.lineage, some_ids()
+    roles = family_of(lineage.student.family).matrices
+    of_teacher, of_student = (outputs_of(model, [role.module for role in roles] + ["post_attention_layernorm"], ids)
+                              for model in (clone.teacher, clone.student))
+    streams = clone.teacher(ids, output_hidden_states=True).hidden_states
+    expected = 0.0
+    for layer, own in enumerate(lineage.layers):
+        for role in roles:
+            target = of_teacher[f"model.layers.{own}.{role.module}"]
+            if role.name == "ffn_down" and layer == 0:
+                target = streams[3] - (streams[1] - target)  # the stream before layer 3, without what layer 0 read
+            if role.writes_stream:
+                target = target @ clone.trainable()[f"model.layers.{layer}.{role.module}.weight"].detach()
+            elif role.axes[0] in lineage.maps:
+                target = lineage.maps[role.axes[0]][layer].apply(target)
+            expected += CLONE_ERRORS["relative"](of_student[f"model.layers.{layer}.{role.module}"], target).item()
+    assert clone(ids).parts["clone"].item() == pytest.approx(expected, rel=1e-4)
+
+
+def outputs_of(model: PreTrainedModel, modules: list[str], ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    handles = [module.register_forward_hook(lambda m, i, o, n=name: found.__setitem__(n, o.detach()))
+               for name, module in model.named_modules() if name.endswith(tuple(modules))]
+    model(ids)
+    for handle in handles:
+        handle.remove()
+    return found
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "llama-untied", "qwen2-untied", "qwen3-tied"])

@@ -22,7 +22,9 @@ from lrc_edge.train.loop.processes import STEP_TIMEOUT, TIMEOUT
 from lrc_edge.train.loop.schedule import ProcessBatches, RowOrder, Schedule
 from lrc_edge.train.loop.trainer import EVAL_TOKENS, METRICS_FILE, TRAINED_FILE, read_metrics
 
-SETTINGS = ["train.precision=fp32", "train.dense_share=0.5", "train.micro_batch=1"]
+# A student that is smaller along every axis.
+SETTINGS = ["train.precision=fp32", "train.dense_share=0.5", "train.micro_batch=1", "student.num_hidden_layers=1",
+            "student.intermediate_size=64", "student.num_attention_heads=2", "student.num_key_value_heads=1"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 RUN = str(ROOT / "tests" / "support" / "train_runs.py")
 
