@@ -118,6 +118,23 @@ def test_sample_efficiency_gives_every_method_as_many_tries_and_repeats_none(tin
     assert rows[:3] == ["| method", "| TinyBERT-like", "| LRC as published"]
 
 
+def test_axes_compares_starts_and_repeats_none(tiny_llama: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    command = [sys.executable, str(BENCHMARKS / "axes.py"), "--teacher", str(tiny_llama), "--text", str(text),
+               "--held-out", str(text), "--tokens", "256", "--batch-tokens", "128", "--seq-len", "64", "--seeds", "1",
+               "--data-tokens", "20000", "--compile", "off", "--cuts", "key/value heads", "--out", str(tmp_path / "out")]
+    first, again = (subprocess.run(command, capture_output=True, text=True) for _ in range(2))
+    assert first.returncode == again.returncode == 0, first.stderr
+    runs = [json.loads(line) for line in (tmp_path / "out" / "runs.jsonl").read_text().splitlines()]
+    assert [(run["start"], run["judged"]) for run in runs] == [
+        (start, judged) for start in ("ours", "plain") for judged in ["pick"] * 4 + ["eval"]]
+    ours, plain = (run["before"] for run in runs if run["judged"] == "eval")
+    assert ours != plain and "| key/value heads | plain |" in again.stdout
+    unknown = subprocess.run([*command, "--cuts", "experts"], capture_output=True, text=True)
+    assert unknown.returncode == 1 and "--cuts: experts; known: width, layers" in unknown.stderr
+
+
 def test_defaults_reports_each_cell_and_fails_if_one_is_worse(tiny_llama: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(TEXT)

@@ -40,40 +40,38 @@ class Merge:
     outputs_MHH: torch.Tensor
 
 
+def aligned(statistics: LayerStatistics, o_QDH: torch.Tensor, n_kept: int) -> list[Merge]:
+    """Return n_kept merges that together replace all groups of a layer, the cheapest ones. o_QDH: o_proj by heads."""
+    n_groups = statistics.keys_PGG.shape[1]
+    gram_GHH = (o_QDH.mT @ o_QDH).unflatten(0, (n_groups, -1)).sum(1)
+    aligner = Aligner(statistics, gram_GHH, o_QDH.shape[-1])
+    return [aligner.merge(members) for members in grouping(aligner.cost, n_groups, n_kept)]
+
+
 def head_maps(statistics: LayerStatistics, o_DQ: torch.Tensor, teacher: ModelShape, student: ModelShape,
-              ) -> dict[str, BlockMap]:
+              merge: Callable[[LayerStatistics, torch.Tensor, int], list[Merge]] = aligned) -> dict[str, BlockMap]:
     """Return the maps of a layer by axis; none if the heads stay. o_DQ: the layer's o_proj, (D, Q H)."""
     if (teacher.num_attention_heads, teacher.num_key_value_heads) == \
             (student.num_attention_heads, student.num_key_value_heads):
         return {}
+    n_groups, n_kept = teacher.num_key_value_heads, student.num_key_value_heads
     o_QDH = o_DQ.unflatten(-1, (teacher.num_attention_heads, -1)).movedim(1, 0)
     strength_Q = ((o_QDH @ statistics.heads_QHH) * o_QDH).sum((1, 2))  # mean square of each head's output
-    merges = _merges(statistics, o_QDH, strength_Q, teacher, student)
+    if n_kept == n_groups or family_of(teacher.family).normalizes_heads:
+        groups = strength_Q.unflatten(0, (n_groups, -1)).sum(1).topk(n_kept).indices.sort().values.tolist()
+        merges = [Merge((group,), *[torch.eye(teacher.head_dim)[None]] * 4) for group in groups]
+    else:
+        merges = merge(statistics, o_QDH, n_kept)
     kept = [_strongest(strength_Q, found.members, teacher, student) for found in merges]
     queries = [(head, found.queries_MHH[m], found.outputs_MHH[m]) for found, heads in zip(merges, kept, strict=True)
                for m, head in heads]
-    groups = torch.tensor([found.members for found in merges])
+    members = torch.tensor([found.members for found in merges])
     heads_J1 = torch.tensor([[head] for head, _, _ in queries])
     return {
         "q_size": BlockMap(heads_J1, torch.stack([q for _, q, _ in queries])[:, None], teacher.q_size),
-        "k_size": BlockMap(groups, torch.stack([found.keys_MHH for found in merges]), teacher.k_size),
-        "v_size": BlockMap(groups, torch.stack([found.values_MHH for found in merges]), teacher.v_size),
+        "k_size": BlockMap(members, torch.stack([found.keys_MHH for found in merges]), teacher.k_size),
+        "v_size": BlockMap(members, torch.stack([found.values_MHH for found in merges]), teacher.v_size),
         "o_size": BlockMap(heads_J1, torch.stack([o for _, _, o in queries])[:, None], teacher.o_size)}
-
-
-def _merges(statistics: LayerStatistics, o_QDH: torch.Tensor, strength_Q: torch.Tensor, teacher: ModelShape,
-            student: ModelShape) -> list[Merge]:
-    n_groups, n_kept = teacher.num_key_value_heads, student.num_key_value_heads
-    if n_kept == n_groups or family_of(teacher.family).normalizes_heads:
-        strength_G = strength_Q.unflatten(0, (n_groups, -1)).sum(1)
-        return [_unchanged(group, teacher.head_dim) for group in strength_G.topk(n_kept).indices.sort().values.tolist()]
-    gram_GHH = (o_QDH.mT @ o_QDH).unflatten(0, (n_groups, -1)).sum(1)
-    aligner = Aligner(statistics, gram_GHH, teacher.head_dim)
-    return [aligner.merge(members) for members in grouping(aligner.cost, n_groups, n_kept)]
-
-
-def _unchanged(group: int, head_dim: int) -> Merge:
-    return Merge((group,), *[torch.eye(head_dim)[None]] * 4)
 
 
 def _strongest(strength_Q: torch.Tensor, members: Sequence[int], teacher: ModelShape, student: ModelShape
