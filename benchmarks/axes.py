@@ -69,13 +69,13 @@ def cuts_of(teacher: ModelShape) -> dict[str, ModelShape]:
         return max(unit, round(size * share / unit) * unit)
 
     alone = {
-        "width": dict(hidden_size=part(teacher.hidden_size, 1 / 2, 64)),
+        "width": dict(hidden_size=part(teacher.hidden_size, 1 / 2, 32)),
         "layers": dict(num_hidden_layers=part(teacher.num_hidden_layers, 2 / 3)),
-        "neurons": dict(intermediate_size=part(teacher.intermediate_size, 1 / 2, 64)),
+        "neurons": dict(intermediate_size=part(teacher.intermediate_size, 1 / 2, 32)),
         "query heads": dict(num_attention_heads=part(teacher.num_attention_heads, 1 / 2)),
         "key/value heads": dict(num_key_value_heads=part(teacher.num_key_value_heads, 1 / 2))}
-    together = dict(hidden_size=part(teacher.hidden_size, 3 / 4, 64), intermediate_size=part(
-        teacher.intermediate_size, 2 / 3, 64), num_hidden_layers=part(teacher.num_hidden_layers, 5 / 6),
+    together = dict(hidden_size=part(teacher.hidden_size, 3 / 4, 32), intermediate_size=part(
+        teacher.intermediate_size, 2 / 3, 32), num_hidden_layers=part(teacher.num_hidden_layers, 5 / 6),
         num_attention_heads=part(teacher.num_attention_heads, 3 / 4, 2),
         num_key_value_heads=part(teacher.num_key_value_heads, 1 / 2))
     return {name: replace(teacher, **sizes) for name, sizes in {**alone, "all": together}.items()}
@@ -136,7 +136,7 @@ def steps_of(teacher: ModelShape) -> Iterator[tuple[str, list[ModelShape]]]:
     """Yield students of about 2, 3, 4 and 6 times fewer parameters, and the hop on the way to each."""
     for width, depth in ((3 / 4, 5 / 6), (3 / 4, 2 / 3), (1 / 2, 5 / 6), (1 / 2, 1 / 2)):
         hop, last = (replace(
-            teacher, hidden_size=round(teacher.hidden_size * (1 - (1 - width) * way) / 64) * 64,
+            teacher, hidden_size=round(teacher.hidden_size * (1 - (1 - width) * way) / 32) * 32,
             num_hidden_layers=max(1, round(teacher.num_hidden_layers * (1 - (1 - depth) * way)))) for way in (0.5, 1))
         yield f"{teacher.n_params / last.n_params:.1f} x fewer parameters", [hop, last]
 

@@ -123,7 +123,8 @@ def test_axes_compares_starts_and_repeats_none(tiny_llama: Path, tmp_path: Path)
     text.write_text(TEXT)
     command = [sys.executable, str(BENCHMARKS / "axes.py"), "--teacher", str(tiny_llama), "--text", str(text),
                "--held-out", str(text), "--tokens", "256", "--batch-tokens", "128", "--seq-len", "64", "--seeds", "1",
-               "--data-tokens", "20000", "--compile", "off", "--cuts", "key/value heads", "--out", str(tmp_path / "out")]
+               "--data-tokens", "20000", "--compile", "off", "--cuts", "key/value heads",
+               "--out", str(tmp_path / "out")]
     first, again = (subprocess.run(command, capture_output=True, text=True) for _ in range(2))
     assert first.returncode == again.returncode == 0, first.stderr
     runs = [json.loads(line) for line in (tmp_path / "out" / "runs.jsonl").read_text().splitlines()]
