@@ -146,7 +146,8 @@ def _read_maps(file: Any, axis: str, n_layers: int, teacher_size: int) -> Iterat
     for layer in range(n_layers):
         if missing := [name for name in _map_names(axis, layer) if name not in names]:
             raise ValueError(f"tensor {missing[0]} is missing")
-        yield BlockMap(*(file.get_tensor(name) for name in _map_names(axis, layer)), teacher_size)
+        index_JM, factor_JMTS = (file.get_tensor(name) for name in _map_names(axis, layer))
+        yield BlockMap(index_JM, factor_JMTS, teacher_size)
 
 
 def compose(role: Role, base: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:

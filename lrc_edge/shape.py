@@ -88,9 +88,13 @@ class ModelShape:
         """Elements of the key/value cache per token."""
         return 2 * self.num_hidden_layers * self.kv_size
 
+    def resized(self, sizes: Mapping[str, int]) -> ModelShape:
+        """Return the shape with other sizes, by field."""
+        return replace(self, **sizes)  # type: ignore[arg-type]
+
     def with_hidden_size(self, hidden_size: int) -> ModelShape:
         """Return the shape with another residual width: that of a width-only student."""
-        return replace(self, hidden_size=hidden_size)
+        return self.resized({"hidden_size": hidden_size})
 
     def as_config(self) -> dict[str, Any]:
         """Return the fields of a config.json that hold the shape, except model_type."""

@@ -35,7 +35,7 @@ def student_of(recipe: Recipe, teacher: ModelShape, name: str) -> tuple[ModelSha
     multiple of 256, 64 or 32. Raises UserError for a shape that is not smaller, or that no start leads to.
     """
     given = {field: getattr(recipe.student, field) for field in SIZES if getattr(recipe.student, field)}
-    shape = replace(teacher, **(given or {"hidden_size": _half_width(teacher)}))
+    shape = teacher.resized(given or {"hidden_size": _half_width(teacher)})
     _check_cut(shape, teacher, name)
     label = CLONE_LABEL if recipe.train.dense_share < 1 else DENSE_LABEL
     changed = [f"{letter}{getattr(shape, field)}" for field, letter in SIZES.items()
@@ -52,7 +52,7 @@ def hops_of(recipe: Recipe, teacher: ModelShape, student: ModelShape) -> list[Mo
                        if name not in SIZES or name == "vocab_size" or not size.isdecimal()]:
             raise UserError(f"student.hops: {unknown[0]!r} in {hop!r}: need a size and a number, as in "
                             "\"num_hidden_layers=20 intermediate_size=4096\"")
-        shape = replace(before, **{name: int(size) for name, size in sizes.items()})
+        shape = before.resized({name: int(size) for name, size in sizes.items()})
         _check_cut(shape, before, f"before {hop!r} of student.hops")
         shapes.append(shape)
         before = shape

@@ -105,7 +105,8 @@ class DensePhase(Phase):
     def begin(self, clone: Clone, previous: Phase | None) -> None:
         if previous:
             previous.compose_(clone, torch.float32)  # the first dense weights must not be rounded to the compute type
-        clone.unread.clear(), clone.mapped.clear()
+        clone.unread.clear()
+        clone.mapped.clear()
         for p in clone.writers().values():
             p.requires_grad_(False)
             p.grad = None

@@ -81,7 +81,7 @@ def build_start(teacher: Layers, student: ModelShape, rows_BL: torch.Tensor, fol
                 choices: Choices | None = None, progress: Progress = lambda text: None) -> Start:
     """Return the start of a student of this shape. rows_BL: ids of calibration text. folder: for temporary files."""
     choices = choices or Choices()
-    streams = Streams(folder, *rows_BL.shape, teacher.device)
+    streams = Streams(folder, rows_BL.shape, teacher.device)
     statistics = statistics_of(teacher, rows_BL, streams, progress)
     layers = choices.layers(teacher, statistics, student.num_hidden_layers, rows_BL, folder, progress)
     lineage = Lineage(teacher.shape, student, layers, _maps(teacher, student, layers, statistics, choices))

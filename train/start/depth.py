@@ -53,7 +53,7 @@ class Search:
         self.last_matrix = family_of(model.shape.family).matrices[-1]
         self.refitted: dict[int, torch.Tensor] = {}  # layer -> its last matrix
         self.masks = model.masks(rows_BL)
-        self.streams = Streams(folder, *rows_BL.shape, model.device)
+        self.streams = Streams(folder, rows_BL.shape, model.device)
         table_VD = model.outside(EMBEDDING)
         for part in self.streams.parts():
             for name in ("teacher-0", "own-0"):

@@ -16,8 +16,10 @@ PART_TOKENS = 4096  # tokens of a forward pass
 class Streams:
     """Named float32 arrays (B, L, width) in files of `folder`."""
 
-    def __init__(self, folder: Path, n_rows: int, length: int, device: torch.device):
-        self.folder, self.n_rows, self.length, self.device = folder, n_rows, length, device
+    def __init__(self, folder: Path, sizes: tuple[int, ...], device: torch.device):
+        """`sizes`: (B, L)"""
+        self.folder, self.device = folder, device
+        self.n_rows, self.length = sizes
         self._arrays: dict[str, np.memmap] = {}
 
     @property
