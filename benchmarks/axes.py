@@ -7,7 +7,7 @@ heads, neurons by their mean absolute activation, layers by how little they chan
 weights on LM and KL. Four learning rates are tried with seed 0; the one with the lowest loss on one part of --held-out
 is used for --seeds runs, which are evaluated on the other part. Last, students of several sizes are trained at once and
 in two steps (a hop between teacher and student) with the same number of tokens. Finished runs are stored in
-OUT/runs.jsonl and not repeated; --render only writes the tables.
+OUT/runs.jsonl and not repeated; --render only writes the table. --untrained only prints the losses of the starts.
 """
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from lrc_edge.train.hops import train_in_hops
 from lrc_edge.train.loop.schedule import Schedule
 from lrc_edge.train.loop.stage import load_trained
 from lrc_edge.train.loop.trainer import TRAINED_FILE, Trainer, choose_device, choose_precision, held_out_loss
-from lrc_edge.train.start.build import Choices, build_start
+from lrc_edge.train.start.build import Choices, Start, build_start
 from lrc_edge.train.start.heads import Merge, head_maps
 from lrc_edge.train.start.layers import Layers
 from lrc_edge.train.start.stage import make_start, save_start
@@ -111,19 +111,39 @@ def recipe_of(rate: float, seed: int, tokens: int, args: argparse.Namespace) -> 
         "spike_factor": 0.0, "on_bad_batch": "skip", "compile": args.compile})
 
 
+def start_of(teacher: DenseCheckpoint, shape: ModelShape, start: str, seed: int, folder: Path, args: argparse.Namespace
+             ) -> Start:
+    rows = PackedRows(args.out / "data", args.seq_len)
+    picked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:4 * CALIBRATION_ROWS]
+    sample_BL = torch.stack([rows[int(i)]["input_ids"] for i in picked])
+    choices, layers = replace(STARTS[start], seed=seed), Layers.of(teacher, choose_device("auto"))
+    return build_start(layers, shape, sample_BL, folder, "weights", choices)
+
+
+def untrained(args: argparse.Namespace) -> Iterator[str]:
+    """Yield a table of the losses of all starts on held-out text."""
+    teacher, held_out_BL = DenseCheckpoint.open(args.teacher), np.load(args.out / "data" / "eval.npy")
+    loss = held_out_loss(teacher.model(), held_out_BL, torch.float32)
+    yield f"Teacher `{teacher.path.name}`: loss {loss:.3f}.\n\n| cut | {' | '.join(STARTS)} |\n|---|---|---|"
+    for cut, shape in cuts_of(teacher.shape).items():
+        losses = []
+        for start in STARTS if not args.cuts or cut in args.cuts else ():
+            with tempfile.TemporaryDirectory() as folder:
+                clone = start_of(teacher, shape, start, 0, Path(folder), args).clone(teacher.model())
+            losses.append(f"{held_out_loss(clone.student, held_out_BL, torch.float32):.3f}")
+        if losses:
+            yield f"| {cut} | {' | '.join(losses)} |"
+
+
 def train_once(cut: str, shape: ModelShape, start: str, rate: float, seed: int, judged: str, args: argparse.Namespace
                ) -> Run:
     teacher, device = DenseCheckpoint.open(args.teacher), choose_device("auto")
     dtype, rows = choose_precision("auto", device), PackedRows(args.out / "data", args.seq_len)
     settings = recipe_of(rate, seed, args.tokens, args).train
-    picked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:4 * CALIBRATION_ROWS]
-    sample_BL = torch.stack([rows[int(i)]["input_ids"] for i in picked])
     losses: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         before = time.process_time()
-        choices = replace(STARTS[start], seed=seed)
-        begun = build_start(Layers.of(teacher, device), shape, sample_BL, Path(folder), "weights", choices)
-        clone = begun.clone(teacher.model(dtype).to(device), dtype)
+        clone = start_of(teacher, shape, start, seed, Path(folder), args).clone(teacher.model(dtype).to(device), dtype)
         trainer = Trainer(clone, settings, Schedule.of(settings, shape, 0), rows,
                           np.load(args.out / "data" / f"{judged}.npy"), Path(folder),
                           lambda row: losses.append(row["held_out_loss"]) if "held_out_loss" in row else None)
@@ -226,11 +246,16 @@ def main() -> None:
     parser.add_argument("--cuts", type=lambda text: text.split(","), default=[], help="comma-separated; default: all")
     parser.add_argument("--compile", choices=("on", "off"), default="on")
     parser.add_argument("--out", type=Path, default=Path("axes-out"))
+    parser.add_argument("--untrained", action="store_true", help="only print the losses of the starts")
     parser.add_argument("--render", action="store_true", help="only write the table of finished runs")
     args = parser.parse_args()
     args.text, args.held_out = args.text or [DEMO / "stories.jsonl"], args.held_out or []
     args.out.mkdir(parents=True, exist_ok=True)
     prepare_data(args)
+    if args.untrained:
+        for line in untrained(args):
+            print(line, flush=True)
+        return
     if not args.render:
         run_all(args)
     teacher = DenseCheckpoint.open(args.teacher)

@@ -46,7 +46,7 @@ def _start(source: str, out: Path, recipe: Recipe, console: Console, only_train:
     # A machine that only trains need not have the runtimes; the machine that writes the files checks the formats.
     plan = Plan.of_build(source, recipe, writes=not only_train or find_spec("llama_cpp") is not None)
     preflight.check(plan, out)
-    for warning in preflight.fit_warnings(plan):
+    for warning in (*preflight.fit_warnings(plan), *preflight.capacity_warning(plan)):
         console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     with _leaving_nothing_of_a_mistake(out):
         run = Build(plan, out, console)

@@ -18,6 +18,8 @@ from lrc_edge.targets.fit import check_fit
 from lrc_edge.targets.runtimes.table import verifiers_of
 from lrc_edge.workspace import free_bytes
 
+MOST_AT_ONCE = 3.0  # times fewer parameters than the teacher
+
 
 def _check_quantize(plan: Plan) -> None:
     """Check that quantization-aware training is possible if the recipe asks for it."""
@@ -61,6 +63,15 @@ def check(plan: Plan, out: Path) -> None:
 def fit_warnings(plan: Plan) -> list[str]:
     """Return a line for each of the plan's devices that the student will not fit."""
     return [fit.warning for fit in (check_fit(plan.student, profile) for profile in plan.profiles) if fit.warning]
+
+
+def capacity_warning(plan: Plan) -> list[str]:
+    """Return a line if the student is so much smaller than its teacher that one cut loses much."""
+    ratio = plan.source.checkpoint.shape.n_params / plan.student.n_params
+    if not plan.trains or ratio <= MOST_AT_ONCE or plan.hops:
+        return []
+    return [f"the student has {ratio:.1f} times fewer parameters than its teacher; above about {MOST_AT_ONCE:g} times, "
+            "try student.hops (docs/shapes.md)"]
 
 
 def _check_rows(plan: Plan) -> None:
