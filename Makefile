@@ -14,8 +14,8 @@ OPTIMUM = .venv-optimum
 NODE = tests/node/node_modules
 DEMO_OUT ?= demo-out
 # What depends on the version of transformers: every family through every stage and format, and a whole build.
-FAMILY_TESTS = $(foreach name,checkpoint families identity clone trainer fold tokenizer to_gguf to_onnx one_grid onnxrt optimum \
-	end_to_end,$(wildcard tests/*/test_$(name).py))
+FAMILY_TESTS = $(foreach name,checkpoint families identity start any_shape clone trainer fold tokenizer to_gguf to_onnx \
+	one_grid onnxrt optimum end_to_end every_axis,$(wildcard tests/*/test_$(name).py))
 
 # Every processor that is emulated, both browsers' runtimes, and this machine's own.
 TARGETS = android-low raspberry-pi-5 android-high browser-desktop laptop-$(if $(filter x86_64,$(shell uname -m)),x86,arm64)

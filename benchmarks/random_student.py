@@ -23,6 +23,9 @@ VOCAB_SIZE = 512
 SHAPES = {
     "lrc-1.5b": dict(hidden_size=1536, num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8,
                      head_dim=128, intermediate_size=8192),
+    # https://huggingface.co/meta-llama/Llama-3.2-1B/blob/main/config.json
+    "llama-3.2-1b": dict(hidden_size=2048, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
+                         head_dim=64, intermediate_size=8192, vocab_size=128_256),
     "tiny": dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2, head_dim=32,
                  intermediate_size=256),
     # For fit.py, named after what needs the memory: large ones to measure, small ones for the tests.

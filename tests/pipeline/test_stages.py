@@ -106,6 +106,6 @@ def test_every_part_of_the_students_shape_is_an_input_of_training(tiny_llama: Pa
     """Or a build of another shape would take the trained tensors of this one."""
     recipe = load_recipe(None, ["student.hidden_size=32"], data={"sources": ["text.txt"]})
     build = Build(Plan.of_build(str(tiny_llama), recipe, writes=False), tmp_path / "out", Console(quiet=True))
-    build.workspace.manifest["stages"]["data"] = {"outputs": {}}
+    build.workspace.manifest["stages"] |= {key: {"outputs": {}} for key in ("data", "start")}
     inputs = training_stages.train_inputs(build)
     assert {f"student.{key}": value for key, value in build.plan.student.as_dict().items()}.items() <= inputs.items()

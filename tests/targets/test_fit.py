@@ -198,13 +198,13 @@ def test_targets_lists_and_explains() -> None:
 def test_fit_plans_the_student_beside_its_teacher(teacher: Path) -> None:
     done = lrc_edge("targets", "fit", str(teacher), "--target", "android-low", "--context", "512")
     assert done.returncode == 0, done.stderr
-    assert "SmolLM2-360M-Edge-256 (student as planned)" in done.stdout
+    assert "SmolLM2-360M-Edge-480 (student as planned)" in done.stdout
     assert "SmolLM2-360M (its teacher, unchanged): 362 M parameters" in done.stdout
     assert "take gguf:q4_0: fits" in done.stdout and "an upper bound, not a measurement" in done.stdout
-    wider = lrc_edge("targets", "fit", str(teacher), "-t", "android-low", "--set", "student.hidden_size=512")
-    assert "SmolLM2-360M-Edge-512" in wider.stdout
+    wider = lrc_edge("targets", "fit", str(teacher), "-t", "android-low", "--set", "student.hidden_size=720")
+    assert "SmolLM2-360M-Edge-720" in wider.stdout
     cloned = lrc_edge("targets", "fit", str(teacher), "-t", "android-low", "--set", "train.dense_share=0")
-    assert "SmolLM2-360M-LRC-256" in cloned.stdout
+    assert "SmolLM2-360M-LRC-480" in cloned.stdout
     (teacher / "lrc_edge.json").write_text("{}")  # a student, made here: it is no teacher
     alone = lrc_edge("targets", "fit", f"{teacher}/", "-t", "android-low")
     assert "SmolLM2-360M (model)" in alone.stdout and "teacher" not in alone.stdout
@@ -232,7 +232,7 @@ def test_fit_fails_where_nothing_fits(teacher: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("arguments", "said"), [
     (("-t", "android-lo"), "did you mean android-low?"),
     (("-t", "android-low", "--context", "9000"), "positions for 1 to 8,192 tokens"),
-    (("-t", "android-low", "--set", "student.hidden_size=960"), "is 960 wide; need a smaller student"),
+    (("-t", "android-low", "--set", "student.hidden_size=960"), "such as hidden_size = 960; need a smaller student"),
 ])
 def test_mistakes_get_one_line(teacher: Path, arguments: tuple[str, ...], said: str) -> None:
     done = lrc_edge("targets", "fit", str(teacher), *arguments)

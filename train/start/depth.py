@@ -33,7 +33,7 @@ def greedy(model: Layers, statistics: Statistics, n_kept: int, rows_BL: torch.Te
     while len(search.kept) > n_kept:
         found = {}
         for layer in search.kept[1:]:
-            progress(f"{len(search.kept)} layers, {n_kept} to be kept: trying without layer {layer}")
+            progress(f"choosing {n_kept} of {len(search.kept)} layers: trying without layer {layer}")
             found[layer] = search.kl_without(layer)
         search.leave_out(min(found, key=found.__getitem__))
     return tuple(search.kept)
