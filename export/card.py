@@ -45,7 +45,7 @@ def quantized_section(provenance: dict[str, str]) -> str:
 
 def _story(provenance: dict[str, str]) -> str:
     story = (f"A student of {_cell(provenance['teacher'])}, made by lrc-edge and folded into an ordinary dense "
-             "checkpoint. Its matrices started as the teacher's times low-rank projections")
+             "checkpoint. Its weights started from the teacher's")
     if "init" in provenance:
         story += f" (initialization: {_cell(provenance['init'])})"
     if "teacher_vocab_size" in provenance:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -23,7 +24,7 @@ from lrc_edge.train.loop.stage import SUMMARY_FILE, train
 from lrc_edge.train.loop.trainer import METRICS_FILE, TRAINED_FILE, Progress, choose_device, read_metrics
 from lrc_edge.train.start.build import Start
 from lrc_edge.train.start.layers import Layers
-from lrc_edge.train.start.stage import load_start, make_start, save_start
+from lrc_edge.train.start.stage import FIGURES_FILE, load_start, make_start, save_start
 from lrc_edge.workspace import replace_tree
 
 
@@ -82,7 +83,8 @@ def _save_next(start: Start, hop: Path) -> None:
     replace_tree(partial, hop / "next")
 
 
-def hop_summaries(folder: Path) -> list[dict[str, object]]:
-    """Return the summaries of the finished hops, in their order."""
+def hop_summaries(folder: Path) -> list[dict[str, Any]]:
+    """Return the summaries of the finished hops, in their order; each with the start of the next student as `next`."""
     files = sorted(folder.glob(f"hop-*/{SUMMARY_FILE}"), key=lambda file: int(file.parent.name.removeprefix("hop-")))
-    return [json.loads(file.read_text()) for file in files]
+    return [json.loads(file.read_text()) | {"next": json.loads((file.parent / "next" / FIGURES_FILE).read_text())}
+            for file in files]

@@ -208,7 +208,10 @@ def train(build: Build, task: Task) -> Done:
                   lambda row: _show_training(task, row))
     if not build.leads:
         return None, ""
-    summary = json.loads((folder / SUMMARY_FILE).read_text()) | {"hops": hop_summaries(folder)}
+    hops = hop_summaries(folder)
+    # What the report shows as the start is that of the student itself.
+    start_figures = hops[-1].pop("next") if hops else build.workspace.result("start")
+    summary = json.loads((folder / SUMMARY_FILE).read_text()) | {"hops": hops, "start": start_figures}
     if build.plan.trims_vocabulary:
         task.update("teacher with its full vocabulary")
         summary["full_vocabulary"] = _full_vocabulary(build, plan)
@@ -286,7 +289,7 @@ def _provenance(build: Build) -> dict[str, str]:
         **({"teacher_vocab_size": str(teacher.shape.vocab_size), "student_vocab_size": str(student.vocab_size)}
            if build.plan.trims_vocabulary else {}),
         "init": training["init"],
-        "training_tokens": str(training["tokens"]),
+        "training_tokens": str(training["tokens"] + sum(hop["tokens"] for hop in training["hops"])),
         "recipe_sha256": digest([asdict(build.recipe.train), asdict(build.recipe.student)]),
         "tool": f"lrc-edge {__version__}",
     }

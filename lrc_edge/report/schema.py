@@ -58,7 +58,8 @@ class ModelRow(TypedDict, total=False):
     proof_perplexity: float | None  # of the teacher, on the rows of the verification
     held_out: HeldOutFigures  # of the teacher: with the student's vocabulary
     full_vocabulary: HeldOutFigures  # of the teacher with its own vocabulary, if the student has fewer tokens
-    training: dict[str, Any]  # training.json, the rows of metrics.jsonl as "curve", and start.json as "start"
+    # training.json, the rows of metrics.jsonl as "curve", start.json as "start", and training.json of the "hops" before
+    training: dict[str, Any]
 
 
 class Sample(TypedDict):

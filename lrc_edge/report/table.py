@@ -41,7 +41,7 @@ def report_table(stages: dict[str, Any], student: DenseCheckpoint, teacher: Dens
         if full:
             table["teacher"]["full_vocabulary"] = _held_out_figures(full["held_out_loss"], full["bytes_per_token"])
     if training is not None:
-        table["student"]["training"] = {**training, "curve": curve, "start": stages["start"]["result"]}
+        table["student"]["training"] = {**training, "curve": curve}
         for who, row in (("teacher", table["teacher"]), ("student", table["student"])):
             if row:
                 row["held_out"] = _held_out_figures(training[f"{who}_held_out_loss"], training["bytes_per_token"])

@@ -192,6 +192,8 @@ def training_facts(report: Report) -> list[tuple[str, str]]:
     before, after = (training.get(f"{which}_held_out_loss") for which in ("first", "student"))
     if is_number(before) and is_number(after):
         facts.append(("held-out loss", f"{before:.4f} before the first step, {after:.4f} after the last"))
+    if hops := training.get("hops"):
+        facts.insert(1, ("tokens of the hops before", ", ".join(f"{hop['tokens']:,}" for hop in hops)))
     facts += _start_facts(training.get("start") or {}, report.get("teacher"))
     if training.get("skipped_batches"):
         facts.append(("bad batches skipped", f"{training['skipped_batches']:,}"))

@@ -94,6 +94,7 @@ def test_hops_need_dense_training() -> None:
 
 def test_summaries_are_in_the_order_of_the_hops(tmp_path: Path) -> None:
     for hop in (10, 2):
-        (tmp_path / f"hop-{hop}").mkdir()
+        (tmp_path / f"hop-{hop}" / "next").mkdir(parents=True)
         (tmp_path / f"hop-{hop}" / "training.json").write_text(json.dumps({"tokens": hop}))
-    assert [summary["tokens"] for summary in hop_summaries(tmp_path)] == [2, 10]
+        (tmp_path / f"hop-{hop}" / "next" / "start.json").write_text(json.dumps({"kl": hop / 10}))
+    assert hop_summaries(tmp_path) == [{"tokens": 2, "next": {"kl": 0.2}}, {"tokens": 10, "next": {"kl": 1.0}}]
