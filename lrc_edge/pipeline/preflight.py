@@ -157,7 +157,11 @@ def _build_bytes(plan: Plan) -> float:
     trained = max(projections, 4 * student.n_params) if recipe.train.dense_share else projections
     identity = 4 * teacher.n_params  # the teacher folded through P = I; removed before training
     tokens = recipe.train.tokens * (2 if teacher.vocab_size <= 2**16 else 4)
-    training = _training_bytes(recipe, trained) + 4 * student.n_params
+    # The start of each student: what its first phase trains, and two projections per layer.
+    starts = sum(4 * shape.n_params + 8 * shape.num_hidden_layers * teacher.hidden_size * shape.hidden_size
+                 for shape in plan.shapes) if recipe.train.dense_share == 1 else projections
+    hops = sum(_training_bytes(recipe, 4 * shape.n_params) for shape in plan.hops)
+    training = _training_bytes(recipe, trained) + 4 * student.n_params + starts + hops
     timed = 0.6 * teacher.n_params if plan.times_teacher else 0  # the teacher in 4 bits
     trimmed = _stored_bytes(plan.source.checkpoint, teacher) if plan.trims_vocabulary else 0
     return trimmed + tokens + max(identity, training + _export_bytes(plan) + timed)
