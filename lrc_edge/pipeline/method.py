@@ -12,6 +12,7 @@ STARTS = {
     "selection": "selected channels (RED, arXiv 2605.29327)",
     "pca": "principal components (arXiv 2401.15024), refitted",
 }
+FULL_WIDTH = "the teacher's own channels, refitted"  # what `pca` is for a student as wide as its teacher
 # train.clone_terms -> the clone loss.
 CLONE_TERMS = {
     "absolute": "clone terms",
@@ -24,13 +25,17 @@ PUBLISHED_KL = (1.28, 40.0)  # weight, temperature
 PUBLISHED_ALPHAS = (0.2, 0.5)
 
 
-def method_of(train: Train, dense_from: int, steps: int) -> str:
-    """Return the method of a run whose dense phase began at step `dense_from` of `steps` (`steps`: there was none)."""
+def method_of(train: Train, dense_from: int, steps: int, is_narrower: bool = True) -> str:
+    """Return the method of a run whose dense phase began at step `dense_from` of `steps` (`steps`: there was none).
+
+    is_narrower: whether the student's residual stream is narrower than the teacher's.
+    """
     if dense_from == steps:
         return _listed(LRC, _changes(train))
     terms = [_clone_terms(train.clone_terms, train.dense_alpha, " (arXiv 2505.12781)"), *_without(train)]
     if dense_from == 0:
-        return _listed(f"{DENSE} from {STARTS[train.init]}", terms)
+        start = STARTS[train.init] if is_narrower or train.init != "pca" else FULL_WIDTH
+        return _listed(f"{DENSE} from {start}", terms)
     return (f"{_listed(LRC, _changes(train))}, for {dense_from} steps, then "
             f"{_listed(f'{DENSE} (arXiv 2609.02006)', terms)}, for {steps - dense_from}")
 

@@ -283,7 +283,8 @@ def _provenance(build: Build) -> dict[str, str]:
         "teacher": source.given if source.revision != "local" else teacher.name,
         "teacher_revision": source.revision,
         "teacher_sha256": build.digest(teacher),
-        "method": method_of(build.recipe.train, training["dense_from_step"], training["steps"]),
+        "method": method_of(build.recipe.train, training["dense_from_step"], training["steps"],
+                            build.plan.student.hidden_size < teacher.shape.hidden_size),
         "teacher_hidden_size": str(teacher.shape.hidden_size),
         "student_hidden_size": str(student.hidden_size),
         **({"teacher_vocab_size": str(teacher.shape.vocab_size), "student_vocab_size": str(student.vocab_size)}

@@ -128,3 +128,13 @@ def test_transformers_reads_what_the_record_of_a_family_allows(family: str) -> N
         AutoConfig.for_model(family, **sizes)
     except Exception as error:
         assert FAMILIES[family].width_divides_by_heads and "not a multiple of the number of attention" in str(error)
+
+
+def test_a_student_that_is_much_smaller_is_warned_about_unless_it_has_hops(inputs: tuple[Path, Path]) -> None:
+    def warnings(*settings: str) -> list[str]:
+        return preflight.capacity_warning(Plan.of_build(str(inputs[0]), load_recipe(None, settings)))
+
+    assert warnings("student.intermediate_size=64") == []
+    [line] = warnings("student.num_hidden_layers=1", "student.hidden_size=32")
+    assert "times fewer parameters than its teacher; above about 3 times, try student.hops" in line
+    assert warnings("student.num_hidden_layers=1", "student.hidden_size=32", "student.hops=num_hidden_layers=2") == []

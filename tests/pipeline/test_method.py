@@ -59,3 +59,9 @@ def test_each_change_is_named(setting: str, words: str) -> None:
 ])
 def test_phases_are_named_by_what_ran(settings: list[str], dense_from: int, expected: str) -> None:
     assert named(*settings, dense_from=dense_from) == expected
+
+
+def test_a_student_as_wide_as_its_teacher_has_no_principal_components() -> None:
+    train = load_recipe(None, ()).train
+    assert method_of(train, 0, 10, is_narrower=False).startswith("dense distillation from the teacher's own channels")
+    assert "principal components" in method_of(train, 0, 10)
