@@ -25,6 +25,8 @@ COMMON = ["--set", "train.tokens=8192", "--set", "train.seq_len=128", "--set", "
           "--set", "parity.positions=512", "--set", "parity.row_len=64", "--set", "parity.generate_tokens=8",
           "--set", "parity.long_rows=[]", "--formats", "gguf:q4_0,onnx:q4"]
 
+TRAINED_ON_THE_GRID = ["--set", "quantize.tokens=2048", "--set", "quantize.teacher=teacher"]
+
 
 def sizes(**changed: int) -> list[str]:
     return [part for name, size in (SIZES | changed).items() for part in ("--set", f"student.{name}={size}")]
@@ -39,14 +41,14 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def test_a_student_smaller_along_every_axis(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    result = run("build", inputs[0], "--out", out, "--data", inputs[1], *COMMON, *sizes())
+    result = run("build", inputs[0], "--out", out, "--data", inputs[1], *COMMON, *sizes(), *TRAINED_ON_THE_GRID)
     assert result.returncode == 0, result.stdout + result.stderr
     config = json.loads((out / "student" / "config.json").read_text())
     assert {name: config[name] for name in SIZES} == SIZES and config["head_dim"] == 32
     report = report_of(out)
     assert {gate["artifact"] for gate in report["gates"] if gate["name"].startswith("smoke generation")} == \
         {artifact["path"] for artifact in report["artifacts"]}
-    assert {"chat template", "stop tokens", "token ids"} <= {gate["name"] for gate in report["gates"]}
+    assert {"chat template", "stop tokens", "token ids", "as trained"} <= {gate["name"] for gate in report["gates"]}
     assert all(gate["passed"] for gate in report["gates"])
     assert report["student"]["name"] == "teacher-Edge-32-L2-F64-H2-K1-V400"
     kept = report["student"]["training"]["start"]["layers"]
