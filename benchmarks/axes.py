@@ -5,14 +5,20 @@
 Each axis is cut alone, and all together. Two starts of every student: ours, and a plain one (mean pooling of key/value
 heads, neurons by their mean absolute activation, layers by how little they change the stream, no refit). Both train
 weights on LM and KL. Four learning rates are tried with seed 0; the one with the lowest loss on one part of --held-out
-is used for --seeds runs, which are evaluated on the other part. Last, students of several sizes are trained at once and
-in two steps (a hop between teacher and student) with the same number of tokens. Finished runs are stored in
-OUT/runs.jsonl and not repeated; --render only writes the table. --untrained only prints the losses of the starts.
+is used for --seeds runs, which are evaluated on the other part.
+
+Last, students that are smaller along several axes are trained at once and in steps (hops) with the same number of
+tokens. Each step cuts at most a third of the parameters. "Minitron-like" takes these steps with plain starts, and keeps
+the strongest channels of the width (arXiv 2408.11796).
+
+Finished runs are stored in OUT/runs.jsonl and not repeated; --render only writes the table. --untrained only prints the
+losses of the starts.
 """
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -24,23 +30,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from sample_efficiency import CALIBRATION_ROWS, DEMO, prepare_data
+from sample_efficiency import DEMO, prepare_data
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.recipe import Recipe, load_recipe
 from lrc_edge.shape import ModelShape
+from lrc_edge.student import SIZES
 from lrc_edge.train.data.rows import PackedRows
+from lrc_edge.train.device import choose_device, choose_precision
 from lrc_edge.train.hops import train_in_hops
 from lrc_edge.train.loop.schedule import Schedule
 from lrc_edge.train.loop.stage import load_trained
-from lrc_edge.train.loop.trainer import TRAINED_FILE, Trainer, choose_device, choose_precision, held_out_loss
-from lrc_edge.train.start.build import Choices, Start, build_start
+from lrc_edge.train.loop.trainer import TRAINED_FILE, Trainer, held_out_loss
+from lrc_edge.train.start.build import Choices, Start
 from lrc_edge.train.start.heads import Merge, head_maps
 from lrc_edge.train.start.layers import Layers
-from lrc_edge.train.start.stage import make_start, save_start
+from lrc_edge.train.start.stage import load_start, make_start, save_start
 from lrc_edge.train.start.statistics import LayerStatistics, Statistics
+from lrc_edge.train.start.width import INITS
 
-RATES = (2e-4, 4e-4, 8e-4, 1.6e-3)
+RATES = (1e-4, 3e-4, 9e-4, 2.7e-3)
 
 
 def mean_pooled(found: LayerStatistics, o_QDH: torch.Tensor, n_kept: int) -> list[Merge]:
@@ -57,10 +66,12 @@ def least_influential(model: Layers, found: Statistics, n_kept: int, *_: Any) ->
     return tuple(i for i in range(len(influence)) if i not in gone)
 
 
-STARTS = {
-    "ours": Choices(),
-    "plain": Choices(layers=least_influential, neurons=lambda found, down_DF: found.neurons_abs_F,
-                     heads=partial(head_maps, merge=mean_pooled), refits=False)}
+OURS = Choices()
+PLAIN = Choices(layers=least_influential, neurons=lambda found, down_DF: found.neurons_abs_F,
+                heads=partial(head_maps, merge=mean_pooled), refits=False)
+STARTS = {"ours": OURS, "plain": PLAIN}
+MINITRON = replace(PLAIN, width=INITS["selection"])
+SMALLER = ((3 / 4, 5 / 6, 5 / 6), (5 / 8, 2 / 3, 5 / 6), (1 / 2, 1 / 2, 2 / 3))  # shares of width, layers and neurons
 
 
 def cuts_of(teacher: ModelShape) -> dict[str, ModelShape]:
@@ -84,7 +95,7 @@ def cuts_of(teacher: ModelShape) -> dict[str, ModelShape]:
 @dataclass(frozen=True)
 class Run:
     cut: str
-    start: str  # of STARTS; "at once" or "in two steps"
+    start: str  # of STARTS or of ways_to
     rate: float
     seed: int
     judged: str  # `pick` or `eval`
@@ -111,13 +122,20 @@ def recipe_of(rate: float, seed: int, tokens: int, args: argparse.Namespace) -> 
         "spike_factor": 0.0, "on_bad_batch": "skip", "compile": args.compile})
 
 
-def start_of(teacher: DenseCheckpoint, shape: ModelShape, start: str, seed: int, folder: Path, args: argparse.Namespace
-             ) -> Start:
-    rows = PackedRows(args.out / "data", args.seq_len)
-    picked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:4 * CALIBRATION_ROWS]
-    sample_BL = torch.stack([rows[int(i)]["input_ids"] for i in picked])
-    choices, layers = replace(STARTS[start], seed=seed), Layers.of(teacher, choose_device("auto"))
-    return build_start(layers, shape, sample_BL, folder, "weights", choices)
+def start_of(teacher: DenseCheckpoint, shape: ModelShape, choices: Choices, args: argparse.Namespace
+             ) -> tuple[Start, float]:
+    """Return a student's start and its CPU seconds. It is the same for every learning rate, so it is kept in OUT."""
+    name = next(name for name, known in (STARTS | {"minitron": MINITRON}).items() if replace(choices, seed=0) == known)
+    sizes = [getattr(shape, size) for size in SIZES]
+    folder = args.out / "starts" / "-".join(map(str, [name, choices.seed, *sizes]))
+    if not (folder / "seconds").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        before = time.process_time()
+        train = recipe_of(RATES[0], choices.seed, args.tokens, args).train
+        save_start(make_start(Layers.of(teacher, choose_device("auto")), shape, train, args.out / "data", folder,
+                              choices=choices), folder)
+        (folder / "seconds").write_text(str(time.process_time() - before))
+    return load_start(folder), float((folder / "seconds").read_text())
 
 
 def untrained(args: argparse.Namespace) -> Iterator[str]:
@@ -128,8 +146,7 @@ def untrained(args: argparse.Namespace) -> Iterator[str]:
     for cut, shape in cuts_of(teacher.shape).items():
         losses = []
         for start in STARTS if not args.cuts or cut in args.cuts else ():
-            with tempfile.TemporaryDirectory() as folder:
-                clone = start_of(teacher, shape, start, 0, Path(folder), args).clone(teacher.model())
+            clone = start_of(teacher, shape, STARTS[start], args)[0].clone(teacher.model())
             losses.append(f"{held_out_loss(clone.student, held_out_BL, torch.float32):.3f}")
         if losses:
             yield f"| {cut} | {' | '.join(losses)} |"
@@ -142,54 +159,61 @@ def train_once(cut: str, shape: ModelShape, start: str, rate: float, seed: int, 
     settings = recipe_of(rate, seed, args.tokens, args).train
     losses: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
+        begun, seconds = start_of(teacher, shape, replace(STARTS[start], seed=seed), args)
         before = time.process_time()
-        clone = start_of(teacher, shape, start, seed, Path(folder), args).clone(teacher.model(dtype).to(device), dtype)
+        clone = begun.clone(teacher.model(dtype).to(device), dtype)
         trainer = Trainer(clone, settings, Schedule.of(settings, shape, 0), rows,
                           np.load(args.out / "data" / f"{judged}.npy"), Path(folder),
                           lambda row: losses.append(row["held_out_loss"]) if "held_out_loss" in row else None)
         trainer.run()
-        seconds = time.process_time() - before
+        seconds += time.process_time() - before
     return Run(cut, start, rate, seed, judged, args.tokens, shape.n_params, losses[0], losses[-1], round(seconds, 1))
 
 
-def steps_of(teacher: ModelShape) -> Iterator[tuple[str, list[ModelShape]]]:
-    """Yield students of about 2, 3, 4 and 6 times fewer parameters, and the hop on the way to each."""
-    for width, depth in ((3 / 4, 5 / 6), (3 / 4, 2 / 3), (1 / 2, 5 / 6), (1 / 2, 1 / 2)):
-        hop, last = (replace(
-            teacher, hidden_size=round(teacher.hidden_size * (1 - (1 - width) * way) / 32) * 32,
-            num_hidden_layers=max(1, round(teacher.num_hidden_layers * (1 - (1 - depth) * way)))) for way in (0.5, 1))
-        yield f"{teacher.n_params / last.n_params:.1f} x fewer parameters", [hop, last]
+def between(teacher: ModelShape, shares: tuple[float, float, float], way: float) -> ModelShape:
+    """Return a shape on the way (0 to 1) from the teacher to these shares of its width, layers and neurons."""
+    width, layers, neurons = (1 - (1 - share) * way for share in shares)
+    return replace(teacher, hidden_size=round(teacher.hidden_size * width / 32) * 32,
+                   num_hidden_layers=max(1, round(teacher.num_hidden_layers * layers)),
+                   intermediate_size=round(teacher.intermediate_size * neurons / 32) * 32)
 
 
-def train_in_steps(cut: str, shapes: list[ModelShape], rate: float, seed: int, judged: str, args: argparse.Namespace
-                   ) -> Run:
+def ways_to(teacher: ModelShape, shares: tuple[float, float, float]) -> dict[str, tuple[list[ModelShape], Choices]]:
+    """Return the shapes on each way to a student, and how their starts choose."""
+    last = between(teacher, shares, 1)
+    n_steps = math.ceil(math.log(teacher.n_params / last.n_params) / math.log(1.5))
+    steps = [between(teacher, shares, (step + 1) / n_steps) for step in range(n_steps)]
+    return {"at once": ([last], OURS), "in steps": (steps, OURS), "Minitron-like, in steps": (steps, MINITRON)}
+
+
+def train_in_steps(cut: str, start: str, shapes: list[ModelShape], choices: Choices, rate: float, seed: int,
+                   judged: str, args: argparse.Namespace) -> Run:
     """Train through these shapes, or, if there is only one, at once."""
-    teacher, device, losses = DenseCheckpoint.open(args.teacher), choose_device("auto"), []
-    recipe = recipe_of(rate, seed, args.long_tokens, args)
+    teacher = DenseCheckpoint.open(args.teacher)
+    tokens = args.long_tokens if judged == "eval" else args.tokens
+    recipe, choices = recipe_of(rate, seed, tokens, args), replace(choices, seed=seed)
     held_out_BL = np.load(args.out / "data" / f"{judged}.npy")
     with tempfile.TemporaryDirectory() as name:
-        folder, before = Path(name), time.process_time()
-        start = make_start(Layers.of(teacher, device), shapes[0], recipe.train, args.out / "data", folder)
-        save_start(start, folder)
-        train_in_hops(teacher, recipe, shapes, folder, args.out / "data", folder / "train",
-                      lambda row: losses.append(row["held_out_loss"]) if "held_out_loss" in row else None)
-        seconds = time.process_time() - before
-        after = held_out_loss(load_trained(teacher, folder / "train" / TRAINED_FILE).student, held_out_BL,
-                              torch.float32)
-    start_name = "in two steps" if len(shapes) > 1 else "at once"
-    return Run(cut, start_name, rate, seed, judged, args.long_tokens, shapes[-1].n_params, losses[0], after,
-               round(seconds, 1))
+        folder = Path(name)
+        begun, seconds = start_of(teacher, shapes[0], choices, args)
+        save_start(begun, folder)
+        before = time.process_time()
+        train_in_hops(teacher, recipe, shapes, folder, args.out / "data", folder / "train", lambda row: None, choices)
+        seconds += time.process_time() - before
+        losses = [held_out_loss(clone.student, held_out_BL, torch.float32) for clone in (
+            begun.clone(teacher.model()), load_trained(teacher, folder / "train" / TRAINED_FILE))]
+    return Run(cut, start, rate, seed, judged, tokens, shapes[-1].n_params, *losses, round(seconds, 1))
 
 
 def run_all(args: argparse.Namespace) -> None:
     shape = DenseCheckpoint.open(args.teacher).shape
     jobs: list[tuple[str, str, Callable[[float, int, str], Run]]] = [
-        (cut, start, lambda rate, seed, judged, cut=cut, student=student, start=start: train_once(
-            cut, student, start, rate, seed, judged, args))
+        (cut, start, partial(train_once, cut, student, start, args=args))
         for cut, student in cuts_of(shape).items() for start in STARTS]
-    jobs += [(cut, start, lambda rate, seed, judged, cut=cut, way=way: train_in_steps(
-        cut, way, rate, seed, judged, args))
-        for cut, shapes in steps_of(shape) for start, way in (("at once", shapes[-1:]), ("in two steps", shapes))]
+    for shares in SMALLER:
+        for start, (way, choices) in ways_to(shape, shares).items():
+            cut = f"{shape.n_params / way[-1].n_params:.1f} x fewer parameters"
+            jobs.append((cut, start, partial(train_in_steps, cut, start, way, choices, args=args)))
     known = list(dict.fromkeys(cut for cut, _, _ in jobs))
     if unknown := set(args.cuts) - set(known):
         raise SystemExit(f"--cuts: {', '.join(unknown)}; known: {', '.join(known)}")
@@ -217,7 +241,7 @@ def best_rate(runs: list[Run], cut: str, start: str) -> float:
 
 def table(runs: list[Run], teacher: DenseCheckpoint, teacher_loss: float) -> str:
     rows = [f"Teacher `{teacher.path.name}`: {teacher.shape.n_params:,} parameters, loss {teacher_loss:.3f}.", "",
-            "| cut | start | parameters | rate | before training | after | spread | tokens | CPU s |",
+            "| cut | start | parameters | rate | before training* | after | spread | tokens | CPU s |",
             "|---|---|---|---|---|---|---|---|---|"]
     finals = [run for run in runs if run.judged == "eval"]
     for cut, start in dict.fromkeys((run.cut, run.start) for run in finals):
@@ -228,7 +252,7 @@ def table(runs: list[Run], teacher: DenseCheckpoint, teacher_loss: float) -> str
                     f"{statistics.fmean(run.before for run in mine):.3f} | {statistics.fmean(after):.3f} | "
                     f"± {(max(after) - min(after)) / 2:.3f} ({len(mine)} seeds) | {mine[0].tokens:,} | "
                     f"{statistics.fmean(run.seconds for run in mine):.0f} |")
-    return "\n".join(rows) + "\n"
+    return "\n".join([*rows, "", "\\* In steps: the first student's."]) + "\n"
 
 
 def main() -> None:
@@ -239,7 +263,7 @@ def main() -> None:
                         help="evaluation text, in equal shares; repeatable; default: a fifth of --text")
     parser.add_argument("--data-tokens", type=int, default=2_500_000, help="training tokens to prepare")
     parser.add_argument("--tokens", type=int, default=102_400, help="tokens of a run of one axis")
-    parser.add_argument("--long-tokens", type=int, default=409_600, help="tokens of a run at once or in two steps")
+    parser.add_argument("--long-tokens", type=int, default=204_800, help="tokens of a judged run at once or in steps")
     parser.add_argument("--batch-tokens", type=int, default=1_024, help="tokens per optimizer step")
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--seeds", type=int, default=3)

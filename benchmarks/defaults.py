@@ -20,8 +20,8 @@ from lrc_edge.corpus.sources import Fields, documents
 from lrc_edge.errors import UserError
 from lrc_edge.recipe import load_recipe
 from lrc_edge.train.data.tokenize import prepare
+from lrc_edge.train.device import choose_device
 from lrc_edge.train.loop.stage import SUMMARY_FILE, Plan, train
-from lrc_edge.train.loop.trainer import choose_device
 from lrc_edge.train.start.layers import Layers
 from lrc_edge.train.start.stage import make_start
 

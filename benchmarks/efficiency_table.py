@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 Pair = tuple[float, float]  # learning rate, alpha
+Grids = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # method -> the rates and the alphas that it tries
 Curve = list[tuple[int, float]]  # (tokens, held-out loss)
 
 # Start -> phase and terms -> method: what each part of the method contributes.
@@ -89,27 +90,27 @@ def mean_curve(runs: list[Run]) -> Curve:
             for points in zip(*(run.curve for run in runs), strict=True)]
 
 
-def at_edge(rate: float, tried: Sequence[float]) -> str:
-    """Say whether a better rate may lie below or above those tried."""
-    return {tried[0]: " (lowest)", tried[-1]: " (highest)"}.get(rate, "")
+def at_edge(value: float, tried: Sequence[float]) -> str:
+    """Say whether a better value may lie below or above those tried."""
+    return {min(tried): " (lowest)", max(tried): " (highest)"}.get(value, "") if len(tried) > 1 else ""
 
 
 def spread(losses: list[float]) -> str:
     return f"± {(max(losses) - min(losses)) / 2:.3f}" if len(losses) > 1 else "one seed"
 
 
-def render(out: Path, rates: Mapping[str, Sequence[float]], teacher: Teacher) -> str:
+def render(out: Path, grids: Grids, teacher: Teacher) -> str:
     """Write table.md and, with matplotlib, curves.png; return the tables."""
     runs = read_runs(out)
     sections = [teacher.line()]
     for width in sorted({run.width for run in runs}, reverse=True):
         finals = final_runs(runs, width)
-        order = [name for name in rates if name in finals]
+        order = [name for name in grids if name in finals]
         sections += ["", f"### {width} wide, {megabytes(teacher.n_params_of(width)):.1f} MB in BF16", "",
-                     *_losses(runs, finals, order, rates), "", *_attribution(finals), *_long(runs, width)]
+                     *_losses(runs, finals, order, grids), "", *_attribution(finals), *_long(runs, width)]
     text = "\n".join(sections) + "\n"
     (out / "table.md").write_text(text)
-    _plot(runs, list(rates), teacher, out / "curves.png")
+    _plot(runs, list(grids), teacher, out / "curves.png")
     return text
 
 
@@ -118,8 +119,7 @@ def megabytes(n_params: int) -> float:
     return n_params * 2 / 1e6
 
 
-def _losses(runs: list[Run], finals: dict[str, list[Run]], order: list[str], rates: Mapping[str, Sequence[float]]
-            ) -> list[str]:
+def _losses(runs: list[Run], finals: dict[str, list[Run]], order: list[str], grids: Grids) -> list[str]:
     if not order:
         return ["(no final runs yet)"]
     curve = finals[order[0]][0].curve
@@ -131,7 +131,8 @@ def _losses(runs: list[Run], finals: dict[str, list[Run]], order: list[str], rat
         pair, means = (mine[0].rate, mine[0].alpha), mean_curve(mine)
         tried = sum((run.width, run.method, run.judged) == (mine[0].width, name, "pick") for run in runs)
         speed = statistics.fmean(run.seconds / run.tokens * 1000 for run in mine)
-        cells = [name, f"{pair[0]:g}{at_edge(pair[0], rates[name])}", f"{pair[1]:g}" if pair[1] else "-", str(tried),
+        rate, alpha = (f"{value:g}{at_edge(value, grid)}" for value, grid in zip(pair, grids[name], strict=True))
+        cells = [name, rate, alpha if pair[1] else "-", str(tried),
                  *(f"{means[c][1]:.3f}" for c in columns), spread([run.loss for run in mine]), f"{speed:.2f}"]
         rows.append("| " + " | ".join(cells) + " |")
     return rows

@@ -34,8 +34,9 @@ from lrc_edge.recipe import load_recipe
 from lrc_edge.train import losses
 from lrc_edge.train.clone import Clone
 from lrc_edge.train.data.tokenize import PackedRows, prepare
+from lrc_edge.train.device import choose_device, choose_precision
 from lrc_edge.train.loop.schedule import Schedule
-from lrc_edge.train.loop.trainer import Trainer, choose_device, choose_precision, held_out_loss
+from lrc_edge.train.loop.trainer import Trainer, held_out_loss
 from lrc_edge.train.masks import positions_of
 from lrc_edge.train.start.build import Choices, build_start, first_phase
 from lrc_edge.train.start.layers import Layers
@@ -287,7 +288,7 @@ def main() -> None:
     prepare_data(args)
     if not args.render:
         run_all([methods[int(i)] for i in args.methods.split(",")] if args.methods else methods, args)
-    print(render(args.out, {method.name: method.rates for method in methods}, describe(args)))
+    print(render(args.out, {method.name: (method.rates, method.alphas) for method in methods}, describe(args)))
 
 
 if __name__ == "__main__":

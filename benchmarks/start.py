@@ -17,7 +17,7 @@ import torch
 from random_student import SHAPES, make_student
 
 from lrc_edge.checkpoint import DenseCheckpoint
-from lrc_edge.train.loop.trainer import choose_device
+from lrc_edge.train.device import choose_device
 from lrc_edge.train.start.build import build_start
 from lrc_edge.train.start.layers import Layers
 from lrc_edge.train.start.stage import CALIBRATION_TOKENS, save_start

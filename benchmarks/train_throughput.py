@@ -43,8 +43,9 @@ from lrc_edge.recipe import load_recipe
 from lrc_edge.shape import ModelShape
 from lrc_edge.train import losses
 from lrc_edge.train.clone import Clone, Tap
+from lrc_edge.train.device import choose_device, choose_precision
 from lrc_edge.train.loop.schedule import Schedule
-from lrc_edge.train.loop.trainer import Trainer, choose_device, choose_precision
+from lrc_edge.train.loop.trainer import Trainer
 from lrc_edge.train.phases import CLONE, DENSE, Phase
 
 

@@ -19,21 +19,22 @@ from lrc_edge.recipe import Recipe
 from lrc_edge.shape import ModelShape
 from lrc_edge.train.clone import config_of
 from lrc_edge.train.data.rows import PackedRows
+from lrc_edge.train.device import choose_device
 from lrc_edge.train.loop import processes
 from lrc_edge.train.loop.stage import SUMMARY_FILE, train
-from lrc_edge.train.loop.trainer import METRICS_FILE, TRAINED_FILE, Progress, choose_device, read_metrics
-from lrc_edge.train.start.build import Start
+from lrc_edge.train.loop.trainer import METRICS_FILE, TRAINED_FILE, Progress, read_metrics
+from lrc_edge.train.start.build import Choices, Start
 from lrc_edge.train.start.layers import Layers
 from lrc_edge.train.start.stage import FIGURES_FILE, load_start, make_start, save_start
 from lrc_edge.workspace import replace_tree
 
 
 def train_in_hops(teacher: DenseCheckpoint, recipe: Recipe, shapes: list[ModelShape], first: Path, data: Path,
-                  folder: Path, progress: Progress) -> None:
+                  folder: Path, progress: Progress, choices: Choices | None = None) -> None:
     """Train students of these shapes, one after another: the last one in `folder`, the others in `folder/hop-N`.
 
-    first: the folder of the first one's start. Finished hops are not repeated. Under torchrun every process calls it
-    with the same arguments. Raises UserError.
+    first: the folder of the first one's start; choices: of the other starts, for comparisons. Finished hops are not
+    repeated. Under torchrun every process calls it with the same arguments. Raises UserError.
     """
     settings = hop_settings(recipe.train, PackedRows(data, recipe.train.seq_len).n_tokens, len(shapes) - 1)
     device, start = choose_device(recipe.train.device), load_start(first)
@@ -42,7 +43,7 @@ def train_in_hops(teacher: DenseCheckpoint, recipe: Recipe, shapes: list[ModelSh
         if hop:
             before = folder / f"hop-{hop}"
             if ranks.is_main_process and not (before / "next").exists():
-                _save_next(_next_start(start, before, teacher, shape, own, data, device), before)
+                _save_next(_next_start(start, before, teacher, shape, own, data, device, choices), before)
             ranks.wait_for_everyone()
             start = load_start(before / "next")
         here = folder / f"hop-{hop + 1}" if shape is not shapes[-1] else folder
@@ -62,13 +63,13 @@ def hop_settings(train: recipes.Train, n_tokens: int, n_hops: int) -> list[recip
 
 
 def _next_start(start: Start, trained: Path, teacher: DenseCheckpoint, shape: ModelShape, settings: recipes.Train,
-                data: Path, device: torch.device) -> Start:
+                data: Path, device: torch.device, choices: Choices | None) -> Start:
     """Return the start of a student of this shape, cut from the student that `start` was trained to."""
     lineage = start.lineage
     with safe_open(trained / TRAINED_FILE, framework="pt") as file:
         model = Layers(config_of(teacher.check_config(), lineage), lineage.student,
                        lambda weight: file.get_tensor(weight.name), device)
-        cut = make_start(model, shape, settings, data, trained)
+        cut = make_start(model, shape, settings, data, trained, choices=choices)
     writers = {weight.name: start.writers[cut.lineage.source_of(weight)] @ cut.writers[weight.name]
                for weight in weights_of(shape) if weight.role.writes_stream}
     # The KL of the cut is from the student before, whose own is added: an estimate, for the default learning rate.

@@ -67,8 +67,8 @@ def _recorded_name(plan: Plan) -> str:
 
 def _train_together(source: str, out: Path, recipe: Recipe, console: Console) -> ExitStatus:
     """Train as one of the processes that torchrun started; the main one also runs the stages before training."""
+    from lrc_edge.train.device import choose_device
     from lrc_edge.train.loop.processes import join, leave
-    from lrc_edge.train.loop.trainer import choose_device
 
     ranks = join(choose_device(recipe.train.device))
     if ranks.is_main_process and (recipe.train.tokens or recipe.train.batch_tokens):

@@ -43,7 +43,7 @@ def _check_quantize(plan: Plan) -> None:
 def check(plan: Plan, out: Path) -> None:
     """Check everything that would stop the run later. Raises UserError."""
     if plan.trains:
-        from lrc_edge.train.loop.trainer import choose_device
+        from lrc_edge.train.device import choose_device
 
         _check_name(plan.recipe)
         choose_device(plan.recipe.train.device)

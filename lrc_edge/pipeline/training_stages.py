@@ -162,7 +162,7 @@ def start_inputs(build: Build) -> Inputs:
 
 def start(build: Build, task: Task) -> Done:
     """Compute the student's values before training."""
-    from lrc_edge.train.loop.trainer import choose_device
+    from lrc_edge.train.device import choose_device
     from lrc_edge.train.start.layers import Layers
     from lrc_edge.train.start.stage import make_start, save_start
 
@@ -182,7 +182,7 @@ def start(build: Build, task: Task) -> Done:
 
 
 def train_inputs(build: Build) -> Inputs:
-    from lrc_edge.train.loop.trainer import choose_device, choose_precision
+    from lrc_edge.train.device import choose_device, choose_precision
 
     settings = build.recipe.train
     return {**named("train", settings, leave_out=RUN_SETTINGS), "start": build.digest_of_outputs("start"),

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from command_line import run
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
@@ -22,11 +23,6 @@ from lrc_edge.recipe import load_recipe
 
 COMMANDS = ("build", "train", "fold", "export", "check", "verify", "report", "chat", "serve", "inspect", "recipe",
             "targets")
-
-
-def run(*args: object, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "lrc_edge.cli", *map(str, args)], capture_output=True, text=True,
-                          env={**os.environ, "HF_HUB_OFFLINE": "1", **env}, timeout=300)
 
 
 @pytest.fixture

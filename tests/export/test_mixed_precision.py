@@ -4,10 +4,10 @@ from __future__ import annotations
 import itertools
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import command_line
 import numpy as np
 import pytest
 import torch
@@ -185,11 +185,10 @@ def test_the_command_line_makes_it_and_measures_once(tmp_path: Path) -> None:
     def run(bits: float, *settings: str) -> subprocess.CompletedProcess[str]:
         common = ["--set", "parity.positions=128", "--set", "parity.row_len=64", "--set", "parity.generate_tokens=4",
                   "--set", "export.calibration_tokens=512"]
-        return subprocess.run(
-            [sys.executable, "-m", "lrc_edge.cli", "export", str(tmp_path / "model"), "--out", str(tmp_path / "out"),
-             "--data", str(tmp_path / "text.txt"), "--formats", "gguf:q8_0", "--bits-per-weight", str(bits), *common,
-             *(part for setting in settings for part in ("--set", setting))],
-            capture_output=True, text=True, timeout=300)
+        return command_line.run(
+            "export", tmp_path / "model", "--out", tmp_path / "out", "--data", tmp_path / "text.txt", "--formats",
+            "gguf:q8_0", "--bits-per-weight", bits, *common,
+            *(part for setting in settings for part in ("--set", setting)))
 
     refused = run(2.0)
     assert refused.returncode == 2 and "can have " in refused.stderr and refused.stderr.count("\n") == 1

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_end_to_end import report_of, run
+from command_line import run
+from test_end_to_end import report_of
 from tiny_models import TEXT, make_tiny
 from transformers import AutoConfig
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import command_line
 import pytest
 from tiny_models import TEXT
 
@@ -66,9 +67,8 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(tiny_llama: Path, device: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With the formats and the check that the target asks for."""
     out = tmp_path_factory.mktemp("exported") / "out"
-    done = subprocess.run([sys.executable, "-m", "lrc_edge", "export", str(tiny_llama), "--out", str(out), "--target",
-                           str(device), "--set", "parity.positions=256", "--set", "parity.row_len=64"],
-                          capture_output=True, text=True)
+    done = command_line.run("export", tiny_llama, "--out", out, "--target", device, "--set", "parity.positions=256",
+                            "--set", "parity.row_len=64")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "All" in done.stdout and "gates passed" in done.stdout
     return out
@@ -179,17 +179,17 @@ def test_a_build_is_timed_beside_its_teacher(tiny_llama: Path, device: Path, tmp
                "--set", "student.hidden_size=32", "--set", "train.tokens=2048", "--set", "train.seq_len=64",
                "--set", "train.batch_tokens=512", "--set", "parity.positions=128", "--set", "parity.row_len=64",
                "--set", "data.held_out_share=0.2"]
-    done = run(*command, without="nothing")
+    done = command_line.run(*command)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "warning" not in done.stdout
     for row in rows_of(tmp_path / "out").values():
         assert all(rates["decode_of_teacher"] > 0 < rates["prefill_of_teacher"] for rates in row["speed"])
     teacher = tmp_path / "out" / TEACHER_FILE
     assert teacher.exists() and smallest_gguf(tmp_path / "out") != teacher
-    again = run(*command, without="nothing")
+    again = command_line.run(*command)
     assert "teacher  unchanged" in again.stdout and again.returncode == 0
     # Another target, for which it is too large: said before training, and found by the check.
-    other = run(*(small if part == device else part for part in command), without="nothing")
+    other = command_line.run(*(small if part == device else part for part in command))
     assert other.returncode == 1 and other.stdout.index("warning: small: does not fit") < other.stdout.index("train ")
 
 

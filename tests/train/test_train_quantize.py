@@ -3,9 +3,9 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
+import command_line
 import numpy as np
 import pytest
 import torch
@@ -169,8 +169,7 @@ def test_two_processes_train_on_the_grid_as_one(trained: Path, tiny_llama: Path,
 
 
 def export(student: Path, out: Path, *args: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lrc_edge", "export", str(student), "--out", str(out), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return command_line.run("export", student, "--out", out, *args)
 
 
 def test_export_trains_on_the_grid_and_proves_both_files(tiny_llama: Path, tmp_path: Path) -> None:
@@ -188,7 +187,7 @@ def test_export_trains_on_the_grid_and_proves_both_files(tiny_llama: Path, tmp_p
         a["path"] for a in report["artifacts"][1:] for _ in range(2)]
     again = export(tiny_llama, out, *wanted)
     assert again.returncode == 0 and "quantize  unchanged, nothing to do" in again.stdout
-    assert subprocess.run([sys.executable, "-m", "lrc_edge", "check", str(out)]).returncode == 0
+    assert command_line.run("check", out).returncode == 0
     without = export(tiny_llama, out, *wanted, "--set", "quantize.tokens=0")
     assert without.returncode == 0 and not (out / "student-q4_0").exists()
 

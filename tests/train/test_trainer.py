@@ -15,10 +15,11 @@ from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.corpus.held_out import HeldOut
 from lrc_edge.errors import UserError
 from lrc_edge.train.clone import Clone
+from lrc_edge.train.device import choose_device, choose_precision
 from lrc_edge.train.loop import checkpoints
 from lrc_edge.train.loop.schedule import NEAR_RATE, default_rate
 from lrc_edge.train.loop.stage import SUMMARY_FILE, load_trained
-from lrc_edge.train.loop.trainer import EVAL_TOKENS, TRAINED_FILE, choose_device, choose_precision, held_out_loss
+from lrc_edge.train.loop.trainer import EVAL_TOKENS, TRAINED_FILE, held_out_loss
 from lrc_edge.train.losses import Losses
 from lrc_edge.train.start.stage import FIGURES_FILE
 

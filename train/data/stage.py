@@ -80,7 +80,7 @@ def _documents(source: str, teacher: DenseCheckpoint, recipe: Recipe, fields: Fi
     if source != SELF:
         yield from source_documents(source, fields)
         return
-    from lrc_edge.train.loop.trainer import choose_device, choose_precision
+    from lrc_edge.train.device import choose_device, choose_precision
 
     device = choose_device(recipe.train.device)
     yield from self_documents(teacher, work / SELF_FILE, max_length=row_length(recipe, teacher), seed=recipe.train.seed,

@@ -17,11 +17,12 @@ from lrc_edge.lineage import Lineage
 from lrc_edge.recipe import Recipe
 from lrc_edge.shape import ModelShape
 from lrc_edge.train.data.rows import PackedRows
+from lrc_edge.train.device import choose_device, choose_precision
 from lrc_edge.train.grids import BLOCK
 from lrc_edge.train.loop import processes
 from lrc_edge.train.loop.schedule import Schedule
 from lrc_edge.train.loop.stage import Plan, load_clone, out_of_memory_told, run
-from lrc_edge.train.loop.trainer import Progress, choose_device, choose_precision
+from lrc_edge.train.loop.trainer import Progress
 from lrc_edge.train.losses import TERMS
 from lrc_edge.train.phases import DENSE, QUANTIZED
 

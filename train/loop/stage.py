@@ -21,6 +21,7 @@ from lrc_edge.lineage import Lineage, is_map, read_lineage
 from lrc_edge.recipe import Recipe
 from lrc_edge.train.clone import Clone
 from lrc_edge.train.data.tokenize import HELD_OUT_FILE, PackedRows
+from lrc_edge.train.device import choose_device, choose_precision
 from lrc_edge.train.loop import processes
 from lrc_edge.train.loop.checkpoints import latest
 from lrc_edge.train.loop.schedule import Schedule
@@ -30,8 +31,6 @@ from lrc_edge.train.loop.trainer import (
     TRAINED_FILE,
     Progress,
     Trainer,
-    choose_device,
-    choose_precision,
     held_out_loss,
     read_metrics,
     save_trained,

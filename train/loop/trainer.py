@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader
 
 from lrc_edge import recipe as recipes
 from lrc_edge.errors import UserError
-from lrc_edge.machine import multiplies_bfloat16
 from lrc_edge.train.clone import Clone
 from lrc_edge.train.data.tokenize import PackedRows
 from lrc_edge.train.fp8 import multiply_in_fp8_
@@ -38,22 +37,6 @@ METRICS_FILE = "metrics.jsonl"
 EVAL_TOKENS = 32_768
 
 Progress = Callable[[dict[str, float]], None]  # gets each logged row
-
-
-def choose_device(wanted: str) -> torch.device:
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("train.device = 'cuda': this machine has no usable GPU; use --set train.device=cpu")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
-    """Return the type to compute in. `auto` is bf16 on a GPU and on processors with instructions for it (AVX512-BF16 or
-    AMX); on other processors bf16 is slower."""
-    if wanted != "auto":
-        return torch.bfloat16 if wanted == "bf16" else torch.float32
-    if device.type == "cuda":
-        return torch.bfloat16
-    return torch.bfloat16 if multiplies_bfloat16() else torch.float32
 
 
 @torch.inference_mode()

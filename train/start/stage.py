@@ -26,15 +26,15 @@ WRITER = "writer."  # before the name of a weight: its projection
 
 
 def make_start(teacher: Layers, student: ModelShape, train: Train, data: Path, folder: Path,
-               progress: Callable[[str], None] = lambda text: None) -> Start:
+               progress: Callable[[str], None] = lambda text: None, choices: Choices | None = None) -> Start:
     """Return the start of a student of this shape, computed on rows of the training text. `folder`: for temporary
-    files. Raises UserError if the GPU's memory is too small."""
+    files; `choices`: for comparisons. Raises UserError if the GPU's memory is too small."""
     rows = PackedRows(data, min(train.seq_len, student.max_position_embeddings))
     n_rows = max(1, CALIBRATION_TOKENS // rows.seq_len)
     picked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(train.seed))[:n_rows]
     sample_BL = torch.stack([rows[int(i)]["input_ids"] for i in picked])
     holds: Holds = "weights" if train.dense_share == 1 else "projections"
-    choices = Choices(width=INITS[train.init], seed=train.seed)
+    choices = choices or Choices(width=INITS[train.init], seed=train.seed)
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix="streams-") as streams:
             return build_start(teacher, student, sample_BL, Path(streams), holds, choices, progress)
