@@ -19,6 +19,7 @@ from lrc_edge.block_map import BlockMap
 from lrc_edge.corpus.held_out import HeldOut
 from lrc_edge.errors import UserError
 from lrc_edge.train.data.tokenize import HELD_OUT_FILE
+from lrc_edge.train.hops import hop_summaries
 from lrc_edge.train.loop.processes import STEP_TIMEOUT, TIMEOUT
 from lrc_edge.train.loop.schedule import ProcessBatches, RowOrder, Schedule
 from lrc_edge.train.loop.trainer import EVAL_TOKENS, METRICS_FILE, TRAINED_FILE, read_metrics
@@ -132,11 +133,14 @@ def test_train_under_torchrun_from_the_command_line(tiny_llama: Path, tmp_path: 
     command = [*TORCHRUN, "-m", "lrc_edge", "train", str(tiny_llama), "--data", str(tmp_path / "text.txt"), "--out",
                str(tmp_path / "out"), "--set", "train.seq_len=64", "--set", "train.batch_tokens=256", "--set",
                "train.tokens=2560", "--set", "data.held_out_share=0.2",
-               "--set", "student.hidden_size=32", "--set", "train.device=cpu"]
+               "--set", "student.hidden_size=32", "--set", "student.hops=['hidden_size=48']", "--set",
+               "train.device=cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("tokens on cpu") == 1  # the first process speaks, the other is silent
+    [hop] = hop_summaries(tmp_path / "out" / "train")
+    assert hop["tokens"] == 1280
     again = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert again.returncode == 0 and "train  unchanged" in again.stdout
     assert (tmp_path / "out" / "train" / TRAINED_FILE).exists()
@@ -164,6 +168,7 @@ from pathlib import Path
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from lrc_edge.train.hops import hop_summaries
 from lrc_edge.train.loop.processes import agreed, gathered, join, leave
 
 peers = join(torch.device("cpu"))
