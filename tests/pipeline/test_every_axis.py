@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,6 +58,9 @@ def test_a_student_smaller_along_every_axis(inputs: tuple[Path, Path], tmp_path:
     assert len(kept) == 2 and kept[0] == 0
     assert f"layers of the teacher <b>{kept[0]}, {kept[1]}</b>" in (out / "report.html").read_text()
     vocabulary_is_told(out, result.stdout)
+    chat = [sys.executable, "-m", "lrc_edge", "chat", out, "--max-tokens", "5"]
+    answered = subprocess.run(chat, input="Hello\n", capture_output=True, text=True, timeout=300)
+    assert answered.returncode == 0 and answered.stdout.strip(), answered.stderr
     checked = run("check", out)
     assert checked.returncode == 0, checked.stdout + checked.stderr
     assert report_of(out)["teacher"]["full_vocabulary"] == report["teacher"]["full_vocabulary"]
