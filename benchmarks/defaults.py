@@ -1,10 +1,10 @@
-"""Do the default settings of training improve every student? A grid of teachers, widths and budgets.
+"""Do the default settings of training improve every student? A grid of teachers, shapes and budgets.
 
     python benchmarks/defaults.py --teacher DIR --text stories.jsonl --out OUT
 
-Each cell of the grid sets only the width and the budget. It reports the held-out loss before and after training, and
-whether the run ended with an error. --teacher can be repeated. Finished cells are stored in OUT/cells.jsonl and not
-repeated. Exit status 1: a run ended with an error, or with a higher loss than at its start.
+Each cell of the grid sets only the student's sizes and the budget. It reports the held-out loss before and after
+training, and whether the run ended with an error. --teacher can be repeated. Finished cells are stored in
+OUT/cells.jsonl and not repeated. Exit status 1: a run ended with an error, or with a higher loss than at its start.
 """
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import argparse
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.corpus.sources import Fields, documents
 from lrc_edge.errors import UserError
 from lrc_edge.recipe import load_recipe
+from lrc_edge.shape import ModelShape
 from lrc_edge.train.data.tokenize import prepare
 from lrc_edge.train.device import choose_device
 from lrc_edge.train.loop.stage import SUMMARY_FILE, Plan, train
@@ -29,14 +31,29 @@ BUDGETS = (20_480, 102_400, 409_600, 2_048_000)
 SHARES = (0.25, 0.5, 0.75)  # of the teacher's width
 
 
-def run(teacher: DenseCheckpoint, width: int, tokens: int, data: Path, folder: Path) -> dict[str, Any]:
+def students_of(teacher: ModelShape) -> dict[str, ModelShape]:
+    """Return students of several widths, and one that is smaller along every axis but its query heads."""
+    def part(size: int, share: float, unit: int = 8) -> int:
+        return max(unit, round(size * share / unit) * unit)
+
+    widths = [part(teacher.hidden_size, share) for share in SHARES]
+    every_axis = replace(teacher, hidden_size=part(teacher.hidden_size, 3 / 4),
+                         num_hidden_layers=part(teacher.num_hidden_layers, 3 / 4, 1),
+                         intermediate_size=part(teacher.intermediate_size, 2 / 3),
+                         num_key_value_heads=part(teacher.num_key_value_heads, 1 / 2, 1))
+    sizes = (f"{every_axis.hidden_size} wide, {every_axis.num_hidden_layers} layers, {every_axis.intermediate_size} "
+             f"neurons, {every_axis.num_key_value_heads} key/value heads")
+    return {f"{width} wide": teacher.with_hidden_size(width) for width in widths} | {sizes: every_axis}
+
+
+def run(teacher: DenseCheckpoint, name: str, student: ModelShape, tokens: int, data: Path, folder: Path
+        ) -> dict[str, Any]:
     """Train with default settings. Return the steps, rate and losses of the run, or the error that stopped it."""
     recipe = load_recipe(None, (), train={"tokens": tokens})
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    student = teacher.shape.with_hidden_size(width)
     start = make_start(Layers.of(teacher, choose_device("auto")), student, recipe.train, data, folder)
-    cell: dict[str, Any] = {"teacher": teacher.path.name, "width": width, "tokens": tokens}
+    cell: dict[str, Any] = {"teacher": teacher.path.name, "student": name, "tokens": tokens}
     try:
         train(teacher, recipe, start, data, folder, lambda row: None)
     except UserError as error:
@@ -57,12 +74,12 @@ def is_bad(cell: dict[str, Any]) -> bool:
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """Return a row for each teacher and width: the loss before the first step and after each budget."""
+    """Return a row for each teacher and student: the loss before the first step and after each budget."""
     budgets = sorted({cell["tokens"] for cell in found})
-    rows = ["| teacher, its loss | width | start | " + " | ".join(f"{tokens:,} tokens" for tokens in budgets) + " |",
+    rows = ["| teacher, its loss | student | start | " + " | ".join(f"{tokens:,} tokens" for tokens in budgets) + " |",
             "|---|---|---|" + "---|" * len(budgets)]
-    for name, width in sorted({(cell["teacher"], cell["width"]) for cell in found}):
-        mine = {cell["tokens"]: cell for cell in found if (cell["teacher"], cell["width"]) == (name, width)}
+    for name, student in dict.fromkeys((cell["teacher"], cell["student"]) for cell in found):
+        mine = {cell["tokens"]: cell for cell in found if (cell["teacher"], cell["student"]) == (name, student)}
         ran = next((cell for cell in mine.values() if not cell["stopped"]), None)
         texts = []
         for tokens in budgets:
@@ -71,7 +88,7 @@ def table(found: list[dict[str, Any]]) -> str:
                          f"{cell['end']:.3f} ({cell['steps']} steps, rate {cell['rate']:.2g})"
                          + " WORSE" * (cell["end"] > cell["start"]))
         loss, start = (f"{ran['teacher_loss']:.3f}", f"{ran['start']:.3f}") if ran else ("", "")
-        rows.append(f"| {name}, {loss} | {width} | {start} | " + " | ".join(texts) + " |")
+        rows.append(f"| {name}, {loss} | {student} | {start} | " + " | ".join(texts) + " |")
     return "\n".join(rows) + "\n"
 
 
@@ -96,11 +113,11 @@ def main() -> None:
         teacher = DenseCheckpoint.open(path)
         data = prepared(teacher, args.text, args.out / f"data-{path.name}")
         for tokens in map(int, args.budgets.split(",")):
-            for width in (max(8, round(teacher.shape.hidden_size * share / 8) * 8) for share in SHARES):
-                key = (path.name, width, tokens)
-                if any((c["teacher"], c["width"], c["tokens"]) == key for c in cells(args.out)):
+            for name, student in students_of(teacher.shape).items():
+                key = (path.name, name, tokens)
+                if any((c["teacher"], c["student"], c["tokens"]) == key for c in cells(args.out)):
                     continue
-                cell = run(teacher, width, tokens, data, args.out / "run")
+                cell = run(teacher, name, student, tokens, data, args.out / "run")
                 with (args.out / "cells.jsonl").open("a") as file:
                     file.write(json.dumps(cell) + "\n")
                 print(cell, flush=True)

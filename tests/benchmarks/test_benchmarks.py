@@ -143,7 +143,7 @@ def test_defaults_reports_each_cell_and_fails_if_one_is_worse(tiny_llama: Path, 
                "--budgets", "20480", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True)
     cells = [json.loads(line) for line in (tmp_path / "out" / "cells.jsonl").read_text().splitlines()]
-    assert len(cells) == 3 and all(0 < cell["end"] < cell["start"] for cell in cells), done.stderr
+    assert len(cells) == 4 and all(0 < cell["end"] < cell["start"] for cell in cells), done.stderr
     assert done.returncode == 0 and "WORSE" not in done.stdout and f"| {tiny_llama.name}, " in done.stdout
     cells[0]["end"] = cells[0]["start"] + 1
     (tmp_path / "out" / "cells.jsonl").write_text("".join(json.dumps(cell) + "\n" for cell in cells))
