@@ -13,8 +13,8 @@ from lrc_edge.shape import ModelShape
 def model_card(teacher: DenseCheckpoint, shape: ModelShape, provenance: dict[str, str]) -> str:
     """Return README.md: YAML front matter (license, base_model, tags), and how the student was made.
 
-    `provenance` must have `name` and `teacher`. `method` (the phases that ran), `init` and `teacher_vocab_size` (if the
-    student has fewer tokens, `student_vocab_size`) are stated if present.
+    `provenance` must have `name` and `teacher`. `method` (the phases that ran), `init`, `hops` and `teacher_vocab_size`
+    (if the student has fewer tokens, `student_vocab_size`) are stated if present.
     """
     front: dict[str, Any] = {
         "base_model": provenance["teacher"], "base_model_relation": "finetune", "library_name": "transformers",
@@ -51,6 +51,8 @@ def _story(provenance: dict[str, str]) -> str:
     if "teacher_vocab_size" in provenance:
         story += (f". Its vocabulary is {int(provenance['student_vocab_size']):,} of the teacher's "
                   f"{int(provenance['teacher_vocab_size']):,} tokens")
+    if "hops" in provenance:
+        story += f". Larger students were trained before it, each cut from the one before: {_cell(provenance['hops'])}"
     return f"{story}. Training: {_cell(provenance['method'])}." if "method" in provenance else f"{story}."
 
 

@@ -42,7 +42,7 @@ def fold(teacher: DenseCheckpoint, trained_file: Path, folder: Path, provenance:
         _check_tensors(trained, lineage, holds, trained_file)
         folder.mkdir(parents=True)
         write_weights(_folded(teacher, lineage, holds, trained, progress), folder)
-    provenance = provenance | {"lineage": lineage.sources()}
+    provenance = provenance | {"lineage": lineage.sources("teacher_vocab_size" in provenance)}
     config = student_config(teacher.config, lineage.student, teacher.rope)
     if lineage.student.num_hidden_layers < teacher.shape.num_hidden_layers:
         config |= _layer_types(teacher, lineage.layers)

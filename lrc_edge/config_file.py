@@ -21,7 +21,7 @@ TOKENIZER_TABLES = ("tokenizer_config.json", "special_tokens_map.json", "added_t
 _ROPE_NUMBERS = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "attention_factor")
 _SAMPLING_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
 _LARGEST = 1e37  # fits in float32; configs write "no limit" as 1e30
-_LONGEST_NAME = 120  # characters, because file names contain the name
+LONGEST_NAME = 120  # characters, because file names contain the name
 
 
 def read_table(file: Path) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def read_provenance(where: Path) -> dict[str, str]:
     table = read_optional(where)
     for key in table:
         _field(table, key, where, "text", lambda value: isinstance(value, str))
-    _field(table, "name", where, f"1 to {_LONGEST_NAME} characters", lambda value: 0 < len(value) <= _LONGEST_NAME)
+    _field(table, "name", where, f"1 to {LONGEST_NAME} characters", lambda value: 0 < len(value) <= LONGEST_NAME)
     return {key: value for key, value in table.items() if value is not None}
 
 

@@ -97,12 +97,17 @@ class Lineage:
     def has_maps(self, role: Role) -> bool:
         return any(axis in self.maps for axis in role.axes)
 
-    def sources(self) -> str:
-        """Return, as JSON for the provenance of a student, what the two shapes do not show."""
+    def sources(self, trimmed: bool = False) -> str:
+        """Return, as JSON for the provenance of a student, what the two shapes do not show. trimmed: whether the
+        teacher's vocabulary was reduced before."""
         kinds = {axis: "selection" if all(m.is_selection for m in maps) else "block map"
                  for axis, maps in self.maps.items()}
         copied = dict.fromkeys((*COPIED_AXES, *MAPPED_AXES), "identity")
-        return json.dumps({**copied, RESIDUAL: "projection", **kinds, "layers": self.layers})
+        narrower = self.student.hidden_size < self.teacher.hidden_size
+        if trimmed:
+            copied["vocab_size"] = "selection"
+        return json.dumps({**copied, RESIDUAL: "projection" if narrower else "identity", **kinds,
+                           "layers": self.layers})
 
     def metadata(self, holds: Holds) -> dict[str, str]:
         """Return the safetensors metadata of a file of trained tensors; `tensors` goes into the same file."""

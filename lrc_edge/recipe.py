@@ -416,6 +416,9 @@ def _check(recipe: Recipe) -> None:
     if recipe.export.bits_per_weight and not recipe.export.calibration_tokens:
         raise UserError(f"recipe: export.bits_per_weight = {recipe.export.bits_per_weight:g} needs calibration text to "
                         "measure the loss from each type; set export.calibration_tokens above 0")
+    if recipe.student.hops and t.init == "gaussian":
+        raise UserError("recipe: student.hops with train.init = 'gaussian': each student would start at random, not "
+                        "from the one before; set train.init=pca, or no hops")
     if recipe.student.hops and t.dense_share < 1:
         raise UserError(f"recipe: student.hops with train.dense_share = {t.dense_share:g}: projections of the teacher "
                         "do not reach a student of a student; set train.dense_share=1, or no hops")

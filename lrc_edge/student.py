@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lrc_edge.errors import UserError
 from lrc_edge.families import family_of
+from lrc_edge.formats import BLOCK
 from lrc_edge.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def hops_of(recipe: Recipe, teacher: ModelShape, student: ModelShape) -> list[Mo
     for hop in recipe.student.hops:
         sizes = dict(part.partition("=")[::2] for part in hop.split())
         if unknown := [f"{name}={size}" for name, size in sizes.items()
-                       if name not in SIZES or name == "vocab_size" or not size.isdecimal()]:
+                       if name not in SIZES or name == "vocab_size" or not size.isdecimal() or not int(size)]:
             raise UserError(f"student.hops: {unknown[0]!r} in {hop!r}: need a size and a number, as in "
                             "\"num_hidden_layers=20 intermediate_size=4096\"")
         shape = before.resized({name: int(size) for name, size in sizes.items()})
@@ -79,7 +80,15 @@ def _check_cut(shape: ModelShape, teacher: ModelShape, name: str) -> None:
     """Raise UserError unless a student of this shape can be cut from the teacher `name`."""
     _check_smaller(shape, teacher, name)
     _check_heads(shape, teacher)
-    _check_width(shape)
+    _check_width(shape, teacher)
+
+
+def sizes_that_work(field: str, shape: ModelShape, teacher: ModelShape, block: int) -> list[int]:
+    """Return the sizes that a student of this shape could have in place of its `field`: those whose rows are multiples
+    of `block`, and that transformers reads."""
+    found = (shape.resized({field: size}) for size in range(1, getattr(teacher, field) + 1))
+    return [getattr(other, field) for other in found if row_lengths(other)[field] % block == 0
+            and other.hidden_size % _unit(other) == 0 and other.num_attention_heads in _query_heads(other, teacher)]
 
 
 def _check_smaller(shape: ModelShape, teacher: ModelShape, name: str) -> None:
@@ -104,13 +113,21 @@ def _half_width(teacher: ModelShape) -> int:
     return next((half // unit * unit for unit in units if half >= unit), max(1, half))
 
 
-def _check_width(shape: ModelShape) -> None:
+def _check_width(shape: ModelShape, teacher: ModelShape) -> None:
     """Check that transformers reads a config of this shape."""
     if shape.hidden_size % _unit(shape):
-        unit = math.lcm(_unit(shape), 32)
-        works = range(unit, shape.hidden_size + 2 * unit, unit)
+        works = sizes_that_work("hidden_size", shape, teacher, BLOCK) or sizes_that_work(
+            "hidden_size", shape, teacher, 1)
         raise UserError(f"student.hidden_size = {shape.hidden_size}: transformers' {shape.family} needs a multiple of "
                         f"the {shape.num_attention_heads} query heads; need {nearest(shape.hidden_size, works)}")
+
+
+def _query_heads(shape: ModelShape, teacher: ModelShape) -> list[int]:
+    """Return the numbers of query heads that a student with this shape's key/value heads can have."""
+    groups, most = shape.num_key_value_heads, teacher.num_attention_heads
+    if family_of(teacher.family).normalizes_heads:  # then each group keeps query heads of its own only
+        most = groups * (most // teacher.num_key_value_heads)
+    return list(range(groups, most + 1, groups))
 
 
 def _check_heads(shape: ModelShape, teacher: ModelShape) -> None:
@@ -121,10 +138,9 @@ def _check_heads(shape: ModelShape, teacher: ModelShape) -> None:
         divisors = [n for n in range(1, teacher.num_key_value_heads + 1) if teacher.num_key_value_heads % n == 0]
         raise UserError(f"student.num_key_value_heads = {groups}: the teacher's {teacher.num_key_value_heads} are "
                         f"merged in equal groups; need {nearest(groups, divisors)}")
-    most = (teacher.num_attention_heads // teacher.num_key_value_heads) if drops else teacher.num_attention_heads
-    allowed = [groups * n for n in range(1, most + 1) if groups * n <= teacher.num_attention_heads]
+    allowed = _query_heads(shape, teacher)
     if heads not in allowed:
         why = f"q/k norms of {teacher.family} forbid merging heads, so each of the {groups} key/value heads keeps at " \
-              f"most its own {most} query heads" if drops and heads % groups == 0 else \
+              f"most its own {allowed[-1] // groups} query heads" if drops and heads % groups == 0 else \
             f"each of the {groups} key/value heads must serve as many query heads"
         raise UserError(f"student.num_attention_heads = {heads}: {why}; need {nearest(heads, allowed)}")

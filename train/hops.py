@@ -22,10 +22,19 @@ from lrc_edge.train.data.rows import PackedRows
 from lrc_edge.train.device import choose_device
 from lrc_edge.train.loop import processes
 from lrc_edge.train.loop.stage import SUMMARY_FILE, train
-from lrc_edge.train.loop.trainer import METRICS_FILE, TRAINED_FILE, Progress, read_metrics
+from lrc_edge.train.loop.trainer import TRAINED_FILE, Progress
 from lrc_edge.train.start.build import Choices, Start
 from lrc_edge.train.start.layers import Layers
-from lrc_edge.train.start.stage import FIGURES_FILE, load_start, make_start, save_start
+from lrc_edge.train.start.losses import losses, read_through
+from lrc_edge.train.start.stage import (
+    FIGURES_FILE,
+    calibration_rows,
+    load_start,
+    make_start,
+    save_start,
+    temporary_streams,
+)
+from lrc_edge.train.start.streams import Streams
 from lrc_edge.workspace import replace_tree
 
 
@@ -39,6 +48,7 @@ def train_in_hops(teacher: DenseCheckpoint, recipe: Recipe, shapes: list[ModelSh
     settings = hop_settings(recipe.train, PackedRows(data, recipe.train.seq_len).n_tokens, len(shapes) - 1)
     device, start = choose_device(recipe.train.device), load_start(first)
     ranks = processes.join(device)
+    ranks.wait_for_everyone()  # until the first process has cleared what another run left
     for hop, (shape, own) in enumerate(zip(shapes, settings, strict=True)):
         if hop:
             before = folder / f"hop-{hop}"
@@ -47,7 +57,7 @@ def train_in_hops(teacher: DenseCheckpoint, recipe: Recipe, shapes: list[ModelSh
             ranks.wait_for_everyone()
             start = load_start(before / "next")
         here = folder / f"hop-{hop + 1}" if shape is not shapes[-1] else folder
-        if here == folder or not (here / SUMMARY_FILE).exists():
+        if not processes.agreed(here != folder and (here / SUMMARY_FILE).exists(), ranks):
             here.mkdir(parents=True, exist_ok=True)
             train(teacher, replace(recipe, train=own), start, data, here, progress)
 
@@ -72,9 +82,20 @@ def _next_start(start: Start, trained: Path, teacher: DenseCheckpoint, shape: Mo
         cut = make_start(model, shape, settings, data, trained, choices=choices)
     writers = {weight.name: start.writers[cut.lineage.source_of(weight)] @ cut.writers[weight.name]
                for weight in weights_of(shape) if weight.role.writes_stream}
-    # The KL of the cut is from the student before, whose own is added: an estimate, for the default learning rate.
-    trained_kl = [row["kl"] for row in read_metrics(trained / METRICS_FILE) if "kl" in row][-1]
-    return Start(lineage.then(cut.lineage), cut.holds, cut.tensors, writers, cut.loss, cut.kl + trained_kl)
+    composed = lineage.then(cut.lineage)
+    config, rows_BL = config_of(teacher.check_config(), composed), calibration_rows(data, settings, shape)
+    student = Layers(config, shape, lambda weight: cut.tensors[weight.name], device)
+    loss, kl = _losses(Layers.of(teacher, device), student, rows_BL, trained)
+    return Start(composed, cut.holds, cut.tensors, writers, loss, kl)
+
+
+def _losses(teacher: Layers, student: Layers, rows_BL: torch.Tensor, folder: Path) -> tuple[float, float]:
+    """Return the student's loss and its KL from the teacher. `folder`: for temporary files."""
+    with temporary_streams(folder) as own:
+        streams = Streams(own, rows_BL.shape, teacher.device)
+        for name, model in (("teacher", teacher), ("student", student)):
+            read_through(model, rows_BL, streams, name)
+        return losses(teacher, student, rows_BL, streams)
 
 
 def _save_next(start: Start, hop: Path) -> None:

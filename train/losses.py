@@ -88,14 +88,19 @@ def _absolute(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 
 def _relative(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    return (_squares(student - teacher).sum(1) / _squares(teacher.detach()).sum(1)).mean()
+    return _ratio(_squares(student - teacher).sum(1), _squares(teacher.detach()).sum(1)).mean()
 
 
 def _relative_per_token(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     sizes_BL = _squares(teacher.detach())
     # A token with almost no activation, such as attention's output at an attention sink, must not dominate the term.
     smallest_B1 = SMALLEST_TOKEN * sizes_BL.median(1, keepdim=True).values
-    return (_squares(student - teacher) / sizes_BL.maximum(smallest_B1)).mean()
+    return _ratio(_squares(student - teacher), sizes_BL.maximum(smallest_B1)).mean()
+
+
+def _ratio(error: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+    """Return error / size; 0 where the size is 0, as where a teacher has layers that write nothing."""
+    return torch.where(size > 0, error / torch.where(size > 0, size, 1), 0)
 
 
 def _squares(x_BLD: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,7 @@ _ID_LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force
 _ID_PAIRS = {"forced_decoder_ids": 1, "sequence_bias": 0}
 _ADDED = "added_tokens.json"
 # Other forms of a tokenizer.json. Leaving them out is safer than a second table of ids that could disagree with it.
-_LEFT_OUT = ("vocab.json", "merges.txt")
+_LEFT_OUT = ("vocab.json", "merges.txt", "tokenizer.model")
 
 
 def write_trimmed(teacher: DenseCheckpoint, kept: Sequence[int], folder: Path,

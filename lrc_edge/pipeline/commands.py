@@ -92,9 +92,11 @@ def _check_rows_divide(plan: Plan, world: int) -> None:
 
     Only for a recipe that sets train.tokens or train.batch_tokens, which decide the size of a step.
     """
+    from lrc_edge.train.hops import hop_settings
     from lrc_edge.train.loop.schedule import Schedule
 
-    Schedule.of(plan.recipe.train, plan.student, 0).rows_of_process(world, plan.recipe.train.micro_batch)
+    for shape, train in zip(plan.shapes, hop_settings(plan.recipe.train, 0, len(plan.hops)), strict=True):
+        Schedule.of(train, shape, 0).rows_of_process(world, train.micro_batch)
 
 
 def export(source: str, out: Path, recipe: Recipe, console: Console) -> ExitStatus:

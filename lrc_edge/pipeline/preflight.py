@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lrc_edge.checkpoint import DenseCheckpoint
+from lrc_edge.config_file import LONGEST_NAME
 from lrc_edge.corpus.sources import SELF, WANTED, looks_local
 from lrc_edge.errors import UserError
 from lrc_edge.families import weights_of
@@ -13,7 +14,7 @@ from lrc_edge.formats import FORMATS, KINDS
 from lrc_edge.pipeline.plan import Plan
 from lrc_edge.recipe import Recipe
 from lrc_edge.shape import ModelShape
-from lrc_edge.student import nearest, row_lengths
+from lrc_edge.student import nearest, row_lengths, sizes_that_work
 from lrc_edge.targets.fit import check_fit
 from lrc_edge.targets.runtimes.table import verifiers_of
 from lrc_edge.workspace import free_bytes
@@ -45,7 +46,7 @@ def check(plan: Plan, out: Path) -> None:
     if plan.trains:
         from lrc_edge.train.device import choose_device
 
-        _check_name(plan.recipe)
+        _check_name(plan)
         choose_device(plan.recipe.train.device)
         _check_sources(plan.recipe)
         _check_rows(plan)
@@ -80,16 +81,20 @@ def _check_rows(plan: Plan) -> None:
     for (field, length), most in zip(row_lengths(student).items(), row_lengths(teacher).values(), strict=True):
         for row in plan.formats if length < most else ():
             if length % row.block:
-                size, unit = getattr(student, field), length // getattr(student, field)
+                size = getattr(student, field)
                 remain = [other.name for other in FORMATS.values() if length % other.block == 0]
-                works = [n for n in range(1, getattr(teacher, field) + 1) if n * unit % row.block == 0]
+                works = sizes_that_work(field, student, teacher, row.block)
                 need = f"rows of a multiple of {row.block}" + (f" (nearest: {nearest(size, works)})" if works else "")
                 raise UserError(f"student.{field} = {size}: {row.name} needs {need}; change it, or use one of: "
                                 f"{', '.join(remain)}")
 
 
-def _check_name(recipe: Recipe) -> None:
-    name = recipe.student.name
+def _check_name(plan: Plan) -> None:
+    name = plan.student_name
+    if len(name) > LONGEST_NAME:
+        raise UserError(f"student.name = {name[:20]}...: it has {len(name)} characters, and files are named after it; "
+                        f"set student.name to at most {LONGEST_NAME}")
+    name = plan.recipe.student.name
     if any(c in name for c in "/\\\0\n") or name.startswith("."):
         raise UserError(f"student.name = {name!r}: it names files; need one without / and \\ and no dot in front")
 
@@ -151,6 +156,8 @@ def _training_bytes(recipe: Recipe, trained: float) -> float:
 
 
 def _build_bytes(plan: Plan) -> float:
+    from lrc_edge.train.start.stage import stream_bytes
+
     recipe, student = plan.recipe, plan.student
     teacher = replace(plan.source.checkpoint.shape, vocab_size=student.vocab_size)
     projections = 4 * teacher.hidden_size * student.hidden_size * (7 * teacher.num_hidden_layers + 2)
@@ -164,7 +171,8 @@ def _build_bytes(plan: Plan) -> float:
     training = _training_bytes(recipe, trained) + 4 * student.n_params + starts + hops
     timed = 0.6 * teacher.n_params if plan.times_teacher else 0  # the teacher in 4 bits
     trimmed = _stored_bytes(plan.source.checkpoint, teacher) if plan.trims_vocabulary else 0
-    return trimmed + tokens + max(identity, training + _export_bytes(plan) + timed)
+    begins = max(map(stream_bytes, (teacher, *plan.shapes), plan.shapes))
+    return trimmed + tokens + max(identity, begins, training + _export_bytes(plan) + timed)
 
 
 def _stored_bytes(model: DenseCheckpoint, shape: ModelShape) -> int:

@@ -289,6 +289,7 @@ def _provenance(build: Build) -> dict[str, str]:
         "student_hidden_size": str(student.hidden_size),
         **({"teacher_vocab_size": str(teacher.shape.vocab_size), "student_vocab_size": str(student.vocab_size)}
            if build.plan.trims_vocabulary else {}),
+        **({"hops": "; ".join(build.recipe.student.hops)} if build.recipe.student.hops else {}),
         "init": training["init"],
         "training_tokens": str(training["tokens"] + sum(hop["tokens"] for hop in training["hops"])),
         "recipe_sha256": digest([asdict(build.recipe.train), asdict(build.recipe.student)]),

@@ -20,7 +20,7 @@ from lrc_edge.families import FAMILIES
 from lrc_edge.pipeline import preflight
 from lrc_edge.pipeline.plan import Plan
 from lrc_edge.recipe import load_recipe
-from lrc_edge.student import student_of
+from lrc_edge.student import sizes_that_work, student_of
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 2,
          "num_key_value_heads": 1, "vocab_size": 400}
@@ -78,6 +78,7 @@ def vocabulary_is_told(out: Path, printed: str) -> None:
     stages = json.loads((out / "build.json").read_text())["stages"]
     original, trimmed = stages["weights"]["inputs"], stages["train"]["inputs"]["teacher"]
     assert "model.safetensors" in original and student["provenance"]["teacher_sha256"] != trimmed
+    assert json.loads(student["provenance"]["lineage"])["vocab_size"] == "selection"
     assert stages["vocabulary"]["inputs"]["teacher"] == student["provenance"]["teacher_sha256"]
     card = (out / "student" / "README.md").read_text()
     assert "Its vocabulary is 400 of the teacher's 512 tokens." in card and "| vocabulary | 512 | 400 |" in card
@@ -136,6 +137,26 @@ def test_transformers_reads_what_the_record_of_a_family_allows(family: str) -> N
         AutoConfig.for_model(family, **sizes)
     except Exception as error:
         assert FAMILIES[family].width_divides_by_heads and "not a multiple of the number of attention" in str(error)
+
+
+def test_suggested_sizes_work_in_every_way(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    """9 query heads must divide the width, and the blocks of the formats its rows: 288 does both, 320 does not."""
+    teacher = replace(DenseCheckpoint.open(inputs[0]).shape, hidden_size=576, num_attention_heads=9,
+                      num_key_value_heads=3, head_dim=64)
+    student = replace(teacher, hidden_size=297)
+    assert sizes_that_work("hidden_size", student, teacher, 32) == [288, 576]
+    assert sizes_that_work("num_attention_heads", replace(student, hidden_size=288), teacher, 32) == [3, 6, 9]
+    with pytest.raises(UserError, match=r"need 3040$"):
+        student_of(load_recipe(None, ["student.hidden_size=3050"]), replace(
+            teacher, hidden_size=3072, num_attention_heads=20, num_key_value_heads=4), "t")
+
+
+def test_a_name_that_is_too_long_for_files_is_refused_before_training(inputs: tuple[Path, Path], tmp_path: Path
+                                                                      ) -> None:
+    recipe = load_recipe(None, [f"student.name={'x' * 130}", "student.hidden_size=32"],
+                         data={"sources": [str(inputs[1])]})
+    with pytest.raises(UserError, match=r"student.name = x+\.\.\.: it has 130 characters.*at most 120"):
+        preflight.check(Plan.of_build(str(inputs[0]), recipe), tmp_path)
 
 
 def test_a_student_that_is_much_smaller_is_warned_about_unless_it_has_hops(inputs: tuple[Path, Path]) -> None:

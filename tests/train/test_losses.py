@@ -108,6 +108,15 @@ def test_without_a_teacher_there_is_no_kl() -> None:
     assert kl.item() == 0 and total.item() == pytest.approx(2 * lm.item())
 
 
+def test_a_target_of_zeros_counts_nothing() -> None:
+    """A layer that writes nothing yet (zero o_proj) has no size to be relative to."""
+    mine = torch.ones(2, 4, 3, requires_grad=True)
+    for terms in ("relative", "per_token"):
+        term = losses.clone_term(mine, torch.zeros(2, 4, 3), terms)
+        term.backward()
+        assert term == 0 and mine.grad is not None and torch.equal(mine.grad, torch.zeros(2, 4, 3))
+
+
 @pytest.mark.parametrize("terms", losses.CLONE_ERRORS)
 def test_clone_term_is_summed_in_float32(terms: str) -> None:
     ones = torch.ones(2, 50, 1000, dtype=torch.bfloat16)  # bfloat16 cannot count to 1000

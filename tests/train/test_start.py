@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -11,20 +12,21 @@ import torch
 from families import FAMILIES
 from starts import plain, start_of
 from test_losses import LargestTensor
-from tiny_models import make_tiny
+from tiny_models import make_tiny, tiny_data
 from transformers import PreTrainedModel
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.families import weights_of
 from lrc_edge.lineage import Holds
-from lrc_edge.recipe import Train
+from lrc_edge.recipe import Train, load_recipe
 from lrc_edge.train.clone import config_of
 from lrc_edge.train.losses import Objective
 from lrc_edge.train.start.build import Choices, Start, build_start
 from lrc_edge.train.start.heads import grouping
 from lrc_edge.train.start.layers import Layers
 from lrc_edge.train.start.refit import RIDGE, LeastSquares
-from lrc_edge.train.start.stage import load_start, save_start
+from lrc_edge.train.start.stage import load_start, make_start, save_start
+from lrc_edge.train.start.streams import Streams
 from lrc_edge.train.start.width import INITS
 
 SEED = int(os.environ.get("TEST_SEED", "0"))
@@ -147,8 +149,64 @@ def test_groups_that_are_multiples_of_each_other_merge_without_loss(rope: object
 
 def test_the_best_groups_are_found() -> None:
     """Pairs of equal parity cost nothing: neighbours must be exchanged."""
-    assert grouping(lambda members: float(len({m % 2 for m in members}) - 1), 8, 4) == [(0, 2), (1, 3), (4, 6), (5, 7)]
-    assert grouping(lambda members: 0.0, 6, 2) == [(0, 1, 2), (3, 4, 5)]
+    costs = {(a, b): float(a % 2 != b % 2) for a, b in combinations(range(8), 2)}
+    assert grouping(costs, 8, 4) == [(0, 2), (1, 3), (4, 6), (5, 7)]
+    assert grouping(costs, 8, 2) == [(0, 2, 4, 6), (1, 3, 5, 7)]
+    assert grouping(dict.fromkeys(costs, 0.0), 6, 2) == [(0, 1, 2), (3, 4, 5)]
+    assert grouping({}, 3, 1) == [(0, 1, 2)]
+
+
+# The weight of layer 1, or of the model, that is 0, and which of its rows or columns.
+DEAD = {"embedding of a token": ("model.embed_tokens.weight", (slice(3, 9), slice(None))),
+        "attention's output": ("model.layers.1.self_attn.o_proj.weight", (slice(None), slice(None))),
+        "one group's output": ("model.layers.1.self_attn.o_proj.weight", (slice(None), slice(0, 48))),
+        "values": ("model.layers.1.self_attn.v_proj.weight", (slice(None), slice(None))),
+        "a pair of the keys": ("model.layers.1.self_attn.k_proj.weight", (slice(0, None, 12), slice(None))),
+        "queries": ("model.layers.1.self_attn.q_proj.weight", (slice(None), slice(None))),
+        "neurons": ("model.layers.1.mlp.down_proj.weight", (slice(None), slice(None)))}
+
+
+@pytest.mark.parametrize("dead", DEAD)
+def test_parts_of_a_teacher_that_do_nothing_are_no_obstacle(dead: str, tmp_path: Path) -> None:
+    """As padding in an embedding, and layers that were added to write nothing yet."""
+    teacher = teacher_of(tmp_path / "t", family="llama", tied=False)
+    model, (name, part) = teacher.model(), DEAD[dead]
+    with torch.no_grad():
+        model.get_parameter(name)[part] = 0
+    model.save_pretrained(tmp_path / "t")
+    teacher = DenseCheckpoint.open(tmp_path / "t")
+    for cut in ("key/value heads", "all"):
+        start = start_of(teacher, some_ids(), "weights", **CUTS[cut])
+        assert all(tensor.isfinite().all() for tensor in start.tensors.values()), cut
+        clone = start.clone(teacher.model())
+        parts = clone(some_ids(), objective=Objective(clone=1.0)).parts
+        assert start.kl == pytest.approx(parts["kl"].item(), rel=1e-3) and parts["clone"].isfinite()
+
+
+def test_only_principal_components_are_refitted(tmp_path: Path) -> None:
+    """RED selects channels and leaves the weights as they are (arXiv 2605.29327)."""
+    teacher = teacher_of(tmp_path / "t")
+    data, shape = tiny_data(teacher.path, tmp_path), replace(teacher.shape, hidden_size=32)
+    recipe = load_recipe(None, ["train.init=selection", "train.seq_len=64"])
+    start = make_start(Layers.of(teacher, torch.device("cpu")), shape, recipe.train, data, tmp_path)
+    writer = start.tensors["model.layers.0.mlp.down_proj.weight"]
+    rows = {tuple(row.tolist()) for row in teacher.tensor("model.layers.0.mlp.down_proj.weight")}
+    assert all(tuple(row.tolist()) in rows for row in writer)
+
+
+def test_a_full_disk_is_an_error_of_the_write(tmp_path: Path) -> None:
+    streams = Streams(tmp_path, (2, 8), torch.device("cpu"))
+    (tmp_path / "own.stream").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        streams.put("own", slice(0, 1), torch.zeros(1, 8, 4))
+
+
+def test_streams_return_what_was_put(tmp_path: Path) -> None:
+    streams = Streams(tmp_path, (3, 8), torch.device("cpu"))
+    values = torch.randn(3, 8, 5)
+    for part in (slice(2, 3), slice(0, 2)):
+        streams.put("own", part, values[part].mT.contiguous().mT)
+    assert torch.equal(streams.get("own", slice(1, 3)), values[1:3])
 
 
 def test_heads_with_q_k_norms_are_dropped_by_groups(tmp_path: Path) -> None:

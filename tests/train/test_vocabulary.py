@@ -210,7 +210,7 @@ def test_a_trimmed_tokenizer_is_consistent(teacher: DenseCheckpoint, tmp_path: P
 
 
 def test_the_other_files(llama: DenseCheckpoint, tmp_path: Path) -> None:
-    for name in ("vocab.json", "merges.txt", "NOTICE"):
+    for name in ("vocab.json", "merges.txt", "tokenizer.model", "NOTICE"):
         (llama.path / name).write_text(name)
     (llama.path / "README.md").write_text("---\nlicense: mit\n---\nA card.\n")
     added = {str(i): {"content": text, "special": True} for text, i in llama.tokenizer().get_added_vocab().items()}
@@ -237,7 +237,7 @@ def test_the_other_files(llama: DenseCheckpoint, tmp_path: Path) -> None:
     assert json.loads((trimmed.path / "added_tokens.json").read_text()) == {"<|eot_id|>": ids["<|eot_id|>"]}
     assert trimmed.config["eos_token_id"] == ids["<|eot_id|>"]
     assert trimmed.card == {"license": "mit"} and (trimmed.path / "NOTICE").read_text() == "NOTICE"
-    assert not (trimmed.path / "vocab.json").exists() and not (trimmed.path / "merges.txt").exists()
+    assert not any((trimmed.path / name).exists() for name in ("vocab.json", "merges.txt", "tokenizer.model"))
     assert trimmed.name == teacher.name and len(kept) == 450
 
 

@@ -28,14 +28,14 @@ INPUTS_FILE = "inputs.json"  # of the run that the checkpoints belong to
 def claim(run: Path, inputs: dict[str, Any]) -> None:
     """Prepare `run` as the folder of the run with these named inputs; keep it if it already belongs to that run.
 
-    Raises UserError if it has checkpoints of another run, which this one would otherwise resume.
+    Raises UserError if it has checkpoints or finished hops of another run, which this one would otherwise resume.
     """
     mark = run / INPUTS_FILE
     before = json.loads(mark.read_text()) if mark.exists() else None
     differences = changes(before, inputs)
     if before is not None and not differences:
         return
-    if latest(run / "checkpoints"):
+    if any(PARTIAL not in file.parts for file in run.rglob("*.safetensors")):
         why = f" ({'; '.join(differences)})" if differences else ""
         raise UserError(f"{run}: holds checkpoints of a run with other settings or data{why}; restore those to "
                         "continue it, or remove this folder to start again")

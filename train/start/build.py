@@ -1,8 +1,8 @@
 """Build the start of a student: choose what stays of each axis, then go through the layers and refit their writers.
 
 Three passes: statistics of the teacher's activations; the choice of layers, if some go (depth.py); and, layer by layer,
-the student next to the teacher. One decoder layer of each model is in memory at a time, and residual streams are in
-files. Shapes: B rows, L positions, D teacher width, S student width.
+the student next to the teacher. One decoder layer of the teacher is in memory at a time, and residual streams are in
+files; the student's weights are in memory, in float32. Shapes: B rows, L positions, D teacher width, S student width.
 """
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lrc_edge.block_map import BlockMap
@@ -23,13 +22,13 @@ from lrc_edge.train.clone import Clone, config_of
 from lrc_edge.train.phases import CLONE, DENSE, Phase
 from lrc_edge.train.start import depth, heads, neurons
 from lrc_edge.train.start.layers import Layers, recorded
+from lrc_edge.train.start.losses import losses
 from lrc_edge.train.start.refit import LeastSquares
 from lrc_edge.train.start.statistics import LayerStatistics, Statistics, at_unit_rms, statistics_of
 from lrc_edge.train.start.streams import Streams
 from lrc_edge.train.start.width import Width, principal_components
 
 Progress = Callable[[str], None]
-LOGIT_TOKENS = 512  # tokens whose logits exist at one time
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ class Assembly:
         for weight in weights[1:]:
             if weight.layer is None:
                 self._set(weight, {FINAL_NORM.module: rms})
-        return self._start(*self._losses(rows_BL))
+        return self._start(*losses(self.teacher, self.student, rows_BL, self.streams))
 
     def _start(self, loss: float, kl: float) -> Start:
         writers = {w.name: self.projections[w.name] for w in weights_of(self.lineage.student) if w.role.writes_stream}
@@ -165,8 +164,10 @@ class Assembly:
         if role.is_matrix:
             norm = self._norm_before(role)
             gain_D = self._gain(norm, layer if norm is not FINAL_NORM else None) if norm else None
-            self.projections[weight.name] = self.width.projection(gain_D)
-            value = compose(role, value, self.projections[weight.name])
+            projection = self.width.projection(gain_D)
+            if role.writes_stream or self.holds == "projections":
+                self.projections[weight.name] = projection
+            value = compose(role, value, projection)
         self.values[weight.name] = value.contiguous()
 
     def _norm_before(self, role: Role) -> Role | None:
@@ -237,17 +238,3 @@ class Assembly:
             return torch.ones(())
         total = sum(self._rms(self.streams.get("teacher", part)) for part in self.streams.parts())
         return torch.as_tensor(total).cpu() / self.streams.n_tokens
-
-    def _losses(self, rows_BL: torch.Tensor) -> tuple[float, float]:
-        """Return the student's loss and its KL from the teacher, in nats per token."""
-        heads = [model.head() for model in (self.teacher, self.student)]
-        loss = kl = 0.0
-        for part in self.streams.parts():
-            next_ids = rows_BL[part][:, 1:].flatten().to(self.teacher.device)
-            flat = [self.streams.get(name, part)[:, :-1].flatten(0, 1) for name in ("teacher", "student")]
-            for ids, *streams in zip(*(x.split(LOGIT_TOKENS) for x in (next_ids, *flat)), strict=True):
-                log_p, log_q = (F.log_softmax(head(stream), -1) for head, stream in zip(heads, streams, strict=True))
-                loss += F.nll_loss(log_q, ids, reduction="sum").item()
-                kl += F.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
-        n_predictions = rows_BL[:, 1:].numel()
-        return loss / n_predictions, kl / n_predictions

@@ -15,12 +15,12 @@ from torch.nn import functional as F
 
 from lrc_edge.families import EMBEDDING, family_of
 from lrc_edge.train.start.layers import Layers, recorded
+from lrc_edge.train.start.losses import LOGIT_TOKENS
 from lrc_edge.train.start.refit import LeastSquares
 from lrc_edge.train.start.statistics import Statistics
 from lrc_edge.train.start.streams import Streams
 
 SCORING_TOKENS = 4096
-LOGIT_TOKENS = 512  # tokens whose logits exist at one time
 
 
 def greedy(model: Layers, statistics: Statistics, n_kept: int, rows_BL: torch.Tensor, folder: Path,

@@ -11,7 +11,7 @@ linears and RoPE, keys cannot be merged: whole groups are dropped instead.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 
@@ -41,11 +41,16 @@ class Merge:
 
 
 def aligned(statistics: LayerStatistics, o_QDH: torch.Tensor, n_kept: int) -> list[Merge]:
-    """Return n_kept merges that together replace all groups of a layer, the cheapest ones. o_QDH: o_proj by heads."""
+    """Return n_kept merges that together replace all groups of a layer. o_QDH: o_proj by heads.
+
+    Those groups are merged that lose least with each other, two by two: the spectra of whole groups would cost minutes
+    per layer for a model whose heads each have their own keys.
+    """
     n_groups = statistics.keys_PGG.shape[1]
     gram_GHH = (o_QDH.mT @ o_QDH).unflatten(0, (n_groups, -1)).sum(1)
     aligner = Aligner(statistics, gram_GHH, o_QDH.shape[-1])
-    return [aligner.merge(members) for members in grouping(aligner.cost, n_groups, n_kept)]
+    costs = {pair: aligner.cost(pair) for pair in combinations(range(n_groups), 2)} if n_kept > 1 else {}
+    return [aligner.merge(members) for members in grouping(costs, n_groups, n_kept)]
 
 
 def head_maps(statistics: LayerStatistics, o_DQ: torch.Tensor, teacher: ModelShape, student: ModelShape,
@@ -90,10 +95,10 @@ class Aligner:
         n_groups = len(gram_GHH)
         self.head_dim, self.keys_PGG = head_dim, statistics.keys_PGG
         queries_GP = statistics.queries_QP.unflatten(0, (n_groups, -1)).sum(1).sqrt()
-        self.weights_GP = queries_GP.clamp(min=SMALLEST * queries_GP.max().item())
+        self.weights_GP = floored(queries_GP)
         self.values_GGHH = statistics.values_VV.unflatten(0, (n_groups, -1)).unflatten(-1, (n_groups, -1)).movedim(2, 1)
         values, vectors = torch.linalg.eigh(gram_GHH)
-        roots = values.clamp(min=SMALLEST * values.max().item()).sqrt()
+        roots = floored(values).sqrt()
         self.root_GHH = vectors @ (roots[..., None] * vectors.mT)
         self.inverse_GHH = vectors @ (vectors.mT / roots[..., None])
         self.turn_HH = torch.linalg.qr(torch.randn(head_dim, head_dim, generator=torch.Generator().manual_seed(0))).Q
@@ -101,8 +106,8 @@ class Aligner:
     def cost(self, members: tuple[int, ...]) -> float:
         """Return the share of the keys' and of the values' weighted energy that a merge of these groups loses."""
         keys, values = (torch.linalg.eigvalsh(matrix) for matrix in self._weighted(members))
-        lost = 1 - keys[:, -1].sum() / keys.sum(), 1 - values[-self.head_dim:].sum() / values.sum()
-        return sum(share.item() for share in lost)
+        kept = (keys[:, -1].sum(), keys.sum()), (values[-self.head_dim:].sum(), values.sum())
+        return sum(1 - (part / whole).item() for part, whole in kept if whole > 0)
 
     def merge(self, members: tuple[int, ...]) -> Merge:
         """Merge these groups. The magnitudes of the new keys and values are the members' own, so that the optimizer's
@@ -111,14 +116,14 @@ class Aligner:
         keys_PMM, values_XX = self._weighted(members)
         energy_P, u_PM = (found[..., -1] for found in torch.linalg.eigh(keys_PMM))
         own_P = self.keys_PGG.diagonal(dim1=1, dim2=2).real[:, index].mean(1)
-        scale_P = (own_P / energy_P.clamp(min=SMALLEST * energy_P.max().item())).sqrt()
+        scale_P = torch.where(own_P > 0, own_P / floored(energy_P), 1).sqrt()
         factors_MP = u_PM.T.conj() * self.weights_GP[index]
         inverse_MP = (u_PM.T / self.weights_GP[index]).conj()
         values, vectors = torch.linalg.eigh(values_XX)
         # Components differ in size by orders of magnitude, and a block of o_proj holds several: turned, they do not.
         p_MHH = (vectors[:, -self.head_dim:] @ self.turn_HH).unflatten(0, (len(index), -1))
         own = torch.stack([self.values_GGHH[g, g].trace() for g in index]).mean()
-        scale = (own / values[-self.head_dim:].sum()).sqrt()
+        scale = (own / values[-self.head_dim:].sum()).sqrt() if own > 0 else 1.0
         return Merge(members, as_blocks(factors_MP * scale_P), as_blocks(inverse_MP / scale_P),
                      self.root_GHH[index] @ p_MHH * scale, self.inverse_GHH[index] @ p_MHH / scale)
 
@@ -131,28 +136,35 @@ class Aligner:
         return keys_PMM, values_MMHH.movedim(1, 2).flatten(2).flatten(0, 1)
 
 
+def floored(x: torch.Tensor) -> torch.Tensor:
+    """Return x with values of at least SMALLEST of the largest; ones if none is above 0."""
+    largest = x.max().item()
+    return x.clamp(min=SMALLEST * largest) if largest > 0 else torch.ones_like(x)
+
+
 def as_blocks(factors: torch.Tensor) -> torch.Tensor:
     """(..., P) complex factors of pairs -> (..., H, H) real matrices that multiply a row vector by them."""
     real, imaginary = torch.diag_embed(factors.real), torch.diag_embed(factors.imag)
     return torch.cat([torch.cat([real, imaginary], -1), torch.cat([-imaginary, real], -1)], -2).float()
 
 
-def grouping(cost: Callable[[tuple[int, ...]], float], n_groups: int, n_kept: int) -> list[tuple[int, ...]]:
-    """Return n_kept groups of equal size with a low total cost: neighbours, improved by the best exchanges of two."""
+def grouping(costs: Mapping[tuple[int, int], float], n_groups: int, n_kept: int) -> list[tuple[int, ...]]:
+    """Return n_kept groups of equal size with a low total cost: neighbours, improved by the best exchanges of two.
+
+    costs: of each pair (a < b) in one group; a group's cost is the sum over its pairs.
+    """
     size = n_groups // n_kept
     found = [tuple(range(first, first + size)) for first in range(0, n_groups, size)]
-    costs: dict[tuple[int, ...], float] = {}
 
-    def cost_of(members: tuple[int, ...]) -> float:
-        if members not in costs:
-            costs[members] = cost(members)
-        return costs[members]
+    def cost_of(member: int, others: Iterable[int]) -> float:
+        return sum(costs[min(member, other), max(member, other)] for other in others)
 
     def exchanges() -> Iterator[tuple[float, int, int, tuple[int, ...], tuple[int, ...]]]:
         for (i, first), (j, second) in combinations(enumerate(found), 2):
             for a, b in product(first, second):
-                one, two = tuple(sorted({*first} - {a} | {b})), tuple(sorted({*second} - {b} | {a}))
-                yield cost_of(one) + cost_of(two) - cost_of(first) - cost_of(second), i, j, one, two
+                with_b, with_a = {*first} - {a}, {*second} - {b}
+                gain = cost_of(b, with_b) + cost_of(a, with_a) - cost_of(a, with_b) - cost_of(b, with_a)
+                yield gain, i, j, tuple(sorted(with_b | {b})), tuple(sorted(with_a | {a}))
 
     while (best := min(exchanges(), default=None)) and best[0] < -LEAST_GAIN:
         _, i, j, found[i], found[j] = best

@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lrc_edge.recipe import Train
 from lrc_edge.shape import ModelShape
 from lrc_edge.train.data.rows import PackedRows
 from lrc_edge.train.start.build import Choices, Start, build_start
+from lrc_edge.train.start.depth import SCORING_TOKENS
 from lrc_edge.train.start.layers import Layers
 from lrc_edge.train.start.width import INITS
 
@@ -29,19 +31,44 @@ def make_start(teacher: Layers, student: ModelShape, train: Train, data: Path, f
                progress: Callable[[str], None] = lambda text: None, choices: Choices | None = None) -> Start:
     """Return the start of a student of this shape, computed on rows of the training text. `folder`: for temporary
     files; `choices`: for comparisons. Raises UserError if the GPU's memory is too small."""
-    rows = PackedRows(data, min(train.seq_len, student.max_position_embeddings))
-    n_rows = max(1, CALIBRATION_TOKENS // rows.seq_len)
-    picked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(train.seed))[:n_rows]
-    sample_BL = torch.stack([rows[int(i)]["input_ids"] for i in picked])
+    rows_BL = calibration_rows(data, train, student)
     holds: Holds = "weights" if train.dense_share == 1 else "projections"
-    choices = choices or Choices(width=INITS[train.init], seed=train.seed)
+    choices = choices or Choices(width=INITS[train.init], refits=train.init == "pca", seed=train.seed)
     try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix="streams-") as streams:
-            return build_start(teacher, student, sample_BL, Path(streams), holds, choices, progress)
+        with temporary_streams(folder) as streams:
+            return build_start(teacher, student, rows_BL, streams, holds, choices, progress)
     except torch.OutOfMemoryError as error:
         raise UserError(f"start: out of memory on {teacher.device} ({str(error).split('. ')[0]}); the embedding, the "
                         "LM head and one layer of the teacher must fit: use a larger GPU, or "
                         "--set train.device=cpu") from error
+
+
+def stream_bytes(teacher: ModelShape, student: ModelShape) -> int:
+    """Return the bytes of the temporary files that a start needs at its peak: the streams of both models and what each
+    writer should reach; and, to choose layers, two streams per layer."""
+    chooses = student.num_hidden_layers < teacher.num_hidden_layers
+    search = 2 * teacher.num_hidden_layers * SCORING_TOKENS * teacher.hidden_size if chooses else 0
+    return 4 * (CALIBRATION_TOKENS * (teacher.hidden_size + 3 * student.hidden_size) + search)
+
+
+def calibration_rows(data: Path, train: Train, student: ModelShape) -> torch.Tensor:
+    """Return rows (B, L) of the training text, chosen by train.seed."""
+    rows = PackedRows(data, min(train.seq_len, student.max_position_embeddings))
+    n_rows = max(1, CALIBRATION_TOKENS // rows.seq_len)
+    picked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(train.seed))[:n_rows]
+    return torch.stack([rows[int(i)]["input_ids"] for i in picked])
+
+
+@contextmanager
+def temporary_streams(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder in `folder`, and remove it, as well as what a killed process left there."""
+    own = folder / "streams"
+    shutil.rmtree(own, ignore_errors=True)
+    own.mkdir()
+    try:
+        yield own
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
 
 
 def save_start(start: Start, folder: Path) -> dict[str, Any]:
@@ -50,8 +77,13 @@ def save_start(start: Start, folder: Path) -> dict[str, Any]:
     (empty lists if all stay)."""
     tensors = start.tensors | {WRITER + name: p for name, p in start.writers.items()} | start.lineage.tensors()
     # Copies: a safetensors file refuses tensors that share memory.
-    copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    save_file(copies, folder / START_FILE, start.lineage.metadata(start.holds))
+    stored: set[int] = set()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in stored or storage.nbytes() != tensor.nbytes or not tensor.is_contiguous():
+            tensors[name] = tensor.clone(memory_format=torch.contiguous_format)
+        stored.add(storage.data_ptr())
+    save_file(tensors, folder / START_FILE, start.lineage.metadata(start.holds))
     heads = {name: [block_map.index_JM.tolist() for block_map in start.lineage.maps.get(axis, ())]
              for name, axis in (("query_heads", "q_size"), ("key_value_heads", "k_size"))}
     figures = {"kl": start.kl, "loss": start.loss, "layers": start.lineage.layers, **heads}

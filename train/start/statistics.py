@@ -65,8 +65,8 @@ def statistics_of(model: Layers, rows_BL: torch.Tensor, streams: Streams, progre
 
 
 def at_unit_rms(stream: torch.Tensor) -> torch.Tensor:
-    """Scale every position to unit RMS, so that all depths count alike."""
-    return stream / stream.square().mean(-1, keepdim=True).sqrt()
+    """Scale every position to unit RMS, so that all depths count alike. A position of zeros (padding) stays."""
+    return stream / stream.square().mean(-1, keepdim=True).sqrt().clamp(min=torch.finfo(stream.dtype).tiny)
 
 
 def _of_layer(model: Layers, layer: int, mask: torch.Tensor | None, streams: Streams, n_tokens: int,

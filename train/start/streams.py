@@ -4,6 +4,7 @@ Shapes: B rows, L positions.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +21,7 @@ class Streams:
         """`sizes`: (B, L)"""
         self.folder, self.device = folder, device
         self.n_rows, self.length = sizes
-        self._arrays: dict[str, np.memmap] = {}
+        self._widths: dict[str, int] = {}
 
     @property
     def n_tokens(self) -> int:
@@ -33,10 +34,17 @@ class Streams:
             yield slice(first, min(first + step, self.n_rows))
 
     def put(self, name: str, part: slice, stream: torch.Tensor) -> None:
-        if name not in self._arrays:
-            size = (self.n_rows, self.length, stream.shape[-1])
-            self._arrays[name] = np.memmap(self.folder / f"{name}.stream", np.float32, "w+", shape=size)
-        self._arrays[name][part] = stream.cpu().numpy()
+        """Raises OSError if the disk is full (where a mapped file would end the process)."""
+        self._widths[name] = stream.shape[-1]
+        with self._file(name).open("r+b" if self._file(name).exists() else "wb") as file:
+            file.seek(4 * part.start * self.length * stream.shape[-1])
+            file.write(stream.float().contiguous().cpu().numpy().data)
 
     def get(self, name: str, part: slice) -> torch.Tensor:
-        return torch.from_numpy(np.array(self._arrays[name][part])).to(self.device)
+        shape = (part.stop - part.start, self.length, self._widths[name])
+        found = np.fromfile(self._file(name), np.float32, math.prod(shape),
+                            offset=4 * part.start * self.length * shape[-1])
+        return torch.from_numpy(found.reshape(shape)).to(self.device)
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.stream"
