@@ -143,7 +143,8 @@ def untrained(args: argparse.Namespace) -> Iterator[str]:
     """Yield a table of the losses of all starts on held-out text."""
     teacher, held_out_BL = DenseCheckpoint.open(args.teacher), np.load(args.out / "data" / "eval.npy")
     loss = held_out_loss(teacher.model(), held_out_BL, torch.float32)
-    yield f"Teacher `{teacher.path.name}`: loss {loss:.3f}.\n\n| cut | {' | '.join(STARTS)} |\n|---|" + "---|" * len(STARTS)
+    yield f"Teacher `{teacher.path.name}`: loss {loss:.3f}.\n\n| cut | {' | '.join(STARTS)} |"
+    yield "|---|" + "---|" * len(STARTS)
     for cut, shape in cuts_of(teacher.shape).items():
         losses = []
         for start in STARTS if not args.cuts or cut in args.cuts else ():
