@@ -4,8 +4,8 @@
 
 Each axis is cut alone, and all together. Three starts of every student: ours, with and without the refit, and a plain
 one (mean pooling of key/value heads, neurons by their mean absolute activation, layers by how little they change the
-stream, no refit). All train weights on LM and KL. Four learning rates are tried with seed 0; the one with the lowest loss on one part of --held-out
-is used for --seeds runs, which are evaluated on the other part.
+stream, no refit). All train weights on LM and KL. Four learning rates are tried with seed 0; the one with the lowest
+loss on one part of --held-out is used for --seeds runs, which are evaluated on the other part.
 
 Last, students that are smaller along several axes are trained at once and in steps (hops) with the same number of
 tokens. Each step cuts at most a third of the parameters. "Minitron-like" takes these steps with plain starts, and keeps
