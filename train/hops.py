@@ -14,7 +14,6 @@ from safetensors import safe_open
 
 from lrc_edge import recipe as recipes
 from lrc_edge.checkpoint import DenseCheckpoint
-from lrc_edge.families import weights_of
 from lrc_edge.recipe import Recipe
 from lrc_edge.shape import ModelShape
 from lrc_edge.train.clone import config_of
@@ -25,7 +24,6 @@ from lrc_edge.train.loop.stage import SUMMARY_FILE, train
 from lrc_edge.train.loop.trainer import TRAINED_FILE, Progress
 from lrc_edge.train.start.build import Choices, Start
 from lrc_edge.train.start.layers import Layers
-from lrc_edge.train.start.losses import losses, read_through
 from lrc_edge.train.start.stage import (
     FIGURES_FILE,
     calibration_rows,
@@ -34,7 +32,6 @@ from lrc_edge.train.start.stage import (
     save_start,
     temporary_streams,
 )
-from lrc_edge.train.start.streams import Streams
 from lrc_edge.workspace import replace_tree
 
 
@@ -80,22 +77,9 @@ def _next_start(start: Start, trained: Path, teacher: DenseCheckpoint, shape: Mo
         model = Layers(config_of(teacher.check_config(), lineage), lineage.student,
                        lambda weight: file.get_tensor(weight.name), device)
         cut = make_start(model, shape, settings, data, trained, choices=choices)
-    writers = {weight.name: start.writers[cut.lineage.source_of(weight)] @ cut.writers[weight.name]
-               for weight in weights_of(shape) if weight.role.writes_stream}
-    composed = lineage.then(cut.lineage)
-    config, rows_BL = config_of(teacher.check_config(), composed), calibration_rows(data, settings, shape)
-    student = Layers(config, shape, lambda weight: cut.tensors[weight.name], device)
-    loss, kl = _losses(Layers.of(teacher, device), student, rows_BL, trained)
-    return Start(composed, cut.holds, cut.tensors, writers, loss, kl)
-
-
-def _losses(teacher: Layers, student: Layers, rows_BL: torch.Tensor, folder: Path) -> tuple[float, float]:
-    """Return the student's loss and its KL from the teacher. `folder`: for temporary files."""
-    with temporary_streams(folder) as own:
-        streams = Streams(own, rows_BL.shape, teacher.device)
-        for name, model in (("teacher", teacher), ("student", student)):
-            read_through(model, rows_BL, streams, name)
-        return losses(teacher, student, rows_BL, streams)
+    with temporary_streams(trained) as streams:
+        rows_BL = calibration_rows(data, settings, shape)
+        return start.then(cut, Layers.of(teacher, device), rows_BL, streams)
 
 
 def _save_next(start: Start, hop: Path) -> None:

@@ -82,10 +82,11 @@ def test_the_figures_of_a_start_are_those_of_its_clone(cut: str, holds: Holds, t
 
 @pytest.mark.parametrize("cut", CUTS)
 def test_a_refit_starts_nearer(cut: str, tmp_path: Path) -> None:
+    """Of every axis but the width, which is not refitted."""
     teacher = teacher_of(tmp_path / "t", family="llama", tied=True)
     refitted, not_refitted = (start_of(teacher, some_ids(8), "weights", choices, **CUTS[cut])
                               for choices in (Choices(), plain()))
-    assert refitted.kl < not_refitted.kl
+    assert refitted.kl < not_refitted.kl if cut != "width" else refitted.kl == not_refitted.kl
 
 
 def test_least_squares_are_those_of_the_closed_form() -> None:

@@ -22,7 +22,7 @@ from lrc_edge.train.clone import Clone, config_of
 from lrc_edge.train.phases import CLONE, DENSE, Phase
 from lrc_edge.train.start import depth, heads, neurons
 from lrc_edge.train.start.layers import Layers, recorded
-from lrc_edge.train.start.losses import losses
+from lrc_edge.train.start.losses import losses, losses_of
 from lrc_edge.train.start.refit import LeastSquares
 from lrc_edge.train.start.statistics import LayerStatistics, Statistics, at_unit_rms, statistics_of
 from lrc_edge.train.start.streams import Streams
@@ -64,6 +64,19 @@ class Start:
         self.load_into(clone)
         return clone
 
+    def model(self, teacher: Layers) -> Layers:
+        """Return the student, if its weights are held, by layers."""
+        return Layers(config_of(teacher.config, self.lineage), self.lineage.student,
+                      lambda weight: self.tensors[weight.name], teacher.device)
+
+    def then(self, cut: Start, teacher: Layers, rows_BL: torch.Tensor, folder: Path) -> Start:
+        """Return `cut`, the start of a student of this start's student, as a start of a student of the teacher."""
+        writers = {weight.name: self.writers[cut.lineage.source_of(weight)] @ cut.writers[weight.name]
+                   for weight in weights_of(cut.lineage.student) if weight.role.writes_stream}
+        start = Start(self.lineage.then(cut.lineage), cut.holds, cut.tensors, writers, cut.loss, cut.kl)
+        start.loss, start.kl = losses_of(teacher, start.model(teacher), rows_BL, folder)
+        return start
+
     def load_into(self, clone: Clone) -> None:
         for name, p in clone.writers().items() if self.writers else ():
             p.data.copy_(self.writers[name])
@@ -78,14 +91,29 @@ def first_phase(holds: Holds) -> Phase:
 @torch.no_grad()
 def build_start(teacher: Layers, student: ModelShape, rows_BL: torch.Tensor, folder: Path, holds: Holds,
                 choices: Choices | None = None, progress: Progress = lambda text: None) -> Start:
-    """Return the start of a student of this shape. rows_BL: ids of calibration text. folder: for temporary files."""
+    """Return the start of a student of this shape. rows_BL: ids of calibration text. folder: for temporary files.
+
+    A narrower student is not refitted: that starts nearer but ends farther (docs/LOG.md). So a student that is smaller
+    along other axes, too, is cut along these first, at the teacher's width, and refitted there.
+    """
     choices = choices or Choices()
+    wide = student.resized({"hidden_size": teacher.shape.hidden_size})
+    if holds == "projections" or not choices.refits or wide in (teacher.shape, student):
+        return _cut(teacher, student, rows_BL, folder, holds, choices, progress)
+    first = _cut(teacher, wide, rows_BL, folder, holds, choices, progress)
+    second = _cut(first.model(teacher), student, rows_BL, folder, holds, choices, progress)
+    return first.then(second, teacher, rows_BL, folder)
+
+
+def _cut(teacher: Layers, student: ModelShape, rows_BL: torch.Tensor, folder: Path, holds: Holds, choices: Choices,
+         progress: Progress) -> Start:
     streams = Streams(folder, rows_BL.shape, teacher.device)
     statistics = statistics_of(teacher, rows_BL, streams, progress)
     layers = choices.layers(teacher, statistics, student.num_hidden_layers, rows_BL, folder, progress)
     lineage = Lineage(teacher.shape, student, layers, _maps(teacher, student, layers, statistics, choices))
     width = choices.width(statistics, lineage, choices.seed)
-    return Assembly(teacher, lineage, width, holds, streams, choices.refits and width.is_linear).run(rows_BL, progress)
+    refits = choices.refits and student.hidden_size == teacher.shape.hidden_size
+    return Assembly(teacher, lineage, width, holds, streams, refits).run(rows_BL, progress)
 
 
 def _maps(teacher: Layers, student: ModelShape, layers: tuple[int, ...], statistics: Statistics, choices: Choices

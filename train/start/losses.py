@@ -4,6 +4,8 @@ Shapes: B rows, L positions.
 """
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch.nn import functional as F
 
@@ -31,7 +33,15 @@ def losses(teacher: Layers, student: Layers, rows_BL: torch.Tensor, streams: Str
 
 
 @torch.no_grad()
-def read_through(model: Layers, rows_BL: torch.Tensor, streams: Streams, name: str) -> None:
+def losses_of(teacher: Layers, student: Layers, rows_BL: torch.Tensor, folder: Path) -> tuple[float, float]:
+    """Return the student's loss and its KL from the teacher. `folder`: for temporary files."""
+    streams = Streams(folder, rows_BL.shape, teacher.device)
+    for name, model in (("teacher", teacher), ("student", student)):
+        _read_through(model, rows_BL, streams, name)
+    return losses(teacher, student, rows_BL, streams)
+
+
+def _read_through(model: Layers, rows_BL: torch.Tensor, streams: Streams, name: str) -> None:
     """Put the residual stream of `model` after its last layer under this name."""
     table_VD, masks = model.outside(EMBEDDING), model.masks(rows_BL)
     for part in streams.parts():
