@@ -40,6 +40,7 @@ class Choices:
     neurons: Callable[[LayerStatistics, torch.Tensor], torch.Tensor] = neurons.strongest
     heads: Callable[..., dict[str, BlockMap]] = heads.head_maps
     refits: bool = True
+    refits_width: bool = False  # also where the width is cut
     seed: int = 0
 
 
@@ -98,7 +99,7 @@ def build_start(teacher: Layers, student: ModelShape, rows_BL: torch.Tensor, fol
     """
     choices = choices or Choices()
     wide = student.resized({"hidden_size": teacher.shape.hidden_size})
-    if holds == "projections" or not choices.refits or wide in (teacher.shape, student):
+    if holds == "projections" or not choices.refits or choices.refits_width or wide in (teacher.shape, student):
         return _cut(teacher, student, rows_BL, folder, holds, choices, progress)
     first = _cut(teacher, wide, rows_BL, folder, holds, choices, progress)
     second = _cut(first.model(teacher), student, rows_BL, folder, holds, choices, progress)
@@ -112,7 +113,8 @@ def _cut(teacher: Layers, student: ModelShape, rows_BL: torch.Tensor, folder: Pa
     layers = choices.layers(teacher, statistics, student.num_hidden_layers, rows_BL, folder, progress)
     lineage = Lineage(teacher.shape, student, layers, _maps(teacher, student, layers, statistics, choices))
     width = choices.width(statistics, lineage, choices.seed)
-    refits = choices.refits and student.hidden_size == teacher.shape.hidden_size
+    refits = width.is_linear and choices.refits and (choices.refits_width or
+                                                     student.hidden_size == teacher.shape.hidden_size)
     return Assembly(teacher, lineage, width, holds, streams, refits).run(rows_BL, progress)
 
 
