@@ -10,7 +10,7 @@ DENSE = "dense distillation"
 STARTS = {
     "gaussian": "random projections",
     "selection": "selected channels (RED, arXiv 2605.29327)",
-    "pca": "principal components (arXiv 2401.15024), refitted",
+    "pca": "principal components (arXiv 2401.15024)",
 }
 FULL_WIDTH = "the teacher's own channels, refitted"  # what `pca` is for a student as wide as its teacher
 # train.clone_terms -> the clone loss.

@@ -30,7 +30,7 @@ def test_the_papers_settings_are_low_rank_clone_and_nothing_else(alpha: float) -
 
 @pytest.mark.parametrize(("setting", "words"), [
     ("train.init=selection", "a start from selected channels (RED, arXiv 2605.29327)"),
-    ("train.init=pca", "a start from principal components (arXiv 2401.15024), refitted"),
+    ("train.init=pca", "a start from principal components (arXiv 2401.15024)"),
     ("train.clone_terms=relative", "relative clone terms"),
     ("train.alpha=0", "no clone terms"),
     ("train.alpha=0.02", "clone weight 0.02"),
@@ -45,7 +45,7 @@ def test_each_change_is_named(setting: str, words: str) -> None:
 
 
 @pytest.mark.parametrize(("settings", "dense_from", "expected"), [
-    ([], 0, "dense distillation from principal components (arXiv 2401.15024), refitted, with relative clone "
+    ([], 0, "dense distillation from principal components (arXiv 2401.15024), with relative clone "
             "terms (arXiv 2505.12781)"),
     (["train.dense_alpha=0", "train.init=selection"], 0,
      "dense distillation from selected channels (RED, arXiv 2605.29327), with no clone terms"),

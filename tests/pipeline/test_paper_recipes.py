@@ -219,6 +219,6 @@ def test_a_build_of_ours_says_what_it_is(tiny_llama: Path, tmp_path: Path) -> No
     recipe = load_recipe("edge-1.5b", [*SMALL, "quantize.tokens=0"], data={"sources": local_sources(tmp_path, 2)})
     build(str(tiny_llama), tmp_path / "out", recipe, Console(quiet=True))
     card = (tmp_path / "out" / "student" / "README.md").read_text()
-    assert ("Training: dense distillation from principal components (arXiv 2401.15024), refitted, with relative clone "
+    assert ("Training: dense distillation from principal components (arXiv 2401.15024), with relative clone "
             "terms (arXiv 2505.12781).\n") in card
     assert "low-rank-clone" not in card
