@@ -88,7 +88,7 @@ def sizes_that_work(field: str, shape: ModelShape, teacher: ModelShape, block: i
     of `block`, and that transformers reads."""
     found = (shape.resized({field: size}) for size in range(1, getattr(teacher, field) + 1))
     return [getattr(other, field) for other in found if row_lengths(other)[field] % block == 0
-            and other.hidden_size % _unit(other) == 0 and other.num_attention_heads in _query_heads(other, teacher)]
+            and can_be_read(other) and other.num_attention_heads in _query_heads(other, teacher)]
 
 
 def _check_smaller(shape: ModelShape, teacher: ModelShape, name: str) -> None:
@@ -99,6 +99,11 @@ def _check_smaller(shape: ModelShape, teacher: ModelShape, name: str) -> None:
     if shape == teacher:
         raise UserError(f"student: the teacher {name} has these sizes, such as hidden_size = {shape.hidden_size}; "
                         f"need a smaller student: lower one of {', '.join(f'student.{field}' for field in SIZES)}")
+
+
+def can_be_read(shape: ModelShape) -> bool:
+    """Whether transformers reads a config of this shape."""
+    return shape.hidden_size % _unit(shape) == 0
 
 
 def _unit(shape: ModelShape) -> int:
@@ -115,7 +120,7 @@ def _half_width(teacher: ModelShape) -> int:
 
 def _check_width(shape: ModelShape, teacher: ModelShape) -> None:
     """Check that transformers reads a config of this shape."""
-    if shape.hidden_size % _unit(shape):
+    if not can_be_read(shape):
         works = sizes_that_work("hidden_size", shape, teacher, BLOCK) or sizes_that_work(
             "hidden_size", shape, teacher, 1)
         raise UserError(f"student.hidden_size = {shape.hidden_size}: transformers' {shape.family} needs a multiple of "

@@ -80,6 +80,17 @@ def test_the_figures_of_a_start_are_those_of_its_clone(cut: str, holds: Holds, t
     assert tuple(clone.student.config.num_hidden_layers for _ in "x") == (start.lineage.student.num_hidden_layers,)
 
 
+def test_query_heads_that_do_not_divide_the_teachers_width(tmp_path: Path) -> None:
+    """transformers' llama refuses 64 channels for 3 query heads, but the student has 48."""
+    teacher = teacher_of(tmp_path / "t", family="llama", tied=True)
+    start = start_of(teacher, some_ids(), "weights", hidden_size=48, num_attention_heads=3, num_key_value_heads=1,
+                     num_hidden_layers=1)
+    with torch.no_grad():
+        parts = start.clone(teacher.model())(some_ids()).parts
+    assert start.kl == pytest.approx(parts["kl"].item(), rel=1e-3)
+    assert start.lineage.student.num_attention_heads == 3
+
+
 @pytest.mark.parametrize("cut", CUTS)
 def test_a_refit_starts_nearer(cut: str, tmp_path: Path) -> None:
     """Of every axis but the width, which is not refitted."""

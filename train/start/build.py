@@ -18,6 +18,7 @@ from lrc_edge.block_map import BlockMap
 from lrc_edge.families import EMBEDDING, FINAL_NORM, Role, Weight, family_of, weights_of
 from lrc_edge.lineage import Holds, Lineage, compose
 from lrc_edge.shape import ModelShape
+from lrc_edge.student import can_be_read
 from lrc_edge.train.clone import Clone, config_of
 from lrc_edge.train.phases import CLONE, DENSE, Phase
 from lrc_edge.train.start import depth, heads, neurons
@@ -99,6 +100,8 @@ def build_start(teacher: Layers, student: ModelShape, rows_BL: torch.Tensor, fol
     """
     choices = choices or Choices()
     wide = student.resized({"hidden_size": teacher.shape.hidden_size})
+    if not can_be_read(wide):
+        wide = wide.resized({"num_attention_heads": teacher.shape.num_attention_heads})
     if holds == "projections" or not choices.refits or choices.refits_width or wide in (teacher.shape, student):
         return _cut(teacher, student, rows_BL, folder, holds, choices, progress)
     first = _cut(teacher, wide, rows_BL, folder, holds, choices, progress)
