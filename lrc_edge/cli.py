@@ -179,6 +179,36 @@ def chat(directory: Chattable, encoding: Encoding = "",
 
 
 @app.command()
+def plan(teacher: Teacher, out: Out, recipe: RecipeFile = None, settings: Settings = None, data: Sources = None,
+         target: Targets = None,
+         tokens_per_second: Annotated[float | None, typer.Option(help="At least this many, at --context.")] = None,
+         time_to_first_token: Annotated[float | None, typer.Option(
+             help="At most this many seconds, after a prompt that fills the context.")] = None,
+         memory: Annotated[float | None, typer.Option(help="At most this many MB of RAM.")] = None,
+         file_size: Annotated[float | None, typer.Option(help="At most this many MB on disk.")] = None,
+         context: Annotated[int | None, typer.Option(help="Tokens to plan for. Default: the device's.")] = None,
+         search: Annotated[str, typer.Option(help="Trials of candidates: none, short or full.")] = "short",
+         timings: Annotated[Path | None, typer.Option(
+             help="Timings that `--time-anchors` made on the device.")] = None,
+         time_anchors: Annotated[bool, typer.Option(
+             "--time-anchors", help="Only time shapes on this machine, and write OUT/timings.json. Needs no PyTorch; "
+                                    "of TEACHER only config.json is read.")] = False) -> None:
+    """Choose a student's sizes for a device and a budget, and write them as a recipe for `build`.
+
+    [dim]lrc-edge plan HuggingFaceTB/SmolLM2-360M --data a.jsonl --target raspberry-pi-5 --memory 300 --out plan[/]
+    """
+    if time_anchors:
+        from lrc_edge.pipeline.target_commands import time_anchors as time_them
+
+        raise typer.Exit(time_them(Path(teacher), target or [], context, out, _plain_console()))
+    from lrc_edge.pipeline import planner
+
+    budget = planner.budget_of(tokens_per_second, time_to_first_token, memory, file_size)
+    raise typer.Exit(planner.plan(teacher, _recipe(recipe, settings, data, targets=target), budget, context, search,
+                                  timings, out, _console()))
+
+
+@app.command()
 def serve(directory: Chattable,
           port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the page; 0 = any free port.")] = 8080,
           host: Annotated[str, typer.Option(help="Address to listen on. 0.0.0.0 admits other devices, which run "

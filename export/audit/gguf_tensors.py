@@ -16,11 +16,12 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.export.audit.values import relative_error, rounded_before, sample_rows
 from lrc_edge.export.gguf.metadata import llama3_rope_factors
-from lrc_edge.export.gguf.to_gguf import ROPE_FACTORS, gguf_name, interleave_rotary
+from lrc_edge.export.gguf.to_gguf import ROPE_FACTORS, interleave_rotary
 from lrc_edge.export.quantize.encodings import dequantize
 from lrc_edge.families import EMBEDDING, HEAD, Weight
 from lrc_edge.finding import SHOWN, Finding, Severity
 from lrc_edge.gguf_header import GgufHeader, StoredTensor
+from lrc_edge.gguf_names import gguf_name
 
 QType = GGMLQuantizationType
 

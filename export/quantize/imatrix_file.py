@@ -13,8 +13,8 @@ from gguf import GGUFReader, GGUFType, GGUFWriter, Keys
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError, one_line
-from lrc_edge.export.gguf.to_gguf import gguf_name
 from lrc_edge.export.quantize.imatrix import measured_weights
+from lrc_edge.gguf_names import gguf_name
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 

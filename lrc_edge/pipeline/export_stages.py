@@ -89,7 +89,7 @@ def allocate_inputs(build: Build) -> Inputs:
 
 def allocate(build: Build, task: Task) -> Done:
     """Choose the type of every matrix in the mixed-precision file."""
-    from lrc_edge.export.gguf.to_gguf import gguf_name
+    from lrc_edge.gguf_names import gguf_name
 
     bits, allocation = build.recipe.export.bits_per_weight, _allocation(build)
     types = {gguf_name(weight): allocation.types[weight.name].name for weight in build.student.weights()

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +11,13 @@ from rich.markup import escape
 from rich.prompt import Confirm
 from rich.table import Table
 
-from lrc_edge.config_file import PROVENANCE_FILE, read_config, shape_of
+from lrc_edge.config_file import PROVENANCE_FILE, read_config, read_table, shape_of
 from lrc_edge.console import running
 from lrc_edge.errors import UserError, one_line
 from lrc_edge.exit_status import ExitStatus
 from lrc_edge.figures import human_bytes, human_count
+from lrc_edge.formats import format_of
+from lrc_edge.machine import threads_for
 from lrc_edge.recipe import Recipe
 from lrc_edge.shape import ModelShape
 from lrc_edge.student import student_of
@@ -27,6 +29,8 @@ from lrc_edge.targets.profile import all_profiles, load_profile
 from lrc_edge.targets.runtimes.llama_probe import extra_buffers
 from lrc_edge.targets.runtimes.table import RUNTIMES, runtimes_of
 from lrc_edge.targets.serve.command import page_server
+from lrc_edge.targets.timing.anchors import anchors_of
+from lrc_edge.targets.timing.measured import measured_here
 from lrc_edge.workspace import MANIFEST, Workspace
 
 NOTES = ("total: the predicted peak of the resident set; llama.cpp and onnxruntime on x86-64 were within a tenth of "
@@ -51,6 +55,28 @@ def list_targets(console: Console) -> None:
                   style="dim", highlight=False, soft_wrap=True)
     if advice := extra_buffers().advice:
         console.print(f"\nnote: {advice}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
+def time_anchors(model: Path, targets: Sequence[str], context: int | None, out: Path, console: Console) -> ExitStatus:
+    """Time the anchors of a teacher on this machine, and write them to out/timings.json. model: a config.json, or a
+    folder with one. Raises UserError."""
+    file = model / "config.json" if model.is_dir() else model
+    shape = shape_of(read_table(file), file)
+    if len(targets) != 1:
+        raise UserError("--time-anchors: give this device with --target; `lrc-edge targets` lists them")
+    profile = load_profile(targets[0])
+    if format_of(profile.recommended).kind != "gguf":
+        raise UserError(f"--time-anchors: {profile.name} takes {profile.recommended}; only GGUF files are timed")
+    shapes = anchors_of(shape)
+    with running(console, "timing") as task:
+        found = measured_here(shapes, profile.recommended, min(context or profile.context,
+                                                               shape.max_position_embeddings),
+                              threads_for(shapes[0]), task.update)
+    found.save(out / "timings.json")
+    console.print(f"{len(found.timings)} timings on {found.machine}, within {found.model().worst:.0%} of the model: "
+                  f"{out / 'timings.json'}\nthen, where PyTorch is: lrc-edge plan TEACHER --timings timings.json ...",
+                  highlight=False, markup=False, soft_wrap=True)
+    return ExitStatus.PASSED
 
 
 def show_target(name_or_path: str, console: Console) -> None:

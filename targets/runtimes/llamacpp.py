@@ -101,19 +101,15 @@ class LlamaCpp(TextRuntime):
             self._feed([(int(rows[row, t]), t, row) for row in range(n_rows)], range(n_rows))
             yield np.stack([self._logits(row) for row in range(n_rows)])
 
-    def generate(self, ids: list[int], n_tokens: int, stop: set[int]) -> list[int]:
-        made: list[int] = []
+    def tokens(self, ids: list[int], n_tokens: int) -> Iterator[int]:
         self._forget(len(ids) + n_tokens)
         for start, end in parts(len(ids) - 1, (), CHUNK):
             self._feed([(ids[p], p, 0) for p in range(start, end)], [])
         position, token = len(ids) - 1, ids[-1]
-        while len(made) < n_tokens:
+        for _ in range(n_tokens):
             self._feed([(token, position, 0)], [0])
             token, position = int(np.argmax(self._logits(0))), position + 1
-            if token in stop:
-                break
-            made.append(token)
-        return made
+            yield token
 
     def _forget(self, n_tokens: int) -> None:
         """Empty the KV cache before a row of n_tokens is read."""

@@ -60,18 +60,13 @@ class OnnxRuntime(Runtime):
             logits, cache = self._step(rows[:, t:t + 1], cache, t)
             yield logits[:, 0]
 
-    def generate(self, ids: list[int], n_tokens: int, stop: set[int]) -> list[int]:
-        made: list[int] = []
+    def tokens(self, ids: list[int], n_tokens: int) -> Iterator[int]:
         cache, new, n_past = self._empty_cache(), list(ids), 0
-        while len(made) < n_tokens:
+        for _ in range(n_tokens):
             logits, cache = self._step(np.array([new]), cache, n_past)
             n_past += len(new)
-            token = int(logits[0, -1].argmax())
-            if token in stop:
-                break
-            made.append(token)
-            new = [token]
-        return made
+            new = [int(logits[0, -1].argmax())]
+            yield new[0]
 
     def close(self) -> None:
         self._session = None

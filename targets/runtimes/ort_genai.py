@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -61,18 +61,18 @@ class OrtGenai(TextRuntime):
         """Read all tokens one at a time if any must be, because genai's loop cannot mix both."""
         return self.decode(ids, positions) if alone else self.prefill(ids, positions)
 
-    def generate(self, ids: list[int], n_tokens: int, stop: set[int]) -> list[int]:
+    def tokens(self, ids: list[int], n_tokens: int) -> Iterator[int]:
         """Generate greedily. genai also ends at the folder's own end-of-text ids."""
         generator = self._generator(len(ids) + n_tokens)
         generator.append_tokens(np.array(ids, dtype=np.int32))
-        made: list[int] = []
-        while len(made) < n_tokens and not generator.is_done():
+        for _ in range(n_tokens):
+            if generator.is_done():
+                return
             generator.generate_next_token()
             token = int(generator.get_next_tokens()[0])
-            if token in stop | self.end_tokens:
-                break
-            made.append(token)
-        return made
+            if token in self.end_tokens:
+                return
+            yield token
 
     def tokenize(self, text: str) -> list[int]:
         return [int(token) for token in self._prompt_tokenizer.encode(text)]

@@ -5,6 +5,7 @@ A runtime holds one loaded artifact. Logits always have the model's vocab_size c
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -29,9 +30,13 @@ class Runtime(Protocol):
         """Mix both: (P, V) at `positions`, ascending. Tokens at `alone` are read one at a time."""
         ...
 
+    def tokens(self, ids: list[int], n_tokens: int) -> Iterator[int]:
+        """Yield the greedy continuation of the prompt `ids`, at most n_tokens, each token as soon as it is known."""
+        ...
+
     def generate(self, ids: list[int], n_tokens: int, stop: set[int]) -> list[int]:
         """Return the greedy continuation of the prompt `ids`: at most n_tokens, without prompt and stop token."""
-        ...
+        return list(takewhile(lambda token: token not in stop, self.tokens(ids, n_tokens)))
 
     def close(self) -> None:
         """Free the model. Calling it again does nothing."""

@@ -20,6 +20,7 @@ import numpy as np
 from lrc_edge.errors import UserError
 
 TIMING_SECONDS = 0.2
+STEP_QUANTILE = 0.2  # of the seconds of a token: other work on the machine disturbs the slower ones
 PLAIN_BUFFERS = "--plain-buffers"  # llama.cpp without its extra buffers (llama_probe.py)
 NO_SPINNING = "--no-spinning"  # waiting threads sleep: less CPU time next to other work, but slower alone
 OPS = ("open", "score", "generate", "tokenize", "speed", "memory", "context", "prefill", "decode", "read", "end_tokens",
@@ -102,24 +103,26 @@ class PythonWorker:
         return {"ids": [self._runtime.tokenize(text) for text in texts]}
 
     def speed(self, ids: list[int], n_prompt: int, n_decode: int) -> dict[str, Any]:
-        """Measure speed from differences: prefill from two prompt lengths, decode from two lengths of the answer."""
+        """Measure tokens/s: of the whole prompt, of its last n_prompt tokens, and of the answer. None: not measurable,
+        as where onnxruntime-genai ends at an end of text, however many tokens are requested."""
         depth = len(ids) - n_prompt
-        self._quickest(ids[:16], 2)  # pages in, threads started
-        before = self._quickest(ids[:depth], 1)[0] if depth else 0.0
-        read, one = self._quickest(ids, 1)
-        written, made = self._quickest(ids, 1 + n_decode)
-        # onnxruntime-genai ends at an end of text, however many tokens are requested.
-        decode = (made - one) / (written - read) if made > n_decode // 2 and written > read else None
-        return {"prefill": n_prompt / (read - before) if read > before else None, "decode": decode}
+        self._timed(ids[:16], 2)  # pages in, threads started
+        before = self._timed(ids[:depth], 1)[0] if depth else 0.0
+        read, steps = self._timed(ids, 1 + n_decode)
+        step = float(np.quantile(steps, STEP_QUANTILE)) if len(steps) > n_decode // 2 else None
+        return {"prompt": len(ids) / read, "prefill": n_prompt / (read - before) if read > before else None,
+                "decode": 1 / step if step else None}
 
-    def _quickest(self, ids: list[int], n_tokens: int) -> tuple[float, int]:
-        """Return seconds and tokens of a generation: the fastest of those that fit into TIMING_SECONDS."""
-        started, best, made = time.perf_counter(), math.inf, 0
-        while best == math.inf or time.perf_counter() - started < TIMING_SECONDS:
-            began = time.perf_counter()
-            made = len(self._runtime.generate(ids, n_tokens, set()))
-            best = min(best, time.perf_counter() - began)
-        return best, made
+    def _timed(self, ids: list[int], n_tokens: int) -> tuple[float, list[float]]:
+        """Return the seconds to the first token of an answer, the least of those that fit into TIMING_SECONDS, and the
+        seconds of every later token."""
+        started, first, steps = time.perf_counter(), math.inf, []
+        while first == math.inf or time.perf_counter() - started < TIMING_SECONDS:
+            times = [time.perf_counter(), *(time.perf_counter() for _ in self._runtime.tokens(ids, n_tokens))]
+            ended = times[1:2] or [time.perf_counter()]  # no token: the answer is an end of text
+            first = min(first, ended[0] - times[0])
+            steps += np.diff(times[1:]).tolist()
+        return first, steps
 
     def memory(self) -> dict[str, Any]:
         return {"peak_bytes": peak_bytes(), "how": "VmHWM"}

@@ -72,11 +72,11 @@ def is_here(profile: Profile) -> bool:
 def _in_python(row: Runtime, profile: Profile) -> DeviceRuntime:
     """Run in this Python if the machine has the device's processor, else in an emulated one."""
     if is_here(profile):
-        return DeviceRuntime(row=row, kits=row.kits, start=_native(row.name), timed=True)
+        return DeviceRuntime(row=row, kits=row.kits, start=native_start(row.name), timed=True)
     if profile.emulate and profile.architecture == "aarch64":
         return DeviceRuntime(row=row, kits=(emulation.KIT,), emulated=profile.emulate,
                              start=lambda _: nullcontext(emulation.command(row.name, profile.emulate)))
-    return DeviceRuntime(row=row, kits=(_elsewhere(profile),), start=_native(row.name))
+    return DeviceRuntime(row=row, kits=(_elsewhere(profile),), start=native_start(row.name))
 
 
 def _in_node(row: Runtime, profile: Profile) -> DeviceRuntime:
@@ -88,7 +88,8 @@ def _in_page(row: Runtime, profile: Profile) -> DeviceRuntime:
     return DeviceRuntime(row=row, kits=row.kits, start=partial(browser.command, row.name))
 
 
-def _native(name: str) -> Start:
+def native_start(name: str) -> Start:
+    """Return how a worker in this Python starts."""
     return lambda _: nullcontext(native_command(name))
 
 

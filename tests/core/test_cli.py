@@ -22,7 +22,7 @@ from lrc_edge.pipeline.plan import Plan
 from lrc_edge.recipe import load_recipe
 
 COMMANDS = ("build", "train", "fold", "export", "check", "verify", "report", "chat", "serve", "inspect", "recipe",
-            "targets")
+            "targets", "plan")
 
 
 @pytest.fixture

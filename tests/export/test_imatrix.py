@@ -118,7 +118,8 @@ def test_weights_on_silent_channels_survive_quantization(encoding: str, tmp_path
     pytest.importorskip("llama_cpp")
     from gguf import GGUFReader, quants
 
-    from lrc_edge.export.gguf.to_gguf import export_gguf, gguf_name
+    from lrc_edge.export.gguf.to_gguf import export_gguf
+    from lrc_edge.gguf_names import gguf_name
 
     def edit(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.layers.0.post_attention_layernorm.weight"][64:160] = 0  # three whole blocks of the FFN's input
@@ -158,7 +159,8 @@ def test_llama_cpp_spends_its_error_where_it_matters_less(tmp_path: Path) -> Non
     pytest.importorskip("llama_cpp")
     from gguf import GGUFReader, quants
 
-    from lrc_edge.export.gguf.to_gguf import export_gguf, gguf_name
+    from lrc_edge.export.gguf.to_gguf import export_gguf
+    from lrc_edge.gguf_names import gguf_name
 
     checkpoint = DenseCheckpoint.open(make_tiny(tmp_path / "tiny", family="qwen3", tokenizer="qwen2"))
     rng = np.random.default_rng(0)

@@ -15,10 +15,11 @@ from gguf import GGUFReader
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
-from lrc_edge.export.gguf.to_gguf import export_gguf, gguf_name
+from lrc_edge.export.gguf.to_gguf import export_gguf
 from lrc_edge.export.quantize.encodings import ENCODINGS, quantize_file
 from lrc_edge.export.quantize.imatrix import collect
 from lrc_edge.export.quantize.imatrix_file import read_imatrix, write_imatrix
+from lrc_edge.gguf_names import gguf_name
 
 ROWS = np.random.default_rng(0).integers(5, 500, (3, 64))
 

@@ -20,12 +20,13 @@ from gguf import GGUFReader, quants
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
-from lrc_edge.export.gguf.to_gguf import export_gguf, gguf_name, rope_factor_bytes
+from lrc_edge.export.gguf.to_gguf import export_gguf, rope_factor_bytes
 from lrc_edge.export.quantize.encodings import quantize_matrix
 from lrc_edge.export.quantize.imatrix import collect
 from lrc_edge.export.quantize.mixed_precision import allocate, candidates, check_size, choose, tensor_bytes
 from lrc_edge.export.quantize.sensitivity import PROBE, measure
 from lrc_edge.families import weights_of
+from lrc_edge.gguf_names import gguf_name
 
 ROWS = np.random.default_rng(0).integers(5, 500, (2, 48))
 

@@ -13,9 +13,10 @@ from onnx import numpy_helper
 from tiny_models import make_tiny
 
 from lrc_edge.checkpoint import DenseCheckpoint
-from lrc_edge.export.gguf.to_gguf import export_gguf, gguf_name
+from lrc_edge.export.gguf.to_gguf import export_gguf
 from lrc_edge.export.onnx.to_onnx import export_onnx
 from lrc_edge.export.quantize.imatrix import collect
+from lrc_edge.gguf_names import gguf_name
 
 Tensors = dict[str, np.ndarray]
 TWINS = {"q4": "q4_0", "q8": "q8_0"}  # ONNX encoding -> GGUF's

@@ -25,12 +25,13 @@ from lrc_edge.console import QUIET
 from lrc_edge.errors import UserError
 from lrc_edge.export.gguf import to_gguf
 from lrc_edge.export.gguf.metadata import architecture
-from lrc_edge.export.gguf.to_gguf import GGUF_NAMES, check_gguf, export_gguf, file_name, gguf_name, interleave_rotary
+from lrc_edge.export.gguf.to_gguf import check_gguf, export_gguf, file_name, interleave_rotary
 from lrc_edge.export.gguf.vocabulary import read_vocabulary
 from lrc_edge.export.passes import Passes
 from lrc_edge.export.quantize.encodings import ENCODINGS
 from lrc_edge.families import EMBEDDING, FINAL_NORM, HEAD, Role, Weight
 from lrc_edge.families import FAMILIES as RECORDS
+from lrc_edge.gguf_names import GGUF_NAMES, gguf_name
 from lrc_edge.student import split_name
 from lrc_edge.targets.runtimes.llamacpp import LlamaCpp
 

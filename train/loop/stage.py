@@ -115,7 +115,7 @@ def run(clone: Clone, teacher: DenseCheckpoint, settings: recipes.Train, plan: P
     """Train a clone that is ready to start, from the folder's last checkpoint if there is one, and write its files."""
     schedule = plan.schedule
     held_out = HeldOut.load(data / HELD_OUT_FILE)
-    held_out_BL = _evaluation_rows(held_out, schedule.seq_len, teacher)
+    held_out_BL = evaluation_rows(held_out, schedule.seq_len, teacher)
     teacher_loss = held_out_loss(clone.teacher, held_out_BL, plan.dtype)
     trainer = Trainer(clone, settings, schedule, rows, held_out_BL, folder, progress)
     trainer.run()
@@ -136,11 +136,11 @@ def run(clone: Clone, teacher: DenseCheckpoint, settings: recipes.Train, plan: P
         "bytes_per_token": held_out.bytes_per_token}, indent=1))
 
 
-def _evaluation_rows(held_out: HeldOut, seq_len: int, model: DenseCheckpoint) -> np.ndarray:
+def evaluation_rows(held_out: HeldOut, seq_len: int, model: DenseCheckpoint) -> np.ndarray:
     return held_out.rows(min(seq_len, len(held_out.ids) // 2), EVAL_TOKENS, model.bos())
 
 
 def evaluate(model: DenseCheckpoint, held_out: HeldOut, plan: Plan) -> float:
     """Return a model's loss on held-out text in its own ids, in nats per token, as `run` measures the teacher's."""
     loaded: Any = model.model(plan.dtype).to(plan.device)  # type: ignore[arg-type]
-    return held_out_loss(loaded, _evaluation_rows(held_out, plan.schedule.seq_len, model), plan.dtype)
+    return held_out_loss(loaded, evaluation_rows(held_out, plan.schedule.seq_len, model), plan.dtype)

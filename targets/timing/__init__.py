@@ -1,0 +1,1 @@
+"""Time shapes in their real runtimes before any student exists."""
