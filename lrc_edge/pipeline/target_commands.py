@@ -29,8 +29,6 @@ from lrc_edge.targets.profile import all_profiles, load_profile
 from lrc_edge.targets.runtimes.llama_probe import extra_buffers
 from lrc_edge.targets.runtimes.table import RUNTIMES, runtimes_of
 from lrc_edge.targets.serve.command import page_server
-from lrc_edge.targets.timing.anchors import anchors_of
-from lrc_edge.targets.timing.measured import measured_here
 from lrc_edge.workspace import MANIFEST, Workspace
 
 NOTES = ("total: the predicted peak of the resident set; llama.cpp and onnxruntime on x86-64 were within a tenth of "
@@ -60,6 +58,9 @@ def list_targets(console: Console) -> None:
 def time_anchors(model: Path, targets: Sequence[str], context: int | None, out: Path, console: Console) -> ExitStatus:
     """Time the anchors of a teacher on this machine, and write them to out/timings.json. model: a config.json, or a
     folder with one. Raises UserError."""
+    from lrc_edge.targets.timing.anchors import anchors_of
+    from lrc_edge.targets.timing.measured import measured_here
+
     file = model / "config.json" if model.is_dir() else model
     shape = shape_of(read_table(file), file)
     if len(targets) != 1:

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ def run(action: Callable[[], None], *, on_stage: OnStage | None = None, kill_aft
     sys.stdout.flush()
     outputs = [os.memfd_create("stdout"), os.memfd_create("stderr")]
     reading, writing = os.pipe()
-    started = time.monotonic()
+    started, others = time.monotonic(), _children()
     pid = os.fork()
     if pid == 0:
         os.close(reading)
@@ -97,7 +97,7 @@ def run(action: Callable[[], None], *, on_stage: OnStage | None = None, kill_aft
     finally:
         os.close(reading)
     out, err = (_text_of(descriptor) for descriptor in outputs)
-    return Ended(status, out, err, time.monotonic() - started, tuple(stages), tuple(end_orphans()))
+    return Ended(status, out, err, time.monotonic() - started, tuple(stages), tuple(end_orphans(others)))
 
 
 def _be_the_run(action: Callable[[], None], outputs: list[int], stages: int) -> None:
@@ -190,27 +190,28 @@ def _text_of(descriptor: int) -> str:
         return file.read().decode(errors="replace")
 
 
-def end_orphans() -> list[str]:
-    """Command lines of this process's children that are still there after a while; they are ended."""
+def end_orphans(besides: Collection[int] = ()) -> list[str]:
+    """Command lines of this process's children that are still there after a while; they are ended. `besides`: children
+    that are none of the run's."""
     deadline = time.monotonic() + ORPHANS_LIVE
-    while (pids := _children()) and time.monotonic() < deadline:
+    while (pids := _living(besides)) and time.monotonic() < deadline:
         time.sleep(0.02)
     told = []
     for pid in pids:
         told.append(Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:200])
         os.kill(pid, signal.SIGKILL)
-    while pids and _children():
+    while pids and _living(besides):
         time.sleep(0.02)
     return told
 
 
+def _living(besides: Collection[int]) -> list[int]:
+    """Children that have not ended; those that have are reaped."""
+    return [pid for pid in _children() if pid not in besides and not os.waitpid(pid, os.WNOHANG)[0]]
+
+
 def _children() -> list[int]:
-    """Processes whose parent this is; those that have ended are reaped first."""
-    try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-    except ChildProcessError:
-        return []
+    """Processes whose parent this is."""
     found = []
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():

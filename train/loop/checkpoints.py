@@ -35,7 +35,7 @@ def claim(run: Path, inputs: dict[str, Any]) -> None:
     differences = changes(before, inputs)
     if before is not None and not differences:
         return
-    if any(PARTIAL not in file.parts for file in run.rglob("*.safetensors")):
+    if latest(run / "checkpoints") or any(PARTIAL not in file.parts for file in run.rglob("*.safetensors")):
         why = f" ({'; '.join(differences)})" if differences else ""
         raise UserError(f"{run}: holds checkpoints of a run with other settings or data{why}; restore those to "
                         "continue it, or remove this folder to start again")
