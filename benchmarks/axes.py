@@ -2,10 +2,11 @@
 
     python benchmarks/axes.py --teacher DIR --text stories.jsonl --text books.txt --held-out other.jsonl --out OUT
 
-Each axis is cut alone, and all together. Three starts of every student: ours, with and without the refit, and a plain
-one (mean pooling of key/value heads, neurons by their mean absolute activation, layers by how little they change the
-stream, no refit). All train weights on LM and KL. Four learning rates are tried with seed 0; the one with the lowest
-loss on one part of --held-out is used for --seeds runs, which are evaluated on the other part.
+Each axis is cut alone, and all together. Three starts of every student: ours refitted after every cut, ours never
+refitted, and a plain one (mean pooling of key/value heads, neurons by their mean absolute activation, layers by how
+little they change the stream, no refit); for all axes together also the default. All train weights on LM and KL. Four
+learning rates are tried with seed 0; the one with the lowest loss on one part of --held-out is used for --seeds runs,
+which are evaluated on the other part.
 
 Last, students that are smaller along several axes are trained at once and in steps (hops) with the same number of
 tokens. Each step cuts at most a third of the parameters. "Minitron-like" takes these steps with plain starts, and keeps
@@ -67,10 +68,10 @@ def least_influential(model: Layers, found: Statistics, n_kept: int, *_: Any) ->
 
 
 OURS = Choices()
-UNFITTED = replace(OURS, refits=False)
 PLAIN = Choices(layers=least_influential, neurons=lambda found, down_DF: found.neurons_abs_F,
                 heads=partial(head_maps, merge=mean_pooled), refits=False)
-STARTS = {"ours": OURS, "ours, no refit": UNFITTED, "plain": PLAIN}
+STARTS = {"refitted": replace(OURS, refits_all=True), "not refitted": replace(OURS, refits=False), "plain": PLAIN,
+          "default": OURS}
 MINITRON = replace(PLAIN, width=INITS["selection"])
 SMALLER = ((3 / 4, 5 / 6, 5 / 6), (5 / 8, 2 / 3, 5 / 6), (1 / 2, 1 / 2, 2 / 3))  # shares of width, layers and neurons
 
@@ -211,7 +212,7 @@ def run_all(args: argparse.Namespace) -> None:
     shape = DenseCheckpoint.open(args.teacher).shape
     jobs: list[tuple[str, str, Callable[[float, int, str], Run]]] = [
         (cut, start, partial(train_once, cut, student, start, args=args))
-        for cut, student in cuts_of(shape).items() for start in STARTS]
+        for cut, student in cuts_of(shape).items() for start in STARTS if start != "default" or cut == "all"]
     for shares in SMALLER:
         for start, (way, choices) in ways_to(shape, shares).items():
             cut = f"{shape.n_params / way[-1].n_params:.1f} x fewer parameters"

@@ -61,7 +61,7 @@ class Method:
 
 from_random = None
 gaussian, selection, pca = (Choices(width=INITS[init], refits=False) for init in ("gaussian", "selection", "pca"))
-refitted = Choices(refits_width=True)
+refitted = Choices(refits_all=True)
 
 
 class Aligned(Clone):

@@ -129,7 +129,7 @@ def test_axes_compares_starts_and_repeats_none(tiny_llama: Path, tmp_path: Path)
     assert first.returncode == again.returncode == 0, first.stderr
     runs = [json.loads(line) for line in (tmp_path / "out" / "runs.jsonl").read_text().splitlines()]
     assert [(run["start"], run["judged"]) for run in runs] == [
-        (start, judged) for start in ("ours", "ours, no refit", "plain") for judged in ["pick"] * 4 + ["eval"]]
+        (start, judged) for start in ("refitted", "not refitted", "plain") for judged in ["pick"] * 4 + ["eval"]]
     ours, _, plain = (run["before"] for run in runs if run["judged"] == "eval")
     assert ours != plain and "| key/value heads | plain |" in again.stdout
     unknown = subprocess.run([*command, "--cuts", "experts"], capture_output=True, text=True)

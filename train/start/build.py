@@ -18,7 +18,6 @@ from lrc_edge.block_map import BlockMap
 from lrc_edge.families import EMBEDDING, FINAL_NORM, Role, Weight, family_of, weights_of
 from lrc_edge.lineage import Holds, Lineage, compose
 from lrc_edge.shape import ModelShape
-from lrc_edge.student import can_be_read
 from lrc_edge.train.clone import Clone, config_of
 from lrc_edge.train.phases import CLONE, DENSE, Phase
 from lrc_edge.train.start import depth, heads, neurons
@@ -30,6 +29,7 @@ from lrc_edge.train.start.streams import Streams
 from lrc_edge.train.start.width import Width, principal_components
 
 Progress = Callable[[str], None]
+REFITTED = ("num_hidden_layers", "intermediate_size")  # the axes whose cuts are followed by a refit
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Choices:
     neurons: Callable[[LayerStatistics, torch.Tensor], torch.Tensor] = neurons.strongest
     heads: Callable[..., dict[str, BlockMap]] = heads.head_maps
     refits: bool = True
-    refits_width: bool = False  # also where the width is cut
+    refits_all: bool = False  # also after cuts of heads and of the width
     seed: int = 0
 
 
@@ -95,16 +95,14 @@ def build_start(teacher: Layers, student: ModelShape, rows_BL: torch.Tensor, fol
                 choices: Choices | None = None, progress: Progress = lambda text: None) -> Start:
     """Return the start of a student of this shape. rows_BL: ids of calibration text. folder: for temporary files.
 
-    A narrower student is not refitted: that starts nearer but ends farther (docs/LOG.md). So a student that is smaller
-    along other axes, too, is cut along these first, at the teacher's width, and refitted there.
+    Layers and neurons are cut first, and what remains is refitted. Then heads and width are cut without a refit: after
+    these cuts it brings the student nearer at the start, but training then takes it less far (docs/LOG.md).
     """
     choices = choices or Choices()
-    wide = student.resized({"hidden_size": teacher.shape.hidden_size})
-    if not can_be_read(wide):
-        wide = wide.resized({"num_attention_heads": teacher.shape.num_attention_heads})
-    if holds == "projections" or not choices.refits or choices.refits_width or wide in (teacher.shape, student):
+    shape = teacher.shape.resized({field: getattr(student, field) for field in REFITTED})
+    if holds == "projections" or not choices.refits or choices.refits_all or shape in (teacher.shape, student):
         return _cut(teacher, student, rows_BL, folder, holds, choices, progress)
-    first = _cut(teacher, wide, rows_BL, folder, holds, choices, progress)
+    first = _cut(teacher, shape, rows_BL, folder, holds, choices, progress)
     second = _cut(first.model(teacher), student, rows_BL, folder, holds, choices, progress)
     return first.then(second, teacher, rows_BL, folder)
 
@@ -116,8 +114,8 @@ def _cut(teacher: Layers, student: ModelShape, rows_BL: torch.Tensor, folder: Pa
     layers = choices.layers(teacher, statistics, student.num_hidden_layers, rows_BL, folder, progress)
     lineage = Lineage(teacher.shape, student, layers, _maps(teacher, student, layers, statistics, choices))
     width = choices.width(statistics, lineage, choices.seed)
-    refits = width.is_linear and choices.refits and (choices.refits_width or
-                                                     student.hidden_size == teacher.shape.hidden_size)
+    only_refitted = student == teacher.shape.resized({field: getattr(student, field) for field in REFITTED})
+    refits = width.is_linear and choices.refits and (choices.refits_all or only_refitted)
     return Assembly(teacher, lineage, width, holds, streams, refits).run(rows_BL, progress)
 
 
