@@ -178,7 +178,7 @@ def _plot(runs: list[Run], names: list[str], teacher: Teacher, file: Path) -> No
     if not widths:
         return
     finals_of = {width: final_runs(runs, width) for width in widths}
-    styles = {name: {"linewidth": 1.5, "color": f"C{i % 10}", "linestyle": ("-", "--")[i // 10 % 2]}
+    styles = {name: {"linewidth": 1.5, "color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10]}
               for i, name in enumerate(names)}
     n_rows = len(widths) + (len(widths) > 1)
     figure, axes = pyplot.subplots(n_rows, 2, figsize=(13, 5 * n_rows), layout="constrained", squeeze=False)
