@@ -48,7 +48,7 @@ def _start(source: str, out: Path, recipe: Recipe, console: Console, only_train:
     preflight.check(plan, out)
     for warning in (*preflight.fit_warnings(plan), *preflight.capacity_warning(plan)):
         console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
-    with _leaving_nothing_of_a_mistake(out):
+    with leaving_nothing_of_a_mistake(out):
         run = Build(plan, out, console)
         describe_job(run, teacher=_recorded_name(plan))
         run_stages(stages(last="data"), run)
@@ -103,7 +103,7 @@ def export(source: str, out: Path, recipe: Recipe, console: Console) -> ExitStat
     """Write and verify the artifacts of any dense checkpoint of a supported family."""
     plan = Plan.of_export(source, recipe)
     preflight.check(plan, out)
-    with _leaving_nothing_of_a_mistake(out):
+    with leaving_nothing_of_a_mistake(out):
         run = Build(plan, out, console)
         describe_job(run, student=str(plan.source.checkpoint.path.resolve()))
         run_stages(stages(last="data"), run)
@@ -113,7 +113,7 @@ def export(source: str, out: Path, recipe: Recipe, console: Console) -> ExitStat
 
 
 @contextmanager
-def _leaving_nothing_of_a_mistake(out: Path) -> Iterator[None]:
+def leaving_nothing_of_a_mistake(out: Path) -> Iterator[None]:
     """Remove `out` if this run created it and a mistake in the input stopped the run before any stage finished."""
     existed = out.exists()
     try:

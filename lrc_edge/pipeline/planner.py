@@ -18,12 +18,14 @@ from lrc_edge.exit_status import ExitStatus
 from lrc_edge.figures import human_bytes, human_count
 from lrc_edge.formats import format_of
 from lrc_edge.machine import threads_for
+from lrc_edge.pipeline.commands import leaving_nothing_of_a_mistake
 from lrc_edge.pipeline.plan import Plan
+from lrc_edge.pipeline.preflight import check_sources
 from lrc_edge.pipeline.stage import Build, describe_job, run_stages
 from lrc_edge.pipeline.stages import stages
 from lrc_edge.recipe import Recipe, to_toml
 from lrc_edge.shape import ModelShape
-from lrc_edge.shape_search import Search
+from lrc_edge.shape_search import Search, search
 from lrc_edge.targets.profile import Profile
 from lrc_edge.targets.runtimes.table import is_here
 from lrc_edge.targets.timing.anchors import anchors_of
@@ -43,7 +45,7 @@ class Effort:
     share: float
 
 
-EFFORTS = {"none": Effort(0, 0, 0.0), "short": Effort(1, 4, 0.01), "full": Effort(3, 8, 0.01)}
+EFFORTS = {"none": Effort(1, 4, 0.0), "short": Effort(1, 4, 0.01), "full": Effort(3, 8, 0.01)}
 LEAST_TOKENS, MOST_TOKENS = 51_200, 10_000_000  # of a trial
 
 
@@ -66,6 +68,7 @@ def plan(source: str, recipe: Recipe, budget: Budget, context: int | None, effor
         raise UserError("plan: give one device with --target; `lrc-edge targets` lists them")
     if budget == Budget():
         raise UserError("plan: no budget; give --tokens-per-second, --time-to-first-token, --memory or --file-size")
+    check_sources(recipe)
     device = device_of(job.profiles[0], job.source.checkpoint.shape, context, timings, console)
     check_budget(budget, device)
     found = offers(job.source.checkpoint.shape, device, budget)
@@ -74,14 +77,17 @@ def plan(source: str, recipe: Recipe, budget: Budget, context: int | None, effor
         raise UserError(f"plan: the teacher itself is within this budget ({1000 / price.token_ms:.3g} tokens/s, "
                         f"{human_bytes(price.memory_bytes)} of memory); ask for more, or export the teacher")
     stage_line(console, "shapes", f"{len(found)} that no other within the budget exceeds in every size")
-    run = Build(job, out, console)
-    describe_job(run, teacher=source)
-    run_stages(stages(last="data"), run)
+    with leaving_nothing_of_a_mistake(out):
+        run = Build(job, out, console)
+        describe_job(run, teacher=source)
+        run_stages(stages(last="data"), run)
     trials = Trials(run, EFFORTS[effort]).of(found)
     best = trials[0]
     chosen = next(offer for offer in found if offer.shape == best.shape)
     _write(out, recipe, device, budget, found, trials, chosen)
     show(console, device, chosen, trials)
+    console.print(f"\nlrc-edge build {source} --recipe {out / RECIPE_FILE} --out out", highlight=False, markup=False,
+                  soft_wrap=True)
     return ExitStatus.PASSED
 
 
@@ -130,23 +136,23 @@ class Trials:
 
     def __init__(self, run: Build, effort: Effort):
         self.run, self.effort, self.file = run, effort, run.out / TRIALS_FILE
-        self.tokens = run.recipe.train.tokens if effort.rounds else 0
+        self.tokens = run.recipe.train.tokens if effort.share else 0
         self.key = digest([self.tokens, run.recipe.train.seed, run.digest(run.teacher), run.digest_of_outputs("data")])
         self.known = {trial.shape: trial for trial in self._read()}
 
     def of(self, found: list[Offer]) -> list[Trial]:
         """Return the trials of a search among these shapes, the best first."""
         shapes = [offer.shape for offer in found]
-        search = Search(self.run.teacher.shape, shapes, self.run.recipe.train.seed)
-        n_rounds = 1 + max(1, self.effort.rounds)
-        for number in range(n_rounds):
+        job = Search(self.run.teacher.shape, shapes, self.run.recipe.train.seed)
+
+        def evaluate(proposed: list[ModelShape]) -> dict[ModelShape, float]:
             with running(self.run.console, "trials") as task:
-                proposed = search.proposals(self.effort.per_round or 4) if number else search.probes()
-                trials = self._evaluate(proposed, task.update)
-                search.add({trial.shape: trial.loss for trial in trials})
-            stage_line(self.run.console, "trials", f"round {number + 1} of {n_rounds}: {len(proposed)} shapes, best "
-                                                   f"{min(search.trials.values()):.3f} nats per token")
-        return sorted((self.known[shape] for shape in search.trials), key=lambda trial: trial.loss)
+                losses = {trial.shape: trial.loss for trial in self._evaluate(proposed, task.update)}
+            stage_line(self.run.console, "trials", f"{len(proposed)} shapes, the best {min(losses.values()):.3f} nats "
+                                                   "per token")
+            return losses
+
+        return [self.known[shape] for shape in search(job, evaluate, self.effort.rounds, self.effort.per_round)]
 
     def _evaluate(self, shapes: list[ModelShape], progress: Callable[[str], None]) -> list[Trial]:
         from lrc_edge.train.data.rows import PackedRows
@@ -175,8 +181,9 @@ class Trials:
         return [self.known[shape] for shape in shapes]
 
     def _read(self) -> list[Trial]:
-        lines = [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.exists() else []
-        return [Trial(ModelShape.from_dict(row["shape"]), row["start_kl"], row["loss"]) for row in lines
+        lines = self.file.read_text().splitlines(keepends=True) if self.file.exists() else []
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may leave half a line
+        return [Trial(ModelShape.from_dict(row["shape"]), row["start_kl"], row["loss"]) for row in rows
                 if row["key"] == self.key]
 
     def _keep(self, trial: Trial) -> None:
@@ -205,7 +212,7 @@ def _write(out: Path, recipe: Recipe, device: Device, budget: Budget, found: lis
 
 
 def show(console: Console, device: Device, chosen: Offer, trials: list[Trial]) -> None:
-    """Print the trials, the best first, and what to run next."""
+    """Print the trials, the best first, and the price of the chosen shape."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for header in ("width", "layers", "neurons", "heads", "parameters", "loss in 4 bits"):
         table.add_column(header, justify="right")

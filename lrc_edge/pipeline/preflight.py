@@ -48,7 +48,7 @@ def check(plan: Plan, out: Path) -> None:
 
         _check_name(plan)
         choose_device(plan.recipe.train.device)
-        _check_sources(plan.recipe)
+        check_sources(plan.recipe)
         _check_rows(plan)
     if plan.trims_vocabulary:
         from lrc_edge.train.vocabulary import Vocabulary
@@ -99,7 +99,7 @@ def _check_name(plan: Plan) -> None:
         raise UserError(f"student.name = {name!r}: it names files; need one without / and \\ and no dot in front")
 
 
-def _check_sources(recipe: Recipe) -> None:
+def check_sources(recipe: Recipe) -> None:
     if not recipe.data.sources:
         raise UserError(f"no data: the student learns from text; {WANTED} with --data, or --data self")
     for source in recipe.data.sources:

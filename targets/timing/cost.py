@@ -40,7 +40,10 @@ class Timing:
 
     @classmethod
     def from_dict(cls, table: dict[str, Any]) -> Timing:
-        return cls(**table | {"shape": ModelShape.from_dict(table["shape"])})
+        timing = cls(**table | {"shape": ModelShape.from_dict(table["shape"])})
+        if not timing.prompt > 0 or timing.n_prompt < 1:
+            raise ValueError(f"prompt = {timing.prompt!r:.40}, n_prompt = {timing.n_prompt!r:.40}: need more than 0")
+        return timing
 
 
 def decode_counts(shape: ModelShape, format_: str, depth: float) -> Counts:

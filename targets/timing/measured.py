@@ -19,6 +19,7 @@ from lrc_edge.targets.devices.kits import cache_folder, digest
 from lrc_edge.targets.runtimes.table import native_start, runtime_named
 from lrc_edge.targets.timing.anchors import time_shapes
 from lrc_edge.targets.timing.cost import CostModel, Timing
+from lrc_edge.workspace import write_atomically
 
 PACKAGES = {"llama.cpp": "llama-cpp-python"}  # runtime -> the package that carries it
 
@@ -37,7 +38,7 @@ class Measured:
         file.parent.mkdir(parents=True, exist_ok=True)
         table = {"machine": self.machine, "library": self.library, "threads": self.threads, "format": self.format,
                  "timings": [timing.as_dict() for timing in self.timings]}
-        file.write_text(json.dumps(table, indent=1) + "\n")
+        write_atomically(file, json.dumps(table, indent=1) + "\n")
 
     @classmethod
     def load(cls, file: Path) -> Measured:

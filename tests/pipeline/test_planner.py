@@ -98,6 +98,15 @@ def test_mistakes_are_one_line_and_leave_nothing(options: tuple[object, ...], me
     assert not (tmp_path / "plan").exists()
 
 
+def test_no_text_is_said_before_anything_is_written(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    for data, message in (((), "no data: the student learns from text"),
+                          (("--data", tmp_path / "empty.txt"), "no text in it")):
+        done = run("plan", inputs[0], "--target", DEVICE, "--file-size", 0.1, "--out", tmp_path / "plan", *data)
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        assert not (tmp_path / "plan").exists()
+
+
 @pytest.mark.targets
 def test_anchors_are_timed_once_for_a_machine(inputs: tuple[Path, Path], tmp_path: Path,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
