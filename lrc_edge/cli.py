@@ -51,6 +51,17 @@ BitsPerWeight = Annotated[float | None, typer.Option(
 Targets = Annotated[list[str] | None, typer.Option(
     "--target", "-t", metavar="NAME", help="A device (`lrc-edge targets` lists them) or profile file: write "
                                            "the formats it runs and check them in its runtimes. May be repeated.")]
+TokensPerSecond = Annotated[float | None, typer.Option(
+    min=0, metavar="N", help="Budget: the student writes at least N tokens/s on the device, at the end of --context.")]
+FirstToken = Annotated[float | None, typer.Option(
+    "--time-to-first-token", min=0, metavar="S", help="Budget: at most S seconds, after a prompt of --context tokens.")]
+Memory = Annotated[float | None, typer.Option(min=0, metavar="MB", help="Budget: at most so many MB of RAM.")]
+FileSize = Annotated[float | None, typer.Option(min=0, metavar="MB", help="Budget: at most so many MB on disk.")]
+Context = Annotated[int | None, typer.Option(min=1, help="Tokens of context to plan for. Default: the device's.")]
+Effort = Annotated[str | None, typer.Option(
+    "--search", metavar="EFFORT", help="How sizes are chosen: none (by what cuts cost elsewhere), short or full (by "
+                                       "short training runs).")]
+Timings = Annotated[Path | None, typer.Option(help="Timings that `lrc-edge plan --time-anchors` made on the device.")]
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="The --out directory of a build or an export.")]
 Chattable = Annotated[Path, typer.Argument(metavar="DIR", help="The --out directory of a build, or a .gguf file.")]
 Encoding = Annotated[str, typer.Option(help="Which GGUF of the build, as in q8_0. Default: the smallest.")]
@@ -65,14 +76,20 @@ def _options(show_version: Annotated[bool, typer.Option("--version", help="Print
 
 @app.command()
 def build(teacher: Teacher, out: Out, recipe: RecipeFile = None, settings: Settings = None, data: Sources = None,
-          formats: Formats = None, bits_per_weight: BitsPerWeight = None, target: Targets = None) -> None:
+          formats: Formats = None, bits_per_weight: BitsPerWeight = None, target: Targets = None,
+          tokens_per_second: TokensPerSecond = None, time_to_first_token: FirstToken = None, memory: Memory = None,
+          file_size: FileSize = None, context: Context = None, search: Effort = None, timings: Timings = None) -> None:
     """Train a student of TEACHER, export it to GGUF and ONNX, verify each file, and write a report.
+
+    With a budget, the student's sizes are chosen first, as by `lrc-edge plan`.
 
     [dim]lrc-edge build HuggingFaceTB/SmolLM2-360M --data stories.jsonl --target raspberry-pi-5 --out out[/]
     """
     from lrc_edge.pipeline import commands
 
-    job = _recipe(recipe, settings, data, formats, bits_per_weight, target)
+    job = _recipe(recipe, settings, data, formats, bits_per_weight, target, tokens_per_second=tokens_per_second,
+                  time_to_first_token=time_to_first_token, memory=memory, file_size=file_size, context=context,
+                  search=search, timings=timings)
     raise typer.Exit(commands.build(teacher, out, job, _console()))
 
 
@@ -180,16 +197,9 @@ def chat(directory: Chattable, encoding: Encoding = "",
 
 @app.command()
 def plan(teacher: Teacher, out: Out, recipe: RecipeFile = None, settings: Settings = None, data: Sources = None,
-         target: Targets = None,
-         tokens_per_second: Annotated[float | None, typer.Option(help="At least this many, at --context.")] = None,
-         time_to_first_token: Annotated[float | None, typer.Option(
-             help="At most this many seconds, after a prompt that fills the context.")] = None,
-         memory: Annotated[float | None, typer.Option(help="At most this many MB of RAM.")] = None,
-         file_size: Annotated[float | None, typer.Option(help="At most this many MB on disk.")] = None,
-         context: Annotated[int | None, typer.Option(help="Tokens to plan for. Default: the device's.")] = None,
-         search: Annotated[str, typer.Option(help="Trials of candidates: none, short or full.")] = "short",
-         timings: Annotated[Path | None, typer.Option(
-             help="Timings that `--time-anchors` made on the device.")] = None,
+         target: Targets = None, tokens_per_second: TokensPerSecond = None, time_to_first_token: FirstToken = None,
+         memory: Memory = None, file_size: FileSize = None, context: Context = None, search: Effort = None,
+         timings: Timings = None,
          time_anchors: Annotated[bool, typer.Option(
              "--time-anchors", help="Only time shapes on this machine, and write OUT/timings.json. Needs no PyTorch; "
                                     "of TEACHER only config.json is read.")] = False) -> None:
@@ -203,9 +213,10 @@ def plan(teacher: Teacher, out: Out, recipe: RecipeFile = None, settings: Settin
         raise typer.Exit(time_them(Path(teacher), target or [], context, out, _plain_console()))
     from lrc_edge.pipeline import planner
 
-    budget = planner.budget_of(tokens_per_second, time_to_first_token, memory, file_size)
-    raise typer.Exit(planner.plan(teacher, _recipe(recipe, settings, data, targets=target), budget, context, search,
-                                  timings, out, _console()))
+    job = _recipe(recipe, settings, data, targets=target, tokens_per_second=tokens_per_second,
+                  time_to_first_token=time_to_first_token, memory=memory, file_size=file_size, context=context,
+                  search=search, timings=timings)
+    raise typer.Exit(planner.plan(teacher, job, out, _console()))
 
 
 @app.command()
@@ -307,7 +318,8 @@ def setup_targets(names: Annotated[list[str], typer.Argument(
 
 
 def _recipe(file: Path | None, settings: list[str] | None, data: list[str] | None = None, formats: str | None = None,
-            bits_per_weight: float | None = None, targets: list[str] | None = None) -> Any:
+            bits_per_weight: float | None = None, targets: list[str] | None = None, **budget: Any) -> Any:
+    """Return the recipe with these options, of which None and [] leave it as it is."""
     from lrc_edge.recipe import load_recipe
 
     overrides: dict[str, dict[str, Any]] = {}
@@ -315,6 +327,8 @@ def _recipe(file: Path | None, settings: list[str] | None, data: list[str] | Non
         overrides["data"] = {"sources": data}
     export = {"formats": formats, "bits_per_weight": bits_per_weight, "targets": targets}
     overrides["export"] = {key: value for key, value in export.items() if value is not None}
+    overrides["budget"] = {key: str(value.resolve()) if isinstance(value, Path) else value
+                           for key, value in budget.items() if value is not None}
     return load_recipe(file, settings or (), **overrides)
 
 

@@ -191,6 +191,29 @@ class Export:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What the student may cost on the device of export.targets, which must be one. 0 = no limit.
+
+    If all sizes in [student] are 0, a build with a budget chooses them first, as `lrc-edge plan` does
+    (docs/planner.md).
+    """
+
+    tokens_per_second: float = key(0.0, "least speed of an answer at the end of the context", at_least=0,
+                                   below=math.inf)
+    time_to_first_token: float = key(0.0, "most seconds until the first token after a prompt that fills the context",
+                                     at_least=0, below=math.inf)
+    memory: float = key(0.0, "most RAM, in MB", at_least=0, below=math.inf)
+    file_size: float = key(0.0, "largest file, in MB", at_least=0, below=math.inf)
+    context: int = key(0, "tokens of context; 0 = the device's", at_least=0)
+    search: Literal["none", "short", "full"] = key(
+        "short", "none = choose by what cuts cost elsewhere; short = by short training runs of about ten shapes; "
+                 "full = of about a hundred, in three bins of speed or size")
+    timings: str = key(
+        "", "file of timings that `lrc-edge plan --time-anchors` wrote on the device; empty = this machine is timed if "
+            "it is the device, and otherwise speeds are estimated")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Parity:
     """How much text verification reads (docs/verification.md)."""
 
@@ -246,6 +269,7 @@ class Recipe:
     train: Train = field(default_factory=Train)
     quantize: Quantize = field(default_factory=Quantize)
     export: Export = field(default_factory=Export)
+    budget: Budget = field(default_factory=Budget)
     parity: Parity = field(default_factory=Parity)
     gates: Gates = field(default_factory=Gates)
 

@@ -1,8 +1,8 @@
-"""Choose among shapes by trials: a few cuts along one axis each, then the shapes that a model of their losses prefers.
+"""Choose among shapes by trials. A model of the losses and mutation of the best shapes propose; trials decide.
 
-The model is linear: every halving of an axis costs as many nats as it did in the trials so far (ridge least squares, no
-axis gains from a cut). It proposes; trials decide. So the search costs some dozens of short runs, not one for every
-shape (compare whittle, arXiv 2510.07227).
+The model is linear: every halving of an axis costs the same number of nats. It starts from what cuts cost in
+benchmarks/axes.py, learns from the trials (ridge least squares, no axis gains from a cut), and so needs some dozens of
+short runs, not one for every shape (compare whittle, arXiv 2510.07227).
 """
 from __future__ import annotations
 
@@ -15,63 +15,78 @@ import numpy as np
 
 from lrc_edge.shape import ModelShape
 
-AXES = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-RIDGE = 0.01  # of the model, in units of squared halvings
+# Axis -> nats per token that a halving costs after training, from benchmarks/axes.py (docs/planner.md).
+COSTS = {"hidden_size": 0.10, "num_hidden_layers": 0.20, "intermediate_size": 0.07, "num_attention_heads": 0.06,
+         "num_key_value_heads": 0.02}
+RIDGE = 0.01  # of the model: squared noise of a trial (0.01 nats) / squared uncertainty of COSTS (0.1 nats)
+NEIGHBOURS = 8  # of a good shape, among which a mutation is drawn
+Trials = dict[ModelShape, float]  # shape -> its loss
 
 
 def halvings(shape: ModelShape, teacher: ModelShape) -> np.ndarray:
     """Return how often each axis of the teacher is halved, (A,)."""
-    return np.array([math.log2(getattr(teacher, axis) / getattr(shape, axis)) for axis in AXES])
+    return np.array([math.log2(getattr(teacher, axis) / getattr(shape, axis)) for axis in COSTS])
 
 
 @dataclass
 class Search:
-    """trials: shape -> its loss. Evaluate proposals, and add their losses with `add`."""
+    """Searches each bin: shapes of about the same speed or size. A trial counts for every bin."""
 
     teacher: ModelShape
-    shapes: Sequence[ModelShape]  # among which to choose
+    bins: Sequence[Sequence[ModelShape]]
     seed: int = 0
-    trials: dict[ModelShape, float] = field(default_factory=dict)
+    trials: Trials = field(default_factory=dict)
 
     def probes(self) -> list[ModelShape]:
-        """Return the first trials: for each axis, the shape that cuts it most for what it cuts of the others."""
+        """Return the first trials: for each axis, the shape of the first bin that cuts it most for what it cuts of the
+        others."""
         found = []
-        for axis in range(len(AXES)):
-            cuts = {shape: halvings(shape, self.teacher) for shape in self.shapes}
+        for axis in range(len(COSTS)):
+            cuts = {shape: halvings(shape, self.teacher) for shape in self.bins[0]}
             share = {shape: cut[axis] / cut.sum() if cut.sum() else 0.0 for shape, cut in cuts.items()}
-            best = max(self.shapes, key=lambda shape: share[shape])
+            best = max(self.bins[0], key=lambda shape: share[shape])
             if share[best] > 0:
                 found.append(best)
         return list(dict.fromkeys(found))
 
-    def add(self, losses: dict[ModelShape, float]) -> None:
-        self.trials |= losses
-
-    def predicted(self) -> dict[ModelShape, float]:
-        """Return the loss that the model expects of each shape."""
-        x = np.array([[1.0, *halvings(shape, self.teacher)] for shape in self.trials])
-        y = np.array(list(self.trials.values()))
-        costs = _non_negative(x, y - y.min())
-        return {shape: float(y.min() + np.dot([1.0, *halvings(shape, self.teacher)], costs)) for shape in self.shapes}
+    def predict(self) -> Callable[[ModelShape], float]:
+        """Return the model: shape -> the loss that it expects; without trials, the loss above the teacher's."""
+        known = np.array([[1.0, *halvings(shape, self.teacher)] for shape in self.trials]).reshape(-1, 1 + len(COSTS))
+        prior = np.eye(1 + len(COSTS))[1:] * RIDGE**0.5
+        costs = _non_negative(np.concatenate([known, prior]),
+                              np.array([*self.trials.values(), *(RIDGE**0.5 * cost for cost in COSTS.values())]))
+        return lambda shape: float(np.dot([1.0, *halvings(shape, self.teacher)], costs))
 
     def proposals(self, n: int) -> list[ModelShape]:
-        """Return n shapes for the next trials: half those that the model expects most of, half drawn from the better
-        half of the rest, which keeps the model honest."""
-        rest = sorted((s for s in self.shapes if s not in self.trials), key=self.predicted().__getitem__)
-        best, others = rest[:math.ceil(n / 2)], rest[math.ceil(n / 2):max(n, len(rest) // 2)]
-        return best + random.Random(self.seed + len(self.trials)).sample(others, min(n - len(best), len(others)))
+        """Return n shapes of each bin for the next trials: half those that the model expects most of, half mutations of
+        the best quarter."""
+        predicted, rng = self.predict(), random.Random(self.seed + len(self.trials))
+        found: dict[ModelShape, None] = {}
+        for shapes in self.bins:
+            rest = sorted((s for s in shapes if s not in self.trials and s not in found), key=predicted)
+            found |= dict.fromkeys(rest[:math.ceil(n / 2)])
+            for _ in range(min(n, len(rest)) - math.ceil(n / 2)):
+                found[self._mutation([s for s in rest if s not in found], self.best(shapes), rng)] = None
+        return list(found)
 
-    def best(self, n: int = 1) -> list[ModelShape]:
-        """Return the n shapes with the lowest losses so far, of those among which to choose."""
-        return sorted((shape for shape in self.trials if shape in self.shapes), key=self.trials.__getitem__)[:n]
+    def _mutation(self, rest: list[ModelShape], best: list[ModelShape], rng: random.Random) -> ModelShape:
+        """Return one of `rest` that is near to one of the best quarter."""
+        if not best:
+            return rng.choice(rest)
+        parent = halvings(rng.choice(best[:math.ceil(len(best) / 4)]), self.teacher)
+        rest.sort(key=lambda shape: float(np.square(halvings(shape, self.teacher) - parent).sum()))
+        return rng.choice(rest[:NEIGHBOURS])
+
+    def best(self, shapes: Sequence[ModelShape]) -> list[ModelShape]:
+        """Return those of these shapes that were tried, the best first."""
+        return sorted((shape for shape in shapes if shape in self.trials), key=self.trials.__getitem__)
 
 
 def _non_negative(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Return ridge least squares whose coefficients, but for the first (the constant), are not negative."""
+    """Return the least squares whose coefficients, but for the first (the constant), are not negative."""
     kept = list(range(x.shape[1]))
     while True:
-        part = x[:, kept]
-        solved = np.linalg.solve(part.T @ part + RIDGE * np.eye(len(kept)), part.T @ y)
+        solved = np.linalg.lstsq(x[:, kept], y, rcond=None)[0]
         if len(kept) == 1 or solved[1:].min() >= 0:
             break
         kept.pop(1 + int(solved[1:].argmin()))
@@ -80,11 +95,9 @@ def _non_negative(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return found
 
 
-def search(job: Search, evaluate: Callable[[list[ModelShape]], dict[ModelShape, float]], rounds: int, per_round: int
-           ) -> list[ModelShape]:
-    """Run probes and rounds of trials; return all shapes that were tried, the best first."""
-    job.add(evaluate(job.probes()))
+def search(job: Search, evaluate: Callable[[list[ModelShape]], Trials], rounds: int, per_round: int) -> None:
+    """Run probes, and rounds with so many trials in each bin. job.trials holds what they found."""
+    job.trials |= evaluate(job.probes())
     for _ in range(rounds):
         if proposals := job.proposals(per_round):
-            job.add(evaluate(proposals))
-    return job.best(len(job.trials))
+            job.trials |= evaluate(proposals)

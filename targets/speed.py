@@ -37,3 +37,20 @@ def measure(files: dict[str, tuple[Start, Path]], prompt: list[int], n_ctx: int,
                     best[name][depth] = {key: max((x for x in (known[key], found[key]) if x), default=None)
                                          for key in found}
     return {name: [{"depth": depth, **rates} for depth, rates in table.items()] for name, table in best.items()}
+
+
+def after_prompt(start: Start, path: Path, prompt: list[int], n_ctx: int, threads: int, progress: Callable[[str], None]
+                 ) -> dict[str, float | None]:
+    """Return tokens/s of reading this prompt (prompt) and of the answer (decode), and the peak of memory (peak_bytes).
+
+    Rates are the best of ROUNDS. None where it could not be measured. Raises WorkerFailed.
+    """
+    best: dict[str, float | None] = {}
+    for i in range(ROUNDS):
+        progress(f"speed of {path.name} after {len(prompt):,} tokens, round {i + 1} of {ROUNDS}")
+        with start(path.parent) as command, Worker(command) as worker:
+            worker.ask("open", path=str(path.resolve()), n_ctx=n_ctx, threads=threads)
+            found = worker.ask("speed", ids=prompt, n_prompt=len(prompt), n_decode=N_DECODE) | worker.ask("memory")
+        best = {key: max((x for x in (best.get(key), found[key]) if x), default=None)
+                for key in ("prompt", "decode", "peak_bytes")}
+    return best

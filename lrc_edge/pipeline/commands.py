@@ -2,9 +2,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,11 +16,14 @@ from lrc_edge.machine import processors
 from lrc_edge.pipeline import check_stages, preflight, texts
 from lrc_edge.pipeline.device_checks import check_targets
 from lrc_edge.pipeline.plan import Plan
-from lrc_edge.pipeline.stage import Build, describe_job, run_stages
+from lrc_edge.pipeline.planner import with_sizes
+from lrc_edge.pipeline.stage import Build, describe_job, leaving_nothing_of_a_mistake, run_stages
 from lrc_edge.pipeline.stages import stages
-from lrc_edge.recipe import Recipe, recorded_recipe
+from lrc_edge.recipe import Budget, Recipe, recorded_recipe
 from lrc_edge.report.report_file import read_report, show_verdict, write_report
 from lrc_edge.workspace import MANIFEST, Workspace
+
+PLAN_FOLDER = "plan"  # of a build whose sizes a budget decides
 
 
 def build(source: str, out: Path, recipe: Recipe, console: Console, only_train: bool = False) -> ExitStatus:
@@ -32,7 +32,8 @@ def build(source: str, out: Path, recipe: Recipe, console: Console, only_train: 
         if not only_train:
             raise UserError("several processes can only train: use lrc-edge train under torchrun, then build on one")
         return _train_together(source, out, recipe, console)
-    run = _start(source, out, recipe, console, only_train)
+    recipe, predicted = with_sizes(source, recipe, out / PLAN_FOLDER, console)
+    run = _start(source, out, recipe, console, only_train, predicted)
     if run is None:
         return ExitStatus.GATE_FAILED
     if only_train:
@@ -41,8 +42,12 @@ def build(source: str, out: Path, recipe: Recipe, console: Console, only_train: 
     return _finish(run, "train")
 
 
-def _start(source: str, out: Path, recipe: Recipe, console: Console, only_train: bool) -> Build | None:
-    """Check everything, then run the stages before training. Returns None if the identity gate failed."""
+def _start(source: str, out: Path, recipe: Recipe, console: Console, only_train: bool,
+           predicted: dict[str, Any] | None = None) -> Build | None:
+    """Check everything, then run the stages before training. Returns None if the identity gate failed.
+
+    predicted: what the student costs, if there is a budget (planner.with_sizes).
+    """
     # A machine that only trains need not have the runtimes; the machine that writes the files checks the formats.
     plan = Plan.of_build(source, recipe, writes=not only_train or find_spec("llama_cpp") is not None)
     preflight.check(plan, out)
@@ -50,7 +55,7 @@ def _start(source: str, out: Path, recipe: Recipe, console: Console, only_train:
         console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     with leaving_nothing_of_a_mistake(out):
         run = Build(plan, out, console)
-        describe_job(run, teacher=_recorded_name(plan))
+        describe_job(run, teacher=_recorded_name(plan), predicted=predicted)
         run_stages(stages(last="data"), run)
     if not run_stages(stages("identity", "start"), run):
         console.print("identity gate failed: a clone of this teacher would not equal it, so nothing was trained",
@@ -70,6 +75,9 @@ def _train_together(source: str, out: Path, recipe: Recipe, console: Console) ->
     from lrc_edge.train.device import choose_device
     from lrc_edge.train.loop.processes import join, leave
 
+    if recipe.budget != Budget():
+        raise UserError("several processes can only train: choose the sizes with lrc-edge plan, and train its recipe "
+                        "without [budget]")
     ranks = join(choose_device(recipe.train.device))
     if ranks.is_main_process and (recipe.train.tokens or recipe.train.batch_tokens):
         _check_rows_divide(Plan.of_build(source, recipe, writes=False), ranks.num_processes)
@@ -110,20 +118,6 @@ def export(source: str, out: Path, recipe: Recipe, console: Console) -> ExitStat
         # Too little --data is reported before the files are written.
         texts.held_out_rows(run.held_out, plan.recipe, plan.source.checkpoint)
     return _finish(run, "quantize")
-
-
-@contextmanager
-def leaving_nothing_of_a_mistake(out: Path) -> Iterator[None]:
-    """Remove `out` if this run created it and a mistake in the input stopped the run before any stage finished."""
-    existed = out.exists()
-    try:
-        yield
-    except UserError:
-        # Hours of tokenizing, or of the teacher's own text, which can be continued.
-        kept = [*out.glob("*.unfinished/state.json"), *out.glob("*.unfinished/self.jsonl")]
-        if not existed and not any(file.stat().st_size for file in kept):
-            shutil.rmtree(out, ignore_errors=True)
-        raise
 
 
 def _finish(run: Build, first: str) -> ExitStatus:

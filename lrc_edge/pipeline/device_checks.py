@@ -20,8 +20,9 @@ from lrc_edge.figures import NONE, figure, percent, visible
 from lrc_edge.formats import KINDS
 from lrc_edge.machine import architecture, threads_for
 from lrc_edge.parity import CHANGES
+from lrc_edge.pipeline.budget_check import check_budget
 from lrc_edge.recipe import recorded_recipe
-from lrc_edge.report.devices import failures, memory_text, speed_text, target_tables
+from lrc_edge.report.devices import budget_text, failures, memory_text, speed_text, target_tables
 from lrc_edge.report.report_file import REPORT, damage_reported, read_report, write_report
 from lrc_edge.report.schema import ArtifactRow, Report
 from lrc_edge.report.view import Names, gate_cells
@@ -41,6 +42,7 @@ class BuildFacts:
     out: Path
     artifacts: tuple[Artifact, ...]
     check_input: CheckInput
+    predicted: dict[str, Any] | None  # what the student was predicted to cost, if there is a budget
 
     @classmethod
     def read(cls, out: Path) -> BuildFacts:
@@ -56,7 +58,8 @@ class BuildFacts:
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{out / MANIFEST}: damaged ({error!r}); copy it again, or build again") from error
         reference = StoredReference.load(out / REFERENCE_FILE)
-        return cls(out, artifacts, CheckInput(out, reference, recipe, threads_for(reference.shape)))
+        return cls(out, artifacts, CheckInput(out, reference, recipe, threads_for(reference.shape)),
+                   job.get("predicted"))
 
     def artifacts_for(self, profile: Profile) -> list[Artifact]:
         """Return the artifacts that the profile runs. Raises UserError if there are none, or if one is missing."""
@@ -102,11 +105,27 @@ def _check_target(facts: BuildFacts, artifacts: list[Artifact], profile: Profile
         rows = [check_artifact(artifact, runtime, profile, facts.check_input, task.update) for artifact in artifacts
                 for runtime in runtimes_of(profile) if runtime.row.reads == artifact.format]
         _add_speed(facts, profile, rows, task)
+        budget = _budget(facts, artifacts, profile, rows, task)
     there = {artifact.name for artifact in artifacts}
     return {"target": profile.name, "description": profile.description,
             "absent": [name for name in profile.format_names if name not in there],
             "sha256": {artifact.path: artifact.sha256 for artifact in artifacts},
-            "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "machine": architecture(), "rows": rows}
+            "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "machine": architecture(), "rows": rows,
+            "budget": budget}
+
+
+def _budget(facts: BuildFacts, artifacts: list[Artifact], profile: Profile, rows: list[dict[str, Any]], task: Task
+            ) -> list[dict[str, Any]]:
+    """Return the rows of budget_check; none if there is no budget for this device."""
+    if facts.predicted is None or facts.predicted["device"] != profile.name:
+        return []
+    try:
+        return check_budget(facts.check_input.recipe.budget, facts.predicted, artifacts, profile, facts.check_input,
+                            rows, task.update)
+    except WorkerFailed as error:
+        task.console.print(f"{profile.name}: the budget was not checked: {visible(str(error))}", style="yellow",
+                           highlight=False, markup=False, soft_wrap=True)
+        return []
 
 
 def _add_speed(facts: BuildFacts, profile: Profile, rows: list[dict[str, Any]], task: Task) -> None:
@@ -181,6 +200,8 @@ def show(result: dict[str, Any], console: Console) -> None:
             console.print(f"failed: {_who(row)}: {reason}", style="red", highlight=False, markup=False, soft_wrap=True)
         for rates in row.get("speed", []):
             console.print(_speed_line(row, rates), highlight=False, markup=False, soft_wrap=True)
+    for row in result.get("budget", []):
+        console.print(f"budget: {budget_text(row)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _cells(row: dict[str, Any]) -> list[Text]:

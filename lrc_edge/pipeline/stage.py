@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from lrc_edge.artifact import Artifact
 from lrc_edge.checkpoint import TOKENIZER_PARTS, DenseCheckpoint
 from lrc_edge.console import Task, running, stage_line
 from lrc_edge.corpus.held_out import HeldOut
+from lrc_edge.errors import UserError
 from lrc_edge.formats import KINDS
 from lrc_edge.parity import Gate
 from lrc_edge.pipeline import texts
@@ -183,3 +185,17 @@ def describe_job(build: Build, **facts: Any) -> None:
     """Record the recipe and the models in build.json, for commands that get only the directory."""
     build.workspace.manifest |= {"job": {"recipe": build.recipe.as_dict(), **facts}, "lrc_edge": __version__}
     build.workspace.save()
+
+
+@contextmanager
+def leaving_nothing_of_a_mistake(out: Path) -> Iterator[None]:
+    """Remove `out` if this run created it and a mistake in the input stopped the run before any stage finished."""
+    existed = out.exists()
+    try:
+        yield
+    except UserError:
+        # Hours of tokenizing, or of the teacher's own text, which can be continued.
+        kept = [*out.glob("*.unfinished/state.json"), *out.glob("*.unfinished/self.jsonl")]
+        if not existed and not any(file.stat().st_size for file in kept):
+            shutil.rmtree(out, ignore_errors=True)
+        raise

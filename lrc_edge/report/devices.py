@@ -5,14 +5,15 @@ from collections.abc import Iterable
 from typing import Any
 
 from lrc_edge.figures import NONE, figure, human_bytes, percent, visible
-from lrc_edge.parity import CHANGES
-from lrc_edge.report.view import Names
+from lrc_edge.parity import CHANGES, Gate
+from lrc_edge.report.view import RELATIONS, Names
 
 
 def target_tables(results: Iterable[dict[str, Any]], names: Names) -> list[dict[str, Any]]:
     return [{"name": visible(result["target"]), "description": visible(result["description"]),
              "absent": ", ".join(result.get("absent", [])),
-             "rows": [_row(row, names) for row in result["rows"]]} for result in results]
+             "rows": [_row(row, names) for row in result["rows"]],
+             "budget": [_budget_row(row) for row in result.get("budget", [])]} for result in results]
 
 
 def _row(row: dict[str, Any], names: Names) -> dict[str, Any]:
@@ -63,3 +64,17 @@ def speed_text(rates: dict[str, Any]) -> str:
         ratio = rates.get(f"{key}_of_teacher")
         parts.append(f"{key} {figure(rates[key])} tok/s" + (f" ({figure(ratio)} × the teacher)" if ratio else ""))
     return f"after {rates['depth']:,} tokens: {', '.join(parts)}"
+
+
+def _budget_row(row: dict[str, Any]) -> dict[str, str]:
+    kept = row["measured"] is not None and Gate("budget", "", row["unit"], row["measured"], row["asked"],
+                                                row["relation"]).passed
+    return {"asked": f"{RELATIONS[row['relation']][0]} {figure(row['asked'])} {visible(row['unit'])}",
+            "predicted": figure(row["predicted"]), "measured": figure(row["measured"]),
+            "mark": "not measured here" if row["measured"] is None else "kept" if kept else "EXCEEDED"}
+
+
+def budget_text(row: dict[str, Any]) -> str:
+    """ ">= 30 tokens/s: predicted 33, measured 34.1, kept"."""
+    cells = _budget_row(row)
+    return f"{cells['asked']}: predicted {cells['predicted']}, measured {cells['measured']}, {cells['mark']}"

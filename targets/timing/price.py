@@ -3,22 +3,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
 
 from lrc_edge.errors import UserError
 from lrc_edge.figures import human_bytes
 from lrc_edge.formats import format_of
+from lrc_edge.recipe import Budget
 from lrc_edge.shape import ModelShape
 from lrc_edge.student import sizes_that_work
-from lrc_edge.targets.fit import bytes_read_per_token
+from lrc_edge.targets.fit import MARGIN, bytes_read_per_token
 from lrc_edge.targets.memory import bytes_by_group, memory_of
 from lrc_edge.targets.profile import Profile
 from lrc_edge.targets.timing.cost import CostModel
 
 SMALLEST = 1 / 4  # of the teacher's width, layers and neurons: below that a student keeps too little to start from
 UNITS = (256, 128, 64, 32)  # widths and neurons are multiples of one of them, the larger the model the larger
+METADATA_PER_TOKEN = 64  # bytes of a GGUF for each token of its vocabulary: 32 to 61 with merges
 STEPS = 12  # sizes that are tried between the smallest and the teacher's
 
 
@@ -34,27 +36,50 @@ class Price:
 
 
 @dataclass(frozen=True)
-class Budget:
-    """The most that a student may cost; None: any."""
+class Limits:
+    """The most that a student may cost; None: any. Predicted times and memory count with a margin, so that a student
+    whose prediction was too low still keeps its limits."""
 
     token_ms: float | None = None
     first_token_s: float | None = None
     memory_bytes: float | None = None
     file_bytes: float | None = None
+    time_margin: float = 1.0
+    memory_margin: float = 1.0
+
+    @classmethod
+    def of(cls, budget: Budget, device: Device) -> Limits:
+        """Raises UserError for a budget without limits, or with one that this device's prices do not have."""
+        if not any((budget.tokens_per_second, budget.time_to_first_token, budget.memory, budget.file_size)):
+            raise UserError("plan: no budget; give --tokens-per-second, --time-to-first-token, --memory or --file-size")
+        if budget.time_to_first_token and not device.is_measured:
+            raise UserError(f"--time-to-first-token: {device.profile.name} is not this machine, and its profile has no "
+                            "figure for it; run `lrc-edge plan TEACHER --time-anchors` there, and give its file as "
+                            "--timings")
+        return cls(1000 / budget.tokens_per_second if budget.tokens_per_second else None,
+                   budget.time_to_first_token or None, budget.memory * 1e6 or None, budget.file_size * 1e6 or None,
+                   1 + device.model.worst if device.model else 1.0, MARGIN)
+
+    def counted(self, price: Price) -> dict[str, float | None]:
+        """Return the price with the margins, by name."""
+        margins = {"token_ms": self.time_margin, "first_token_s": self.time_margin, "memory_bytes": self.memory_margin,
+                   "file_bytes": 1.0}
+        return {name: None if cost is None else cost * margins[name] for name, cost in asdict(price).items()}
 
     def excess(self, price: Price) -> dict[str, float]:
         """Return, for each limit that the price exceeds, how many times."""
         found = {}
-        for field in fields(self):
-            limit, cost = getattr(self, field.name), getattr(price, field.name)
-            if limit is not None and cost > limit:
-                found[field.name] = cost / limit
+        for name, cost in self.counted(price).items():
+            limit = getattr(self, name)
+            if limit is not None and cost is not None and cost > limit:
+                found[name] = cost / limit
         return found
 
-    def share(self, price: Price) -> float:
-        """Return the largest share of a limit that the price uses; 0 without limits."""
-        return max((getattr(price, field.name) / limit for field in fields(self)
-                    if (limit := getattr(self, field.name)) is not None), default=0.0)
+    def scaled(self, share: float) -> Limits:
+        """Return this share of the limits of time; without any, of memory and of the file."""
+        names = [name for name in ("token_ms", "first_token_s") if getattr(self, name) is not None] \
+            or [name for name in ("memory_bytes", "file_bytes") if getattr(self, name) is not None]
+        return replace(self, **{name: share * getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True)
@@ -73,20 +98,12 @@ class Device:
     def price(self, shape: ModelShape) -> Price:
         memory = memory_of(shape, self.format, self.profile.runtime_of(self.format), self.context,
                            self.profile.features).peak
-        file_bytes = sum(bytes_by_group(shape, self.format).values())
+        file_bytes = sum(bytes_by_group(shape, self.format).values()) + METADATA_PER_TOKEN * shape.vocab_size
         if self.model is None:
             read = bytes_read_per_token(shape, self.format, self.context)
             return Price(1000 * read / (self.profile.bandwidth_gb_s.value * 1e9), None, memory, file_bytes)
         return Price(self.model.decode_ms(shape, self.context),
                      self.model.first_token_ms(shape, self.context) / 1000, memory, file_bytes)
-
-
-def check_budget(budget: Budget, device: Device) -> None:
-    """Raise UserError for a limit that this device's prices do not have."""
-    if budget.first_token_s is not None and not device.is_measured:
-        raise UserError(f"--time-to-first-token: {device.profile.name} is not this machine, and its profile has no "
-                        "figure for it; run `lrc-edge plan TEACHER --time-anchors` there, and give its file as "
-                        "--timings")
 
 
 @dataclass(frozen=True)
@@ -97,29 +114,29 @@ class Offer:
     price: Price
 
 
-def offers(teacher: ModelShape, device: Device, budget: Budget) -> list[Offer]:
+def offers(teacher: ModelShape, device: Device, limits: Limits) -> list[Offer]:
     """Return the shapes within the budget that no other shape within it exceeds in every size.
 
     Every size helps, so only these can be the best. Raises UserError if there is none, with the nearest budget that
     has one.
     """
     found = [Offer(shape, price) for shapes in _depths(teacher, device.format)
-             if (largest := _deepest(shapes, device, budget)) for shape, price in [largest]]
+             if (largest := _deepest(shapes, device, limits)) for shape, price in [largest]]
     if not found:
-        raise _impossible(teacher, device, budget)
+        raise _impossible(teacher, device, limits)
     sizes = [(offer.shape.hidden_size, offer.shape.num_hidden_layers, offer.shape.intermediate_size,
               offer.shape.num_attention_heads, offer.shape.num_key_value_heads) for offer in found]
     return [offer for offer, mine in zip(found, sizes, strict=True)
             if not any(other != mine and all(a >= b for a, b in zip(other, mine, strict=True)) for other in sizes)]
 
 
-def _deepest(shapes: list[ModelShape], device: Device, budget: Budget) -> tuple[ModelShape, Price] | None:
+def _deepest(shapes: list[ModelShape], device: Device, limits: Limits) -> tuple[ModelShape, Price] | None:
     """Return the deepest of shapes that differ in their layers alone. Every layer costs the same."""
     one, two = (device.price(shapes[0].resized({"num_hidden_layers": n})) for n in (1, 2))
     fits = None
     for shape in shapes:
         price = _of_layers(one, two, shape.num_hidden_layers)
-        if budget.excess(price):
+        if limits.excess(price):
             break
         fits = shape, price
     return fits
@@ -158,13 +175,13 @@ def _spread(sizes: list[int]) -> list[int]:
     return sizes[::-1][::step][::-1] if sizes else []
 
 
-def _impossible(teacher: ModelShape, device: Device, budget: Budget) -> UserError:
+def _impossible(teacher: ModelShape, device: Device, limits: Limits) -> UserError:
     """Return the error that names the limit that is exceeded most, and the least that a student can cost."""
     prices = [device.price(shapes[0]) for shapes in _depths(teacher, device.format)]
-    price = min(prices, key=lambda price: max(budget.excess(price).values()))
-    excess = budget.excess(price)
+    price = min(prices, key=lambda price: max(limits.excess(price).values()))
+    excess = limits.excess(price)
     name = max(excess, key=excess.__getitem__)
-    wanted, least = (_worded(name, value) for value in (getattr(budget, name), getattr(price, name)))
+    wanted, least = _worded(name, getattr(limits, name)), _worded(name, limits.counted(price)[name] or 0.0)
     return UserError(f"no student of this teacher reaches {wanted} on {device.profile.name} with {device.context:,} "
                      f"tokens of context in {device.format}: the nearest is {least}; ask for that, a shorter "
                      "--context, or start from a smaller teacher")

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import replace
+import re
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,17 @@ from tiny_models import TEXT, make_tiny
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
-from lrc_edge.pipeline.planner import EFFORTS, LEAST_TOKENS, MOST_TOKENS, _for_trials, device_of
-from lrc_edge.recipe import load_recipe
+from lrc_edge.pipeline import plan_trials
+from lrc_edge.pipeline.plan_trials import EFFORTS, LEAST_TOKENS, MOST_TOKENS
+from lrc_edge.pipeline.planner import device_of, planned
+from lrc_edge.recipe import Budget, load_recipe
 from lrc_edge.shape import ModelShape
 from lrc_edge.student import student_of
 from lrc_edge.targets.profile import load_profile
 from lrc_edge.targets.timing.anchors import anchors_of
 from lrc_edge.targets.timing.cost import Timing
 from lrc_edge.targets.timing.measured import Measured
-from lrc_edge.targets.timing.price import Budget, Device
+from lrc_edge.targets.timing.price import Device, Limits
 
 DEVICE = "raspberry-pi-5"
 
@@ -40,30 +43,68 @@ def plan(inputs: tuple[Path, Path], out: Path, *options: object) -> tuple[int, s
     return done.returncode, done.stdout, done.stderr
 
 
-def test_a_budget_becomes_a_recipe(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    teacher = DenseCheckpoint.open(inputs[0]).shape
-    device = Device(load_profile(DEVICE), "gguf:q4_0", 256, None)
-    limit = 0.7 * device.price(teacher).file_bytes
-    options = ("--file-size", limit / 1e6, "--search", "none", "--set", "train.tokens=4000000")
+def file_limit(teacher: Path) -> float:
+    """MB of a file that a student has, but not the teacher."""
+    shape = DenseCheckpoint.open(teacher).shape
+    return 0.7 * Device(load_profile(DEVICE), "gguf:q4_0", 256, None).price(shape).file_bytes / 1e6
+
+
+def test_a_budget_becomes_a_recipe_by_trials(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    teacher, limit = DenseCheckpoint.open(inputs[0]).shape, file_limit(inputs[0])
+    options = ("--file-size", limit, "--set", "train.tokens=4000000")
     status, printed, errors = plan(inputs, tmp_path / "plan", *options)
     assert status == 0, errors
+    assert re.search(r"at most 9 shapes, 51,200 tokens each: about \d", printed)
     table = json.loads((tmp_path / "plan" / "plan.json").read_text())
     tried = [row for row in table["shapes"] if row["trial"]]
     best = min(tried, key=lambda row: row["trial"]["loss"])
     assert 3 < len(tried) < len(table["shapes"]) and table["chosen"] == best["shape"]
-    assert table["speed"] == "estimated" and "speeds are estimated from its bandwidth" in printed
+    assert table["prediction"]["speed"] == "estimated" and "speeds are estimated from its bandwidth" in printed
     chosen = ModelShape.from_dict(table["chosen"])
-    assert not Budget(file_bytes=limit).excess(device.price(chosen))
+    device = Device(load_profile(DEVICE), "gguf:q4_0", 256, None)
+    assert table["prediction"]["price"] == pytest.approx(asdict(device.price(chosen)))
+    assert not Limits(file_bytes=limit * 1e6).excess(device.price(chosen))
     recipe = load_recipe(tmp_path / "plan" / "recipe.toml")
     assert student_of(recipe, teacher, "t")[0] == chosen and recipe.train.tokens == 4_000_000
+    assert recipe.budget == Budget(file_size=limit, context=256)
     before = (tmp_path / "plan" / "trials.jsonl").read_text()
+    assert "is of the same inputs, nothing to do" in plan(inputs, tmp_path / "plan", *options)[1]
+    (tmp_path / "plan" / "plan.json").unlink()  # as after a kill
     assert plan(inputs, tmp_path / "plan", *options)[0] == 0
     assert (tmp_path / "plan" / "trials.jsonl").read_text() == before, "finished trials are not repeated"
+    assert json.loads((tmp_path / "plan" / "plan.json").read_text()) == table
+
+
+def test_without_trials_no_text_is_needed(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    """The least expected loss is chosen, by what cuts cost elsewhere."""
+    done = run("plan", inputs[0], "--target", DEVICE, "--file-size", file_limit(inputs[0]), "--search", "none",
+               "--out", tmp_path / "plan")
+    assert done.returncode == 0, done.stderr
+    table = json.loads((tmp_path / "plan" / "plan.json").read_text())
+    assert not any(row["trial"] for row in table["shapes"])
+    assert table["chosen"] == min(table["shapes"], key=lambda row: row["expected"])["shape"]
+
+
+def test_a_full_search_compares_bins_and_chooses_within_the_budget(inputs: tuple[Path, Path], tmp_path: Path,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """A larger student than the budget allows is tried, to show what a larger budget would give, and never chosen."""
+    monkeypatch.setitem(plan_trials.EFFORTS, "full", replace(EFFORTS["full"], rounds=1, per_round=2))
+    monkeypatch.setattr(plan_trials, "LEAST_TOKENS", 5_120)
+    limit = file_limit(inputs[0])
+    recipe = load_recipe(None, ["train.seq_len=64"], data={"sources": [str(inputs[1])]}, budget={
+        "file_size": limit, "context": 256, "search": "full"}, export={"targets": [DEVICE]})
+    planned(str(inputs[0]), recipe, tmp_path / "plan", Console(file=io.StringIO()))
+    table = json.loads((tmp_path / "plan" / "plan.json").read_text())
+    tried = [row for row in table["shapes"] if row["trial"]]
+    assert {row["within"] for row in tried} == {True, False}
+    best = min((row for row in tried if row["within"]), key=lambda row: row["trial"]["loss"])
+    assert table["chosen"] == best["shape"] and best["price"]["file_bytes"] <= limit * 1e6
+    assert any(row["price"]["file_bytes"] < 0.8 * limit * 1e6 for row in tried)
 
 
 def test_trials_train_for_a_hundredth_of_the_budget() -> None:
     """But not for so long that a search takes days, nor so short that it shows nothing."""
-    tokens = [_for_trials(load_recipe(None, [f"train.tokens={n}"]), EFFORTS["short"]).train.tokens
+    tokens = [EFFORTS["short"].of(load_recipe(None, [f"train.tokens={n}"])).train.tokens
               for n in (0, 8_000_000, 10**10)]
     assert tokens == [LEAST_TOKENS, 80_000, MOST_TOKENS]
 
@@ -74,13 +115,14 @@ def test_timings_from_the_device_give_its_speed(inputs: tuple[Path, Path], tmp_p
                for shape in anchors_of(teacher) for n in (128, 1152)]
     found = Measured("aarch64, 4 processors, Cortex-A76", "llama-cpp-python 0.3.36", 4, "gguf:q4_0", tuple(timings))
     found.save(tmp_path / "timings.json")
+    budget = Budget(context=256, timings=str(tmp_path / "timings.json"))
     console = Console(file=io.StringIO(), width=200)
-    device = device_of(load_profile(DEVICE), teacher, 256, tmp_path / "timings.json", console)
+    device = device_of(load_profile(DEVICE), teacher, budget, console)
     assert device.model == found.model() and device.is_measured and device.price(teacher).first_token_s is not None
     assert "12 timings on aarch64, 4 processors, Cortex-A76" in console.file.getvalue()  # type: ignore[attr-defined]
     replace(found, format="gguf:q8_0").save(tmp_path / "other.json")
     with pytest.raises(UserError, match=r"other.json: timings of gguf:q8_0; raspberry-pi-5 takes gguf:q4_0"):
-        device_of(load_profile(DEVICE), teacher, 256, tmp_path / "other.json", console)
+        device_of(load_profile(DEVICE), teacher, replace(budget, timings=str(tmp_path / "other.json")), console)
 
 
 @pytest.mark.parametrize(("options", "message"), [
@@ -88,8 +130,10 @@ def test_timings_from_the_device_give_its_speed(inputs: tuple[Path, Path], tmp_p
     (("--file-size", 100), "the teacher itself is within this budget"),
     (("--file-size", 0.01), "no student of this teacher reaches --file-size 0.01 (10.0 kB) on raspberry-pi-5"),
     (("--time-to-first-token", 1), "--time-to-first-token: raspberry-pi-5 is not this machine"),
-    (("--memory", 0), "--memory 0: need a number above 0"),
-    (("--file-size", 0.3, "--search", "long"), "--search long: need one of none, short, full"),
+    (("--memory", "inf"), "budget.memory = inf: need at least 0 and less than inf"),
+    (("--file-size", 0.3, "--set", "student.hidden_size=64"), "student.hidden_size = 64 is set, but a plan"),
+    (("--file-size", 0.3, "--target", "laptop-x86"), "budget: need one device"),
+    (("--file-size", 0.3, "--search", "long"), "search = 'long': need one of none, short, full"),
     (("--file-size", 0.3, "--timings", "nowhere.json"), "nowhere.json: not a file of timings")])
 def test_mistakes_are_one_line_and_leave_nothing(options: tuple[object, ...], message: str, inputs: tuple[Path, Path],
                                                  tmp_path: Path) -> None:

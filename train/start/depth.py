@@ -27,16 +27,42 @@ def greedy(model: Layers, statistics: Statistics, n_kept: int, rows_BL: torch.Te
            progress: Callable[[str], None]) -> tuple[int, ...]:
     """Return the layers that stay, of `n_kept`. Uses the first SCORING_TOKENS of the rows."""
     n_layers = model.shape.num_hidden_layers
-    if n_kept == n_layers:
-        return tuple(range(n_layers))
+    gone = removals(model, n_layers - n_kept, rows_BL, folder, progress)
+    return tuple(layer for layer in range(n_layers) if layer not in gone)
+
+
+def removals(model: Layers, n: int, rows_BL: torch.Tensor, folder: Path, progress: Callable[[str], None]) -> list[int]:
+    """Return the first n layers to leave out, in their order."""
+    gone: list[int] = []
+    if not n:
+        return gone
     search = Search(model, rows_BL[:max(1, SCORING_TOKENS // rows_BL.shape[1])], folder)
-    while len(search.kept) > n_kept:
+    while len(gone) < n:
         found = {}
         for layer in search.kept[1:]:
-            progress(f"choosing {n_kept} of {len(search.kept)} layers: trying without layer {layer}")
+            progress(f"choosing layer {len(gone) + 1} of {n} to leave out: trying layer {layer}")
             found[layer] = search.kl_without(layer)
-        search.leave_out(min(found, key=found.__getitem__))
-    return tuple(search.kept)
+        gone.append(min(found, key=found.__getitem__))
+        search.leave_out(gone[-1])
+    return gone
+
+
+class SharedGreedy:
+    """`greedy` for several students of one teacher, on the same rows: what one of them found serves the others.
+
+    most: layers that any of them leaves out.
+    """
+
+    def __init__(self, most: int):
+        self.most = most
+        self.gone: list[int] = []
+
+    def __call__(self, model: Layers, statistics: Statistics, n_kept: int, rows_BL: torch.Tensor, folder: Path,
+                 progress: Callable[[str], None]) -> tuple[int, ...]:
+        n_layers = model.shape.num_hidden_layers
+        if n_layers - n_kept > len(self.gone):
+            self.gone = removals(model, max(self.most, n_layers - n_kept), rows_BL, folder, progress)
+        return tuple(layer for layer in range(n_layers) if layer not in self.gone[:n_layers - n_kept])
 
 
 class Search:
