@@ -10,9 +10,10 @@ All students are trained with the default settings and the same number of tokens
 longer" also has those of the planner's trials.
 
 Each student's Q4_0 file is judged in llama.cpp on three quarters of --held-out that picked nothing; the other quarter
-judges the trials. Differences from "width only" have 95 % intervals, bootstrapped by document (passages of a longer text), over
-all seeds. For the rank correlation of a trial with the final loss, all of the planner's shapes of the first bin and
-seed are trained. Finished runs are stored in OUT/runs.jsonl and not repeated; --render only writes the table.
+judges the trials. Differences from "width only" have 95 % intervals over all seeds, bootstrapped by document (by
+passage of a longer text). For the rank correlation of a trial with the final loss, all of the planner's shapes of the
+first bin and seed are trained. Finished runs are stored in OUT/runs.jsonl and not repeated; --render only writes the
+table.
 """
 from __future__ import annotations
 
