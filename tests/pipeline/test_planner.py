@@ -14,10 +14,14 @@ from tiny_models import TEXT, make_tiny
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
+from lrc_edge.machine import architecture
 from lrc_edge.pipeline import plan_trials
+from lrc_edge.pipeline.budget_check import check_budget
+from lrc_edge.pipeline.device_checks import BuildFacts
 from lrc_edge.pipeline.plan_trials import EFFORTS, LEAST_TOKENS, MOST_TOKENS
 from lrc_edge.pipeline.planner import device_of, planned
 from lrc_edge.recipe import Budget, load_recipe
+from lrc_edge.report.devices import budget_text, failures
 from lrc_edge.shape import ModelShape
 from lrc_edge.student import student_of
 from lrc_edge.targets.profile import load_profile
@@ -164,3 +168,57 @@ def test_anchors_are_timed_once_for_a_machine(inputs: tuple[Path, Path], tmp_pat
     first, again = ((tmp_path / out / "timings.json").read_text() for out in ("first", "again"))
     assert first == again
     assert Measured.load(tmp_path / "first" / "timings.json").model().worst < 0.5
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    """A profile of this machine with one runtime."""
+    figure = 'value = {}\nsource = "this machine"\ndate = 2026-11-22\n'
+    (tmp_path / "here.toml").write_text("\n".join([
+        'description = "This machine"', f'architecture = "{architecture()}"', "features = []", "context = 256",
+        'runtimes = ["llama.cpp"]', 'recommended = "gguf:q8_0"', 'formats = [{name = "gguf:q8_0", why = "small"}]',
+        *(f"[{name}]\n{figure.format(value)}" for name, value in (
+            ("cores", 2), ("ram_gb", 8), ("usable_gb", 4), ("bandwidth_gb_s", 20)))]))
+    return tmp_path / "here.toml"
+
+
+def build(inputs: tuple[Path, Path], here: Path, out: Path, *options: object) -> tuple[int, str, str]:
+    done = run("build", inputs[0], "--data", inputs[1], "--target", here, "--out", out, "--search", "none", *options,
+               *(part for setting in ("train.tokens=2048", "train.seq_len=64", "parity.positions=256",
+                                      "parity.row_len=64", "train.batch_tokens=512") for part in ("--set", setting)))
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_build_with_a_budget_plans_first_and_measures_what_was_asked(inputs: tuple[Path, Path], here: Path,
+                                                                       tmp_path: Path) -> None:
+    """A limit that the file exceeds, though it was predicted to keep it, is a failed gate."""
+    out, budget = tmp_path / "out", ("--file-size", 0.4, "--tokens-per-second", 1)
+    status, printed, errors = build(inputs, here, out, *budget)
+    assert status == 0, printed + errors
+    plan, report = json.loads((out / "plan" / "plan.json").read_text()), json.loads((out / "report.json").read_text())
+    assert report["student"]["n_params"] == ModelShape.from_dict(plan["chosen"]).n_params
+    [target] = report["targets"]
+    rows = {row["limit"]: row for row in target["budget"]}
+    assert rows.keys() == {"tokens_per_second", "file_size"}
+    assert rows["file_size"]["asked"] == 0.4 and rows["file_size"]["measured"] == report["artifacts"][0]["bytes"] / 1e6
+    assert rows["file_size"]["predicted"] == plan["prediction"]["price"]["file_bytes"] / 1e6
+    assert rows["tokens_per_second"]["measured"] > 1 and rows["tokens_per_second"]["predicted"] > 1
+    assert sum(gate["name"] == "budget" for gate in report["gates"]) == 2
+    assert "budget: \u2264 0.4 MB on disk: predicted" in printed and "kept" in (out / "report.html").read_text()
+    assert "unchanged, nothing to do" in build(inputs, here, out, *budget)[1], "the same sizes are planned again"
+
+    facts, [row] = BuildFacts.read(out), target["rows"]
+    assert facts.predicted == plan["prediction"] and row["state"] == "passed"
+    [found] = check_budget(Budget(file_size=0.1), facts.predicted, list(facts.artifacts), load_profile(str(here)),
+                           facts.check_input, [row], lambda text: None)
+    assert row["state"] == "failed" and re.search(r"budget: MB on disk 0\.\d+, need <= 0\.1", failures(row)[-1])
+    assert "EXCEEDED" in budget_text(found)
+
+
+def test_sizes_that_exceed_a_budget_are_refused_before_training(inputs: tuple[Path, Path], here: Path, tmp_path: Path
+                                                                ) -> None:
+    status, _, errors = build(inputs, here, tmp_path / "out", "--file-size", 0.1, "--set", "student.hidden_size=96")
+    assert status == 2 and "times over the limit of its file on here" in errors and errors.count("\n") == 1, errors
+    assert not (tmp_path / "out").exists()
+    status, _, errors = build(inputs, here, tmp_path / "out", "--file-size", 0.001)
+    assert status == 2 and "the nearest is --file-size" in errors and not (tmp_path / "out").exists(), errors
