@@ -29,6 +29,7 @@ from lrc_edge.report.view import Names, gate_cells
 from lrc_edge.stored_reference import REFERENCE_FILE, TEACHER_FILE, StoredReference
 from lrc_edge.targets import speed
 from lrc_edge.targets.devices.device_check import CheckInput, check_artifact
+from lrc_edge.targets.energy import MEANING, EnergyCounter, EnergyUnavailable
 from lrc_edge.targets.profile import Profile, load_profiles
 from lrc_edge.targets.runtimes.table import runtimes_of
 from lrc_edge.targets.runtimes.worker import WorkerFailed, ended_by_signals
@@ -104,14 +105,14 @@ def _check_target(facts: BuildFacts, artifacts: list[Artifact], profile: Profile
     with running(console, profile.name) as task:
         rows = [check_artifact(artifact, runtime, profile, facts.check_input, task.update) for artifact in artifacts
                 for runtime in runtimes_of(profile) if runtime.row.reads == artifact.format]
-        _add_speed(facts, profile, rows, task)
+        energy = _add_speed(facts, profile, rows, task)
         budget = _budget(facts, artifacts, profile, rows, task)
     there = {artifact.name for artifact in artifacts}
     return {"target": profile.name, "description": profile.description,
             "absent": [name for name in profile.format_names if name not in there],
             "sha256": {artifact.path: artifact.sha256 for artifact in artifacts},
-            "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "machine": architecture(), "rows": rows,
-            "budget": budget}
+            "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "machine": architecture(), "energy": energy,
+            "rows": rows, "budget": budget}
 
 
 def _budget(facts: BuildFacts, artifacts: list[Artifact], profile: Profile, rows: list[dict[str, Any]], task: Task
@@ -128,8 +129,9 @@ def _budget(facts: BuildFacts, artifacts: list[Artifact], profile: Profile, rows
         return []
 
 
-def _add_speed(facts: BuildFacts, profile: Profile, rows: list[dict[str, Any]], task: Task) -> None:
-    """Add tokens/s, and their ratio to the teacher's, where this machine has the device's processor."""
+def _add_speed(facts: BuildFacts, profile: Profile, rows: list[dict[str, Any]], task: Task) -> str:
+    """Add tokens/s and joules per token, and their ratios to the teacher's, where this machine has the device's
+    processor. Return whose energy that is, or why it is unavailable; empty if nothing was measured."""
     runtimes = {runtime.name: runtime for runtime in runtimes_of(profile) if runtime.timed}
     timed = {f"{row['artifact']} in {row['runtime']}": row for row in rows
              if row["state"] == "passed" and row["runtime"] in runtimes}
@@ -140,17 +142,27 @@ def _add_speed(facts: BuildFacts, profile: Profile, rows: list[dict[str, Any]], 
         files = {"teacher": (readers[0].start, teacher), **files}
     n_ctx = min(facts.check_input.reference.shape.max_position_embeddings, 2 * speed.DEPTH)
     prompt = facts.check_input.reference.long_prompt(n_ctx)
+    energy, note = _energy_counter()
     try:
-        found = speed.measure(files, prompt, n_ctx, facts.check_input.threads, task.update) if timed else {}
-    except WorkerFailed as error:  # no reason to lose the rows
+        found = speed.measure(files, prompt, n_ctx, facts.check_input.threads, task.update, energy) if timed else {}
+    except (WorkerFailed, EnergyUnavailable) as error:  # no reason to lose the rows
         task.console.print(f"{profile.name}: speed was not measured: {visible(str(error))}", style="yellow",
                            highlight=False, markup=False, soft_wrap=True)
-        return
+        return ""
     for name, row in timed.items():
         row["speed"] = found[name]
         for rates, teacher_rates in zip(found[name], found.get("teacher", []), strict=False):
-            rates |= {f"{key}_of_teacher": rates[key] / teacher_rates[key] for key in ("prefill", "decode")
+            rates |= {f"{key}_of_teacher": rates[key] / teacher_rates[key] for key in ("prefill", "decode", "joules")
                       if rates[key] and teacher_rates[key]}
+    return note if timed else ""
+
+
+def _energy_counter() -> tuple[EnergyCounter | None, str]:
+    """Return what to read joules from, if there is anything, and a sentence for the report."""
+    try:
+        return EnergyCounter.find(), MEANING
+    except EnergyUnavailable as error:
+        return None, f"energy is unavailable: {error}"
 
 
 def kept_results(out: Path, artifacts: Sequence[ArtifactRow]) -> list[dict[str, Any]]:
@@ -200,6 +212,8 @@ def show(result: dict[str, Any], console: Console) -> None:
             console.print(f"failed: {_who(row)}: {reason}", style="red", highlight=False, markup=False, soft_wrap=True)
         for rates in row.get("speed", []):
             console.print(_speed_line(row, rates), highlight=False, markup=False, soft_wrap=True)
+    if result["energy"]:
+        console.print(visible(result["energy"]), style="dim", highlight=False, markup=False, soft_wrap=True)
     for row in result.get("budget", []):
         console.print(f"budget: {budget_text(row)}", highlight=False, markup=False, soft_wrap=True)
 

@@ -11,7 +11,7 @@ from lrc_edge.report.view import RELATIONS, Names
 
 def target_tables(results: Iterable[dict[str, Any]], names: Names) -> list[dict[str, Any]]:
     return [{"name": visible(result["target"]), "description": visible(result["description"]),
-             "absent": ", ".join(result.get("absent", [])),
+             "absent": ", ".join(result.get("absent", [])), "energy": visible(result.get("energy", "")),
              "rows": [_row(row, names) for row in result["rows"]],
              "budget": [_budget_row(row) for row in result.get("budget", [])]} for result in results]
 
@@ -58,11 +58,14 @@ def memory_text(row: dict[str, Any]) -> str:
 
 
 def speed_text(rates: dict[str, Any]) -> str:
-    """ "after 1,024 tokens: prefill 155 tok/s (3.1 x the teacher), decode 42 tok/s (4.0 x the teacher)"."""
+    """ "after 1,024 tokens: prefill 155 tok/s (3.1 × the teacher), decode 42 tok/s (4 × the teacher), energy 0.31
+    J/token (0.2 × the teacher)"; "energy unavailable" where it was not measured."""
     parts = []
-    for key in ("prefill", "decode"):
+    for key, name, unit in (("prefill", "prefill", "tok/s"), ("decode", "decode", "tok/s"),
+                            ("joules", "energy", "J/token")):
         ratio = rates.get(f"{key}_of_teacher")
-        parts.append(f"{key} {figure(rates[key])} tok/s" + (f" ({figure(ratio)} × the teacher)" if ratio else ""))
+        value = "unavailable" if key == "joules" and not rates.get(key) else f"{figure(rates[key])} {unit}"
+        parts.append(f"{name} {value}" + (f" ({figure(ratio)} × the teacher)" if ratio else ""))
     return f"after {rates['depth']:,} tokens: {', '.join(parts)}"
 
 

@@ -19,6 +19,7 @@ from lrc_edge.shape import ModelShape
 from lrc_edge.targets.memory import kv_bytes_per_token, weight_bytes
 
 Counts = tuple[float, ...]
+TILE = 64  # queries, and keys, that llama.cpp's attention multiplies at once (GGML_FA_TILE_Q in ggml-cpu)
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,12 @@ def decode_counts(shape: ModelShape, format_: str, depth: float) -> Counts:
 
 def prompt_counts(shape: ModelShape, n_prompt: int) -> Counts:
     """Return the same for the mean token of a prompt of n_prompt tokens. It is read in batches: no cache of bytes is
-    read again for each token, and the head's product is made once."""
+    read again for each token, the head's product is made once, and attention computes the tiles on its diagonal in
+    full. Each layer also converts and rotates the inputs of its products, in proportion to width and queries."""
     n_weights = sum(weight.numel for weight in weights_of(shape) if weight.role.is_matrix and weight.layer is not None)
     head = shape.vocab_size * shape.hidden_size / n_prompt
-    return (n_weights + head, n_prompt / 2 * shape.num_hidden_layers * shape.q_size,
-            shape.num_hidden_layers * shape.hidden_size, shape.num_hidden_layers, 1.0)
+    return (n_weights + head, (n_prompt + TILE) / 2 * shape.num_hidden_layers * shape.q_size,
+            shape.num_hidden_layers * (shape.hidden_size + shape.q_size), shape.num_hidden_layers, 1.0)
 
 
 def _matrix_bytes(shape: ModelShape, format_: str) -> tuple[int, int]:

@@ -120,7 +120,7 @@ def offers(teacher: ModelShape, device: Device, limits: Limits) -> list[Offer]:
     Every size helps, so only these can be the best. Raises UserError if there is none, with the nearest budget that
     has one.
     """
-    found = [Offer(shape, price) for shapes in _depths(teacher, device.format)
+    found = [Offer(shape, price) for shapes in grid(teacher, device.format)
              if (largest := _deepest(shapes, device, limits)) for shape, price in [largest]]
     if not found:
         raise _impossible(teacher, device, limits)
@@ -149,8 +149,8 @@ def _of_layers(one: Price, two: Price, n: int) -> Price:
     return Price(**costs)
 
 
-def _depths(teacher: ModelShape, format_: str) -> Iterator[list[ModelShape]]:
-    """Yield all students of the grid: lists that differ only in their layers, ascending."""
+def grid(teacher: ModelShape, format_: str) -> Iterator[list[ModelShape]]:
+    """Yield all students that a plan considers: lists of shapes that differ only in their layers, ascending."""
     block = format_of(format_).block
     units = {field: next(unit for unit in UNITS if unit * STEPS <= getattr(teacher, field) or unit == UNITS[-1])
              for field in ("hidden_size", "intermediate_size")}
@@ -177,7 +177,7 @@ def _spread(sizes: list[int]) -> list[int]:
 
 def _impossible(teacher: ModelShape, device: Device, limits: Limits) -> UserError:
     """Return the error that names the limit that is exceeded most, and the least that a student can cost."""
-    prices = [device.price(shapes[0]) for shapes in _depths(teacher, device.format)]
+    prices = [device.price(shapes[0]) for shapes in grid(teacher, device.format)]
     price = min(prices, key=lambda price: max(limits.excess(price).values()))
     excess = limits.excess(price)
     name = max(excess, key=excess.__getitem__)

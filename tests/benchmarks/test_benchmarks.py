@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from tiny_models import TEXT
 from transformers import Qwen2Config
 
 from lrc_edge.recipe import load_recipe
+from lrc_edge.shape import ModelShape
+from lrc_edge.targets import speed
+from lrc_edge.targets.timing.anchors import anchors_of
 from lrc_edge.train.phases import CLONE, DENSE, Phase
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -149,6 +153,48 @@ def test_defaults_reports_each_cell_and_fails_if_one_is_worse(tiny_llama: Path, 
     (tmp_path / "out" / "cells.jsonl").write_text("".join(json.dumps(cell) + "\n" for cell in cells))
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "WORSE" in done.stdout
+
+
+def test_timing_compares_predictions_with_shapes_that_were_not_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                                                      ) -> None:
+    """One round of three anchors and two others. A teacher's config.json is enough."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    timing: Any = importlib.import_module("timing")
+    (tmp_path / "config.json").write_text(json.dumps(dict(
+        model_type="llama", vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=384, tie_word_embeddings=True)))
+    monkeypatch.setattr(speed, "ROUNDS", 1)
+    monkeypatch.setattr(timing, "is_here", lambda profile: True)
+    monkeypatch.setattr(timing, "anchors_of", lambda teacher: anchors_of(teacher)[:3])
+    out = tmp_path / "out"
+    arguments = ["timing.py", "--teacher", str(tmp_path / "config.json"), "--shapes", "2", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    timing.main()
+    text, runs = (out / "table.md").read_text(), timing.Runs.load_from(out / "runs.json")
+    assert [(row.shape, row.n_prompt) for row in runs.timings] == [
+        (shape, n) for shape in runs.shapes for n in (128, 319)]
+    assert len(set(runs.shapes)) == 5 and runs.n_anchors == 3 and all(40e6 < peak < 90e6 for peak in runs.peaks)
+    assert text.count("| anchor |") == 3 and text.count("| other |") == 2
+    # Other timings of the other shapes change their errors, and nothing that is predicted.
+    slow = [replace(row, decode=row.decode / 2) if row.shape in runs.shapes[3:] else row for row in runs.timings]
+    replace(runs, timings=tuple(slow)).save(out / "runs.json")
+    monkeypatch.setattr(sys, "argv", [*arguments, "--render"])
+    timing.main()
+    first, again = ([re.sub(r"[\d.,]+ / ([\d.,]+) \(.*?%\)", r"\1", line) for line in table.splitlines()
+                     if "other |" in line] for table in (text, (out / "table.md").read_text()))
+    assert first == again and text != (out / "table.md").read_text()
+
+
+def test_the_other_shapes_are_spread_over_all_axes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    timing: Any = importlib.import_module("timing")
+    teacher = ModelShape("llama", 128_256, 2048, 8192, 16, 32, 8, 64, 131_072, True)
+    others = timing.others_of(teacher, "gguf:q4_0", 8)
+    assert len(set(others)) == 8 and not set(others) & set(anchors_of(teacher)) and others[:6] == timing.others_of(
+        teacher, "gguf:q4_0", 6)
+    for axis in timing.AXES:
+        shares = [getattr(shape, axis) / getattr(teacher, axis) for shape in others]
+        assert min(shares) <= 0.5 and max(shares) >= 0.85, axis
 
 
 def test_throughput_names_every_error_as_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,20 +10,26 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import command_line
 import pytest
+from rich.console import Console
 from tiny_models import TEXT
 
 from lrc_edge.artifact import smallest_gguf
 from lrc_edge.errors import UserError
+from lrc_edge.exit_status import ExitStatus
 from lrc_edge.machine import architecture
 from lrc_edge.parity import CHANGES
+from lrc_edge.pipeline import device_checks
 from lrc_edge.pipeline.device_checks import TEACHER_FILE, BuildFacts, kept_results
 from lrc_edge.stored_reference import REFERENCE_FILE, StoredReference
+from lrc_edge.targets import speed
 from lrc_edge.targets.devices.device_check import check_artifact
+from lrc_edge.targets.energy import EnergyCounter
 from lrc_edge.targets.profile import load_profile
 from lrc_edge.targets.runtimes.table import runtimes_of
 from lrc_edge.targets.runtimes.worker import Command
@@ -117,6 +123,29 @@ def test_a_check_needs_no_pytorch(out: Path, device: Path, tmp_path: Path, monke
     gates = json.loads((out / "report.json").read_text())["gates"]
     assert len([gate for gate in gates if gate.get("target") == "here"]) == len({
         json.dumps(gate, sort_keys=True) for gate in gates if gate.get("target") == "here"}), "old ones replaced"
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_energy_is_measured_or_unavailable(readable: bool, out: Path, device: Path, tmp_path: Path,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a counter that advances by 3 J per token of an answer, and with one that cannot be read."""
+    folder = tmp_path / "powercap" / "intel-rapl:0"
+    folder.mkdir(parents=True)
+    for name, content in (("name", "package-0"), ("max_energy_range_uj", "1000"), ("energy_uj", "1" * readable)):
+        (folder / name).write_text(content)
+    found = EnergyCounter.find
+    monkeypatch.setattr(device_checks.EnergyCounter, "find", lambda: found(folder.parent))
+    joules = {n_tokens: 3.0 * n_tokens for n_tokens in speed.ANSWERS.values()}
+    monkeypatch.setattr(speed, "_joules", lambda worker, ids, n_tokens, energy: joules[n_tokens])
+    console = Console(file=StringIO(), width=200)
+    assert device_checks.check_targets(out, [str(device)], console) == ExitStatus.PASSED
+    speeds = [rates for row in rows_of(out).values() for rates in row["speed"]]
+    assert [rates["joules"] for rates in speeds] == [3.0 if readable else None] * len(speeds)
+    printed, page = console.file.getvalue(), (out / "report.html").read_text()  # type: ignore[attr-defined]
+    energy, note = ("energy 3 J/token", "energy is that of the whole processor, other work included") if readable else (
+        "energy unavailable", f"energy is unavailable: the counter {folder / 'energy_uj'} cannot be read")
+    for text in (printed, page):
+        assert text.count(energy) == len(speeds) == 4 and text.count(note) == 1
 
 
 def test_a_missing_runtime_is_not_checked_and_not_passed(out: Path, device: Path) -> None:

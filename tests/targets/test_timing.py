@@ -17,7 +17,7 @@ from lrc_edge.export.gguf.to_gguf import export_gguf
 from lrc_edge.shape import ModelShape
 from lrc_edge.targets.runtimes.llamacpp import LlamaCpp
 from lrc_edge.targets.timing.anchors import anchors_of
-from lrc_edge.targets.timing.cost import CostModel, Timing, decode_counts, prompt_counts
+from lrc_edge.targets.timing.cost import TILE, CostModel, Timing, decode_counts, prompt_counts
 from lrc_edge.targets.timing.random_gguf import write_random_gguf
 
 SHAPE = ModelShape("llama", 32_000, 1024, 4096, 16, 16, 4, 64, 4096, True)
@@ -95,3 +95,11 @@ def test_anchors_are_shapes_that_formats_can_hold() -> None:
     small = replace(SHAPE, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=1,
                     num_key_value_heads=1)
     assert all(shape.num_hidden_layers == 1 for shape in anchors_of(small))
+
+
+def test_attention_over_a_prompt_counts_whole_tiles() -> None:
+    """Each token meets the keys of all tiles up to its own, whether they come before or after it."""
+    for n_prompt in (TILE, 2 * TILE, 18 * TILE):
+        keys = np.mean([TILE * (i // TILE + 1) for i in range(n_prompt)])
+        attention = prompt_counts(SHAPE, n_prompt)[1]
+        assert attention == pytest.approx(keys * SHAPE.num_hidden_layers * SHAPE.q_size)
