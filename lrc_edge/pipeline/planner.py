@@ -3,11 +3,11 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -20,10 +20,13 @@ from lrc_edge.formats import format_of
 from lrc_edge.machine import threads_for
 from lrc_edge.pipeline.commands import leaving_nothing_of_a_mistake
 from lrc_edge.pipeline.plan import Plan
+from lrc_edge.pipeline.plan_table import plan_table
 from lrc_edge.pipeline.preflight import check_sources
 from lrc_edge.pipeline.stage import Build, describe_job, run_stages
 from lrc_edge.pipeline.stages import stages
 from lrc_edge.recipe import Recipe, to_toml
+from lrc_edge.report.plan_page import PAGE_FILE, write_plan
+from lrc_edge.report.plan_schema import PlanTable, SearchRow, TrialRow
 from lrc_edge.shape import ModelShape
 from lrc_edge.shape_search import Search, search
 from lrc_edge.targets.profile import Profile
@@ -33,7 +36,7 @@ from lrc_edge.targets.timing.measured import Measured, measured_here
 from lrc_edge.targets.timing.price import Budget, Device, Offer, check_budget, offers
 from lrc_edge.workspace import digest
 
-RECIPE_FILE, PLAN_FILE, TRIALS_FILE = "recipe.toml", "plan.json", "trials.jsonl"
+RECIPE_FILE, TRIALS_FILE = "recipe.toml", "trials.jsonl"
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Trial:
 
 def plan(source: str, recipe: Recipe, budget: Budget, context: int | None, effort: str, timings: Path | None, out: Path,
          console: Console) -> ExitStatus:
-    """Write RECIPE_FILE and PLAN_FILE in `out`. Raises UserError, also for a budget that no student has."""
+    """Write RECIPE_FILE, plan.json and its page in `out`. Raises UserError, also for a budget that no student has."""
     if effort not in EFFORTS:
         raise UserError(f"--search {effort}: need one of {', '.join(EFFORTS)}")
     job = Plan.of_build(source, _for_trials(recipe, EFFORTS[effort]), writes=False)
@@ -84,10 +87,12 @@ def plan(source: str, recipe: Recipe, budget: Budget, context: int | None, effor
     trials = Trials(run, EFFORTS[effort]).of(found)
     best = trials[0]
     chosen = next(offer for offer in found if offer.shape == best.shape)
-    _write(out, recipe, device, budget, found, trials, chosen)
+    searched: SearchRow = {"effort": effort, "tokens": job.recipe.train.tokens if EFFORTS[effort].share else 0}
+    tried = {trial.shape: TrialRow(start_kl=trial.start_kl, loss=trial.loss, front=[]) for trial in trials}
+    command = shlex.join(["lrc-edge", "build", source, "--recipe", str(out / RECIPE_FILE), "--out", "out"])
+    _write(out, recipe, plan_table(job.source.checkpoint, device, budget, searched, found, tried, chosen, command))
     show(console, device, chosen, trials)
-    console.print(f"\nlrc-edge build {source} --recipe {out / RECIPE_FILE} --out out", highlight=False, markup=False,
-                  soft_wrap=True)
+    console.print(f"\n{command}\nPlan: {out / PAGE_FILE}", highlight=False, markup=False, soft_wrap=True)
     return ExitStatus.PASSED
 
 
@@ -128,7 +133,7 @@ def device_of(profile: Profile, teacher: ModelShape, context: int | None, timing
     model = found.model()
     stage_line(console, "timing", f"{len(found.timings)} timings on {found.machine}; the model is within "
                                   f"{model.worst:.0%} of them")
-    return Device(profile, format_, context, model)
+    return Device(profile, format_, context, model, found)
 
 
 class Trials:
@@ -196,19 +201,11 @@ def _after(words: str, progress: Callable[[str], None], text: str) -> None:
     progress(words + text)
 
 
-def _write(out: Path, recipe: Recipe, device: Device, budget: Budget, found: list[Offer], trials: list[Trial],
-           chosen: Offer) -> None:
-    sizes = {field: getattr(chosen.shape, field) for field in (
+def _write(out: Path, recipe: Recipe, table: PlanTable) -> None:
+    sizes = {field: table["chosen"][field] for field in (
         "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads")}
     (out / RECIPE_FILE).write_text(to_toml(replace(recipe, student=replace(recipe.student, **sizes))))
-    by_shape = {trial.shape: trial for trial in trials}
-    rows: list[dict[str, Any]] = [{"shape": offer.shape.as_dict(), "price": asdict(offer.price),
-                                   "trial": None if (trial := by_shape.get(offer.shape)) is None else
-                                   {"start_kl": trial.start_kl, "loss": trial.loss}} for offer in found]
-    table = {"device": device.profile.name, "format": device.format, "context": device.context,
-             "speed": "measured" if device.is_measured else "estimated", "budget": asdict(budget),
-             "chosen": chosen.shape.as_dict(), "shapes": rows}
-    (out / PLAN_FILE).write_text(json.dumps(table, indent=1) + "\n")
+    write_plan(table, out)
 
 
 def show(console: Console, device: Device, chosen: Offer, trials: list[Trial]) -> None:
