@@ -169,9 +169,9 @@ def _cost_rows(table: PlanTable) -> list[dict[str, str]]:
         limit = _of(budget, cost)
         rows.append({**compared(kind.axis, _of(student, cost), _of(teacher, cost), kind.write),
                      "basis": basis(table, cost), "limit": f"≤ {kind.write(limit)}" if limit is not None else ""})
-    rates = [1000 / price["token_ms"] for price in (student, teacher)]
+    faster, rate = (1000 / price["token_ms"] for price in (student, teacher))
     least = f"≥ {_three(1000 / budget['token_ms'])}" if budget["token_ms"] else ""
-    rows.insert(1, {**compared("tokens per second", *rates, _three), "ratio": f"× {figure(rates[0] / rates[1])}",
+    rows.insert(1, {**compared("tokens per second", faster, rate, _three), "ratio": f"× {figure(faster / rate)}",
                     "basis": basis(table, "token_ms"), "limit": least})
     return rows
 
@@ -190,12 +190,12 @@ def _bases(table: PlanTable) -> list[dict[str, str]]:
     format_, context, tokens = table["format"], f"{table['context']:,}", table["search"]["tokens"]
     check = f"lrc-edge check out --target {table['device']}"
     losses, wanted = (
-        f"Each trial trained on {tokens:,} tokens of the given text, from the teacher. Its weights were then rounded to "
-        "4 bits, and its loss computed on held-out text. So short a training only compares shapes: the finished "
+        f"Each trial trained on {tokens:,} tokens of the given text, from the teacher. Its weights were then rounded "
+        "to 4 bits, and its loss computed on held-out text. So short a training only compares shapes: the finished "
         "student will have a lower loss. The teacher's loss was not measured.",
         "The build's report has the loss after the whole training.") if tokens else (
-        "The loss of the student before any training, on calibration text, not in 4 bits. Training changes the order of "
-        "shapes, so this is a poor guide.", "Plan with --search short or full.")
+        "The loss of the student before any training, on calibration text, not in 4 bits. Training changes the order "
+        "of shapes, so this is a poor guide.", "Plan with --search short or full.")
     rows = [
         {"figure": "Memory", "basis": basis(table, "memory_bytes"), "command": check,
          "how": f"Computed from the shape, as by lrc-edge targets fit: weights in {format_}, {context} tokens of KV "
@@ -228,8 +228,8 @@ def _speed_basis(table: PlanTable, check: str) -> dict[str, str]:
             "command": f"lrc-edge plan TEACHER/config.json --time-anchors --target {table['device']} --out anchors"}
     return {
         "figure": "Speed", "basis": basis(table, "token_ms"), "command": check,
-        "how": f"A model of the time per token, {_fit(table)} The {timings['n_shapes']} timed files have random weights "
-               "and other shapes. The student itself was not timed. The figures hold for that machine.",
+        "how": f"A model of the time per token, {_fit(table)} The {timings['n_shapes']} timed files have random "
+               "weights and other shapes. The student itself was not timed. The figures hold for that machine.",
         "wanted": "After the build, run this on the device. It times the student's own files."}
 
 

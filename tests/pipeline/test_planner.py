@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from tiny_models import TEXT, make_tiny
 
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
+from lrc_edge.pipeline.plan_table import pareto_front
 from lrc_edge.pipeline.planner import EFFORTS, LEAST_TOKENS, MOST_TOKENS, _for_trials, device_of
 from lrc_edge.recipe import load_recipe
+from lrc_edge.report.plan_page import render_plan
 from lrc_edge.shape import ModelShape
 from lrc_edge.student import student_of
 from lrc_edge.targets.profile import load_profile
@@ -54,11 +57,26 @@ def test_a_budget_becomes_a_recipe(inputs: tuple[Path, Path], tmp_path: Path) ->
     assert table["speed"] == "estimated" and "speeds are estimated from its bandwidth" in printed
     chosen = ModelShape.from_dict(table["chosen"])
     assert not Budget(file_bytes=limit).excess(device.price(chosen))
+    assert table["teacher"]["price"]["file_bytes"] == device.price(teacher).file_bytes and table["timings"] is None
+    html = (tmp_path / "plan" / "plan.html").read_text(encoding="utf-8")
+    assert html == render_plan(table), "the page is made from plan.json alone"
+    assert f"Plan: {tmp_path / 'plan' / 'plan.html'}" in printed and table["command"] in printed
+    assert all(f"{row['trial']['loss']:.3f}" in html for row in tried)
     recipe = load_recipe(tmp_path / "plan" / "recipe.toml")
     assert student_of(recipe, teacher, "t")[0] == chosen and recipe.train.tokens == 4_000_000
     before = (tmp_path / "plan" / "trials.jsonl").read_text()
     assert plan(inputs, tmp_path / "plan", *options)[0] == 0
     assert (tmp_path / "plan" / "trials.jsonl").read_text() == before, "finished trials are not repeated"
+
+
+def test_the_front_has_what_no_other_dominates() -> None:
+    shapes = [ModelShape("llama", 512, 64 * n, 256, 2, 4, 2, 32, 256, True) for n in range(1, 9)]
+    points: list[tuple[float | None, float]] = [
+        (1.0, 5.0), (2.0, 4.0), (2.0, 4.5), (3.0, 4.0), (4.0, 3.0), (4.0, 3.0), (0.5, math.nan), (None, 1.0)]
+    on = pareto_front(dict(zip(shapes, points, strict=True)))
+    # The second is as cheap as the third and better, as good as the fourth and cheaper. Equal points are both on it.
+    assert on == {shapes[i] for i in (0, 1, 4, 5)}
+    assert pareto_front({}) == set()
 
 
 def test_trials_train_for_a_hundredth_of_the_budget() -> None:
@@ -76,7 +94,8 @@ def test_timings_from_the_device_give_its_speed(inputs: tuple[Path, Path], tmp_p
     found.save(tmp_path / "timings.json")
     console = Console(file=io.StringIO(), width=200)
     device = device_of(load_profile(DEVICE), teacher, 256, tmp_path / "timings.json", console)
-    assert device.model == found.model() and device.is_measured and device.price(teacher).first_token_s is not None
+    assert device.model == found.model() and device.timings == found
+    assert device.is_measured and device.price(teacher).first_token_s is not None
     assert "12 timings on aarch64, 4 processors, Cortex-A76" in console.file.getvalue()  # type: ignore[attr-defined]
     replace(found, format="gguf:q8_0").save(tmp_path / "other.json")
     with pytest.raises(UserError, match=r"other.json: timings of gguf:q8_0; raspberry-pi-5 takes gguf:q4_0"):
