@@ -26,8 +26,9 @@ def plan_table(teacher: DenseCheckpoint, device: Device, budget: Budget, search:
     return {"lrc_edge": __version__, "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "teacher": {"name": teacher.name, "shape": teacher.shape.as_dict(), "n_params": teacher.shape.n_params,
                         "price": _price(device.price(teacher.shape))},
-            "device": profile.name, "description": profile.description, "runtime": profile.runtime_of(device.format),
-            "bandwidth_gb_s": profile.bandwidth_gb_s.value, "format": device.format, "context": device.context,
+            "device": profile.name, "target": profile.name_or_path, "description": profile.description,
+            "runtime": profile.runtime_of(device.format), "bandwidth_gb_s": profile.bandwidth_gb_s.value,
+            "format": device.format, "context": device.context,
             "speed": "measured" if device.is_measured else "estimated", "timings": _timings(device),
             "budget": cast(BudgetRow, asdict(budget)), "search": search, "chosen": chosen.shape.as_dict(),
             "shapes": [_row(offer, tried.get(offer.shape)) for offer in found], "command": command}

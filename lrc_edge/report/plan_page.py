@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,7 +189,7 @@ def _facts(table: PlanTable) -> list[tuple[str, str]]:
 def _bases(table: PlanTable) -> list[dict[str, str]]:
     """Return, for each figure, how it was found, and how to measure it."""
     format_, context, tokens = table["format"], f"{table['context']:,}", table["search"]["tokens"]
-    check = f"lrc-edge check out --target {table['device']}"
+    check = f"lrc-edge check out --target {shlex.quote(table['target'])}"
     losses, wanted = (
         f"Each trial trained on {tokens:,} tokens of the given text, from the teacher. Its weights were then rounded "
         "to 4 bits, and its loss computed on held-out text. So short a training only compares shapes: the finished "
@@ -225,7 +226,8 @@ def _speed_basis(table: PlanTable, check: str) -> dict[str, str]:
             "how": f"An upper bound: the device's memory reads {figure(table['bandwidth_gb_s'])} GB/s, and each token "
                    "reads all weights and the KV cache. The time to the first token is unknown.",
             "wanted": "Run this on the device, and plan again with --timings anchors/timings.json.",
-            "command": f"lrc-edge plan TEACHER/config.json --time-anchors --target {table['device']} --out anchors"}
+            "command": f"lrc-edge plan TEACHER/config.json --time-anchors --target {shlex.quote(table['target'])} "
+                       f"--context {table['context']} --out anchors"}
     return {
         "figure": "Speed", "basis": basis(table, "token_ms"), "command": check,
         "how": f"A model of the time per token, {_fit(table)} The {timings['n_shapes']} timed files have random "
@@ -240,16 +242,16 @@ def _chart(table: PlanTable, cost: str) -> dict[str, Any]:
     """Return the chart of a cost against the loss: tried shapes, their front, the limit, the teacher's cost."""
     kind, trials = COSTS[cost], tried_rows(table)
     most = max(row["price"]["memory_bytes"] for row in trials)
-    points = [_point(table, row, cost, rank, most) for rank, row in enumerate(trials, 1) if _loss(row) is not None]
+    drawn = [(_point(table, row, trial, cost, rank, most), cost in trial["front"])
+             for rank, row in enumerate(trials, 1) if (trial := row["trial"]) and trial["loss"] is not None]
     prices: tuple[tuple[str, Any, str], ...] = (
         ("budget", table["budget"], "limit"), ("teacher", table["teacher"]["price"], "level"))
     levels = [Level(f"{who}: {kind.write(value)}{kind.unit}", value, css)
               for who, of, css in prices if (value := _of(of, cost)) is not None]
-    front = sorted((point.x, point.y) for point, row in zip(points, trials, strict=False)
-                   if cost in cast(TrialRow, row["trial"])["front"])
-    svg = point_chart(f"{kind.axis.capitalize()} against {loss_name(table)}", points, x_name=kind.axis,
-                      y_name=f"{loss_name(table)}, nats per token", x_tick=kind.mark, levels=levels,
-                      line=Line("Pareto front", "front", _stairs(front))) if points else ""
+    line = Line("Pareto front", "front", _stairs(sorted((point.x, point.y) for point, on_front in drawn if on_front)))
+    svg = point_chart(f"{kind.axis.capitalize()} against {loss_name(table)}", [point for point, _ in drawn],
+                      x_name=kind.axis, y_name=f"{loss_name(table)}, nats per token", x_tick=kind.mark, levels=levels,
+                      line=line) if drawn else ""
     return {"title": f"{kind.name.capitalize()} against loss", "basis": basis(table, cost), "svg": Markup(svg)}
 
 
@@ -258,18 +260,16 @@ def _dot_words(trials: list[ShapeRow]) -> str:
     return " to ".join(dict.fromkeys(human_bytes(n) for n in (min(memory), max(memory))))
 
 
-def _point(table: PlanTable, row: ShapeRow, cost: str, rank: int, most: float) -> Point:
-    cells, trial = _cells(table, row), row["trial"]
-    assert trial is not None and trial["loss"] is not None
-    on_front = cost in trial["front"]
+def _point(table: PlanTable, row: ShapeRow, trial: TrialRow, cost: str, rank: int, most: float) -> Point:
+    """Return the dot of a tried shape. most: the memory of the largest dot, in bytes."""
+    cells, (x, y) = _cells(table, row), (_of(row["price"], cost), trial["loss"])
+    assert x is not None and y is not None
     name = (f"{rank}: width {cells['width']}, {cells['layers']} layers, {cells['neurons']} neurons, heads "
             f"{cells['queries']}/{cells['keys']}")
     note = f"{cells['token_ms']} ms per token, {cells['memory_bytes']} of memory, loss {cells['loss']}"
-    x = _of(row["price"], cost)
-    assert x is not None
-    return Point(f"{rank} chosen" if cells["chosen"] else str(rank), name, x, trial["loss"],
-                 "c2" if cells["chosen"] else "c1" if on_front else "off", note,
-                 radius=LARGEST_DOT * (row["price"]["memory_bytes"] / most) ** 0.5)
+    css = "c2" if cells["chosen"] else "c1" if cost in trial["front"] else "off"
+    return Point(f"{rank} chosen" if cells["chosen"] else str(rank), name, x, y, css, note,
+                 radius=LARGEST_DOT * math.sqrt(row["price"]["memory_bytes"] / most))
 
 
 def _stairs(front: list[tuple[float, float]]) -> list[tuple[float, float]]:

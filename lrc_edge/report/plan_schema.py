@@ -73,6 +73,7 @@ class PlanTable(TypedDict):
     created: str  # UTC, ISO 8601
     teacher: TeacherRow
     device: str  # name of the profile
+    target: str  # the same as given to --target: a name or a file
     description: str  # of the device
     runtime: str
     bandwidth_gb_s: float  # of the device, from its profile

@@ -6,6 +6,7 @@ from typing import Any
 TEACHER = {"family": "llama", "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8,
            "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "max_position_embeddings": 1024,
            "tied": True}
+TARGET = "./my devices/raspberry-pi-5.toml"  # a file, with a space
 TIMINGS = {"machine": "aarch64, 4 processors, Cortex-A76", "library": "llama-cpp-python 0.3.36", "threads": 4,
            "n_shapes": 7, "n_timings": 14, "worst": 0.0831}
 
@@ -32,7 +33,8 @@ def example_plan() -> dict[str, Any]:
     return {"lrc_edge": "0.1.0", "created": "2026-11-22T10:00:00Z",
             "teacher": {"name": "storyteller", **{k: v for k, v in row(256, 8, (31.5, 9.0, 240e6, 63e6)).items()
                                                   if k != "trial"}},
-            "device": "raspberry-pi-5", "description": "Raspberry Pi 5 with 8 GB", "runtime": "llama.cpp",
+            "device": "raspberry-pi-5", "target": TARGET, "description": "Raspberry Pi 5 with 8 GB",
+            "runtime": "llama.cpp",
             "bandwidth_gb_s": 17.1, "format": "gguf:q4_0", "context": 2048, "speed": "measured",
             "timings": dict(TIMINGS),
             "budget": {"token_ms": 12.5, "first_token_s": None, "memory_bytes": 95e6, "file_bytes": None},
