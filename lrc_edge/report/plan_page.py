@@ -66,7 +66,7 @@ def render_plan(table: PlanTable) -> str:
         budget=_budget_words(table), chosen=_cells(table, chosen_row(table)), tiles=_tiles(table),
         sizes=size_rows(chosen_row(table), table["teacher"]), costs=_cost_rows(table), fit=_fit(table),
         loss=loss_name(table), trained=f"{tokens:,}" if tokens else "", n_trials=len(trials), dots=_dot_words(trials),
-        charts=[_chart(table, cost) for cost in charted(table)], shows_first="first_token_s" in charted(table),
+        charts=[_chart(table, cost) for cost in charted(table) if len(trials) > 1], shows_first="first_token_s" in charted(table),
         trials=[_cells(table, row) | {"rank": i} for i, row in enumerate(trials, 1)],
         untried=[_cells(table, row) for row in largest], n_untried=f"{len(untried):,}", bases=_bases(table),
         facts=_facts(table))
@@ -158,8 +158,7 @@ def _tiles(table: PlanTable) -> list[dict[str, str]]:
         {"name": "Memory", "value": sizes[0], "note": f"teacher: {sizes[1]} · {basis(table, 'memory_bytes')}"},
         {"name": f"Held-out {loss_name(table)}" if tokens else loss_name(table).capitalize(),
          "value": _nats(_loss(student)),
-         "note": "nats per token, the least of " + (f"{n_trials} trials of {tokens:,} tokens" if tokens else
-                                                    f"{n_trials} starts")}]
+         "note": "nats per token" + (f" after {tokens:,} tokens; trials" if tokens else "; starts") + f": {n_trials}"}]
 
 
 def _cost_rows(table: PlanTable) -> list[dict[str, str]]:
@@ -248,7 +247,8 @@ def _chart(table: PlanTable, cost: str) -> dict[str, Any]:
         ("budget", table["budget"], "limit"), ("teacher", table["teacher"]["price"], "level"))
     levels = [Level(f"{who}: {kind.write(value)}{kind.unit}", value, css)
               for who, of, css in prices if (value := _of(of, cost)) is not None]
-    line = Line("Pareto front", "front", _stairs(sorted((point.x, point.y) for point, on_front in drawn if on_front)))
+    corners = _stairs(sorted((point.x, point.y) for point, on_front in drawn if on_front))
+    line = Line("Pareto front", "front", corners) if len(corners) > 1 else None
     svg = point_chart(f"{kind.axis.capitalize()} against {loss_name(table)}", [point for point, _ in drawn],
                       x_name=kind.axis, y_name=f"{loss_name(table)}, nats per token", x_tick=kind.mark, levels=levels,
                       line=line) if drawn else ""

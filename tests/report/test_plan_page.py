@@ -86,6 +86,13 @@ def test_every_trial_is_a_row_and_a_dot() -> None:
     assert len(speed.findall("s:polyline", SVG)[0].attrib["points"].split()) == 3  # a corner between two points
 
 
+def test_a_single_trial_has_no_chart() -> None:
+    plan = example_plan()
+    plan["shapes"] = plan["shapes"][:1]
+    page = page_of(plan)
+    assert not page.svgs() and len(page.rows["all-trials"]) == 2 and "Tried 1 of 1 shapes" in page.words("trials")
+
+
 def test_charts_are_of_the_speed_and_of_what_is_limited() -> None:
     for limits, names in (({}, ["Speed", "Memory"]), ({"file_bytes": 3e7}, ["Speed", "File size"]),
                           ({"first_token_s": 4.0, "memory_bytes": 1e8}, ["Speed", "First token", "Memory"])):
