@@ -66,7 +66,8 @@ def render_plan(table: PlanTable) -> str:
         budget=_budget_words(table), chosen=_cells(table, chosen_row(table)), tiles=_tiles(table),
         sizes=size_rows(chosen_row(table), table["teacher"]), costs=_cost_rows(table), fit=_fit(table),
         loss=loss_name(table), trained=f"{tokens:,}" if tokens else "", n_trials=len(trials), dots=_dot_words(trials),
-        charts=[_chart(table, cost) for cost in charted(table) if len(trials) > 1], shows_first="first_token_s" in charted(table),
+        charts=[_chart(table, cost) for cost in charted(table) if len(trials) > 1],
+        shows_first="first_token_s" in charted(table),
         trials=[_cells(table, row) | {"rank": i} for i, row in enumerate(trials, 1)],
         untried=[_cells(table, row) for row in largest], n_untried=f"{len(untried):,}", bases=_bases(table),
         facts=_facts(table))
