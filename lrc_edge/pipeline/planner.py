@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+import shlex
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,51 +17,41 @@ from lrc_edge.figures import human_bytes, human_count
 from lrc_edge.formats import format_of
 from lrc_edge.machine import threads_for
 from lrc_edge.pipeline.plan import Plan
+from lrc_edge.pipeline.plan_table import Choice, plan_table
 from lrc_edge.pipeline.plan_trials import EFFORTS, Trial, Trials
 from lrc_edge.pipeline.preflight import check_sources
 from lrc_edge.pipeline.stage import Build, describe_job, leaving_nothing_of_a_mistake, run_stages
 from lrc_edge.pipeline.stages import stages
 from lrc_edge.recipe import Budget, Recipe, load_recipe, to_toml
+from lrc_edge.report.plan_page import PAGE_FILE, PLAN_FILE, chosen_row, write_plan
+from lrc_edge.report.plan_schema import PlanTable
 from lrc_edge.shape import ModelShape
 from lrc_edge.shape_search import COSTS, Search
 from lrc_edge.targets.profile import Profile
 from lrc_edge.targets.runtimes.table import is_here
 from lrc_edge.targets.timing.anchors import anchors_of
 from lrc_edge.targets.timing.measured import Measured, measured_here
-from lrc_edge.targets.timing.price import Device, Limits, Offer, Price, offers
+from lrc_edge.targets.timing.price import Device, Limits, Offer, offers
 from lrc_edge.workspace import digest, write_atomically
 
-RECIPE_FILE, PLAN_FILE = "recipe.toml", "plan.json"
+RECIPE_FILE = "recipe.toml"
+PREDICTION = ("device", "format", "context")  # of plan.json
 BINS = (1.0, 0.8, 1.25)  # of a full search: shares of the budget
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What a plan chose among. expected: nats per token that the model of the losses expects of each shape: with
-    trials, its loss in 4 bits; without, what its cuts cost above the teacher's loss."""
-
-    device: Device
-    offers: list[Offer]
-    limits: Limits
-    expected: dict[ModelShape, float]
-    trials: list[Trial]  # the best first
-    chosen: Offer
-
-
 def plan(source: str, recipe: Recipe, out: Path, console: Console) -> ExitStatus:
-    """Write RECIPE_FILE and PLAN_FILE in `out`. Raises UserError, also for a budget that no student has."""
+    """Write RECIPE_FILE, plan.json and its page in `out`. Raises UserError, also for a budget that no student has."""
     if given := _sizes_given(recipe):
         raise UserError(f"plan: student.{given[0]} = {getattr(recipe.student, given[0])} is set, but a plan chooses "
                         "it; leave it out, or run `lrc-edge build` with it")
     planned(source, recipe, out, console)
-    console.print(f"\nlrc-edge build {source} --recipe {out / RECIPE_FILE} --out out", highlight=False, markup=False,
-                  soft_wrap=True)
+    console.print(f"\n{_command(source, out)}\nPlan: {out / PAGE_FILE}", highlight=False, markup=False, soft_wrap=True)
     return ExitStatus.PASSED
 
 
 def with_sizes(source: str, recipe: Recipe, out: Path, console: Console) -> tuple[Recipe, dict[str, Any] | None]:
     """Return the recipe of a build with the student's sizes, planned in `out` if there is a budget but no size; and
-    what the student is predicted to cost (see _prediction), None without a budget.
+    what the student is predicted to cost (PREDICTION and the price), None without a budget.
 
     Raises UserError if the given sizes exceed the budget.
     """
@@ -68,7 +59,8 @@ def with_sizes(source: str, recipe: Recipe, out: Path, console: Console) -> tupl
         return recipe, None
     if not _sizes_given(recipe):
         recipe = planned(source, recipe, out, console)
-        return recipe, json.loads((out / PLAN_FILE).read_text())["prediction"]
+        table: PlanTable = json.loads((out / PLAN_FILE).read_text())
+        return recipe, {**{key: table[key] for key in PREDICTION}, "price": chosen_row(table)["price"]}
     job = Plan.of_build(source, recipe, writes=False)
     device = device_of(_profile_of(job), _teacher_of(job), recipe.budget, console)
     limits, price = Limits.of(recipe.budget, device), device.price(job.student)
@@ -77,7 +69,8 @@ def with_sizes(source: str, recipe: Recipe, out: Path, console: Console) -> tupl
         raise UserError(f"budget: a student of these sizes is {excess[name]:.2g} times over the limit of its "
                         f"{LIMIT_NAMES[name]} on {device.profile.name}; choose smaller sizes, or leave [student] out, "
                         "and a plan chooses them")
-    return recipe, _prediction(device, price)
+    return recipe, dict(zip(PREDICTION, (device.profile.name, device.format, device.context), strict=True)) | {
+        "price": asdict(price)}
 
 
 LIMIT_NAMES = {"token_ms": "time per token", "first_token_s": "time to the first token", "memory_bytes": "memory",
@@ -105,14 +98,13 @@ def planned(source: str, recipe: Recipe, out: Path, console: Console) -> Recipe:
     recipe = replace(recipe, student=replace(recipe.student, **{axis: getattr(choice.chosen.shape, axis)
                                                                 for axis in COSTS}))
     write_atomically(out / RECIPE_FILE, to_toml(recipe))
-    write_atomically(out / PLAN_FILE, json.dumps({"key": key, **_table(choice, recipe.budget)}, indent=1) + "\n")
+    write_plan(plan_table(job.source.checkpoint.name, teacher, choice, key, _command(source, out)), out)
     show(console, choice)
     return recipe
 
 
-def _prediction(device: Device, price: Price) -> dict[str, Any]:
-    return {"device": device.profile.name, "format": device.format, "context": device.context,
-            "speed": "measured anchors" if device.is_measured else "estimated", "price": asdict(price)}
+def _command(source: str, out: Path) -> str:
+    return shlex.join(["lrc-edge", "build", source, "--recipe", str(out / RECIPE_FILE), "--out", "out"])
 
 
 def _sizes_given(recipe: Recipe) -> list[str]:
@@ -150,7 +142,7 @@ def device_of(profile: Profile, teacher: ModelShape, budget: Budget, console: Co
     model = found.model()
     stage_line(console, "timing", f"{len(found.timings)} timings on {found.machine}; the model is within "
                                   f"{model.worst:.0%} of them")
-    return Device(profile, format_, context, model)
+    return Device(profile, format_, context, model, found)
 
 
 def _offers(teacher: ModelShape, device: Device, limits: Limits, bins: int) -> list[list[Offer]]:
@@ -181,18 +173,10 @@ def _choose(run: Build, source: str, device: Device, limits: Limits, bins: list[
     expected = {shape: predicted(shape) for shape in found}
     fits = [shape for shape, offer in found.items() if not limits.excess(offer.price)]
     best = job.best(fits) or sorted(fits, key=expected.__getitem__)
-    return Choice(device, list(found.values()), limits, expected, trials, found[best[0]])
+    return Choice(device, list(found.values()), limits, expected, trials, found[best[0]], run.recipe.budget.search,
+                  run.recipe.train.tokens if trials else 0)
 
 
-def _table(choice: Choice, budget: Budget) -> dict[str, Any]:
-    device, trials = choice.device, {trial.shape: trial for trial in choice.trials}
-    rows: list[dict[str, Any]] = [
-        {"shape": offer.shape.as_dict(), "price": asdict(offer.price), "expected": choice.expected[offer.shape],
-         "within": not choice.limits.excess(offer.price),
-         "trial": {"start_kl": trial.start_kl, "loss": trial.loss} if (trial := trials.get(offer.shape)) else None}
-        for offer in choice.offers]
-    return {"budget": asdict(budget), "chosen": choice.chosen.shape.as_dict(),
-            "prediction": _prediction(device, choice.chosen.price), "shapes": rows}
 
 
 def show(console: Console, choice: Choice) -> None:

@@ -2,24 +2,20 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
-from jinja2 import Environment, StrictUndefined, Template, TemplateError
-from markupsafe import Markup
+from jinja2 import TemplateError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from lrc_edge.errors import UserError
-from lrc_edge.figures import prose, visible
+from lrc_edge.figures import visible
 from lrc_edge.report import charts, view
 from lrc_edge.report.devices import target_tables
+from lrc_edge.report.page import finite, style, template
 from lrc_edge.report.quantization import quantization_facts
 from lrc_edge.report.schema import Report
 from lrc_edge.report.view import Names, gate_cells, ordered_gates
@@ -108,8 +104,8 @@ def render_report(report: Report) -> str:
     names = Names(report["artifacts"])
     teacher = report.get("teacher")
     state = "failed" if any(g.get("passed") is not True for g in report["gates"]) else "passed"
-    return _template().render(
-        css=Markup(_file("report.css")), report=report, verdict=verdict(report),
+    return template("report.html.jinja").render(
+        css=style("report.css"), report=report, verdict=verdict(report),
         state=state if report["gates"] else "unjudged", title=visible(report["student"]["name"]),
         teacher=visible(teacher["name"]) if teacher else "",
         tiles=view.tiles(report, names), models=view.models(report), shape=view.shape_rows(report),
@@ -150,30 +146,5 @@ def damage_reported(file: Path, advice: str) -> Iterator[None]:
 def write_report(report: Report, out: Path) -> None:
     """Write out/report.json and out/report.html, each atomically."""
     page = render_report(report)
-    write_atomically(out / REPORT, json.dumps(_finite(report), indent=1, allow_nan=False) + "\n")
+    write_atomically(out / REPORT, json.dumps(finite(report), indent=1, allow_nan=False) + "\n")
     write_atomically(out / "report.html", page)
-
-
-def _finite(value: Any) -> Any:
-    """Replace NaN and infinity, which JSON does not have, by null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _shown(value: Any) -> Any:
-    """Return what the template prints: charts unchanged, other text without hidden characters (escaped later)."""
-    return value if isinstance(value, Markup) else prose(value)
-
-
-@cache
-def _template() -> Template:
-    environment = Environment(autoescape=True, finalize=_shown, undefined=StrictUndefined, trim_blocks=True,
-                              lstrip_blocks=True)
-    return environment.from_string(_file("report.html.jinja"))
-
-
-def _file(name: str) -> str:
-    return (files("lrc_edge.report") / name).read_text("utf-8")

@@ -45,6 +45,13 @@ class HeldOutFigures(TypedDict):
     bits_per_byte: float
 
 
+class Sizes(TypedDict):
+    """What ModelRow and the rows of plan.json have in common."""
+
+    shape: dict[str, Any]
+    n_params: int
+
+
 class ModelRow(TypedDict, total=False):
     """Teacher or student."""
 

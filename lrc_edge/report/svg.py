@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from xml.etree import ElementTree as ET
 
 from lrc_edge.figures import figure, visible
@@ -48,6 +49,24 @@ class Point:
     note: str
     y_error: float = 0.0
     radius: float = 5.0
+
+
+@dataclass(frozen=True)
+class Line:
+    """Horizontal and vertical strokes from point to point. `css` is a class of report.css: front."""
+
+    name: str
+    css: str
+    points: Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Level:
+    """A vertical line across a chart at x. `css` is a class of report.css: level, limit."""
+
+    name: str
+    x: float
+    css: str
 
 
 class Scale:
@@ -226,22 +245,37 @@ def _bar(svg: ET.Element, bar: Bar, whats: list[str], x: Scale, y: float, row: f
 
 
 def point_chart(name: str, points: Sequence[Point], *, x_name: str, y_name: str, x_tick: Callable[[float], str],
-                log_y: bool = False) -> str:
-    """Labelled points over a logarithmic x; `y_error` draws a whisker. y must be positive when log_y."""
+                log_y: bool = False, line: Line | None = None, levels: Sequence[Level] = ()) -> str:
+    """Labelled points over a logarithmic x; `y_error` draws a whisker. y must be positive when log_y.
+
+    line: below the points. A level far from all points has its name in the legend, but is not drawn.
+    """
     height = 320 + 5 * max(0, len(points) - 8)
     svg = _svg(height, name)
     ends = [p.y + sign * p.y_error for p in points for sign in (-1, 1)]
-    x = Scale([p.x for p in points], (52, WIDTH - 14), log=True, pad=0.12)
-    y = Scale([e for e in ends if e > 0] if log_y else ends, (height - 44, 26), log=log_y, pad=0.14)
+    drawn = [level for level in levels if _is_near(level.x, [p.x for p in points])]
+    entries = [(line.name, line.css)] if line else []
+    entries += [(level.name if level in drawn else f"{level.name}, off the chart", level.css) for level in levels]
+    top = _legend(svg, entries, 14) + 18 if entries else 26
+    x = Scale([*(p.x for p in points), *(level.x for level in drawn)], (52, WIDTH - 14), log=True, pad=0.12)
+    y = Scale([e for e in ends if e > 0] if log_y else ends, (height - 44, top), log=log_y, pad=0.14)
     _frame(svg, x, y, x_tick, figure, x_name, y_name)
+    for level in drawn:
+        _add(svg, "line", f"line {level.css}", level.name, x1=x.at(level.x), x2=x.at(level.x), y1=top, y2=height - 44)
+    corners = [(x.at(px), y.at(py)) for px, py in line.points] if line else []
+    if line:
+        _add(svg, "polyline", f"line {line.css}", points=" ".join(f"{px:.1f},{py:.1f}" for px, py in corners))
     spots = [(x.at(p.x), y.at(p.y)) for p in points]
-    taken = [(sx - 6, sy - 6, sx + 6, sy + 6) for sx, sy in spots]
+    taken = [(sx - p.radius - 1, sy - p.radius - 1, sx + p.radius + 1, sy + p.radius + 1)
+             for p, (sx, sy) in zip(points, spots, strict=True)]
+    taken += [(x.at(level.x) - 2, top, x.at(level.x) + 2, height) for level in drawn]
+    taken += [(min(ax, bx), min(ay, by), max(ax, bx), max(ay, by)) for (ax, ay), (bx, by) in pairwise(corners)]
     marks: list[ET.Element] = []
     for p, (sx, sy) in zip(points, spots, strict=True):
         if p.y_error:
             _add(svg, "line", f"whisker {p.css}", x1=sx, x2=sx, y1=y.at(max(p.y - p.y_error, 1e-300) if log_y else
                  p.y - p.y_error), y2=y.at(p.y + p.y_error))
-        _label(svg, shortened(p.label, 30), p.name, (sx, sy), taken, (54, 20, WIDTH - 4, height - 48))
+        _label(svg, shortened(p.label, 30), p.name, (sx, sy), p.radius, taken, (54, top - 6, WIDTH - 4, height - 48))
         marks.append(_add(svg, "circle", f"dot {p.css}", f"{p.name}: {p.note}", cx=sx, cy=sy, r=p.radius))
     # Above every leader line, and the small above the large: two artifacts may share one spot.
     for mark in sorted(marks, key=lambda mark: -float(mark.attrib["r"])):
@@ -250,12 +284,19 @@ def point_chart(name: str, points: Sequence[Point], *, x_name: str, y_name: str,
     return ET.tostring(svg, encoding="unicode")
 
 
-def _label(svg: ET.Element, text: str, title: str, spot: tuple[float, float],
+def _is_near(value: float, points: Sequence[float]) -> bool:
+    """Whether the value is less than half the points' range, on a logarithmic scale, away from them."""
+    low, high = math.log10(min(points)), math.log10(max(points))
+    margin = (high - low) / 2 or 0.1
+    return low - margin < math.log10(value) < high + margin
+
+
+def _label(svg: ET.Element, text: str, title: str, spot: tuple[float, float], radius: float,
            taken: list[tuple[float, float, float, float]], area: tuple[float, float, float, float]) -> None:
     """Put the text at the nearest free place around the point, with a leader line if that is not next to the point."""
-    width, (sx, sy) = CHAR * len(text), spot
+    width, (sx, sy) = CHAR * len(text) + 4, spot
     for ring in range(40):
-        away = 9.0 + 9.0 * ring
+        away = radius + 4.0 + 9.0 * ring
         for step in range(16):
             angle = math.tau * step / 16
             cx, cy = sx + (away + width / 2) * math.cos(angle), sy + (away + 2) * math.sin(angle)

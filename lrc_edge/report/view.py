@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from lrc_edge.figures import NONE, duration, figure, human_bytes, human_count, is_number, percent, prose, visible
-from lrc_edge.report.schema import ArtifactRow, GateRow, ModelRow, Report
+from lrc_edge.report.schema import ArtifactRow, GateRow, ModelRow, Report, Sizes
 
 SHAPE_NAMES = {
     "hidden_size": "residual width", "num_hidden_layers": "layers", "num_attention_heads": "query heads",
@@ -129,37 +129,46 @@ def _license(value: Any) -> str:
     return ", ".join(visible(name) for name in names if name) or "not stated"
 
 
-def shape_rows(report: Report) -> list[dict[str, str]]:
-    """Return one row per shape field and held-out figure: teacher, student, how many times smaller."""
-    student, teacher = report["student"], report.get("teacher")
+def size_rows(student: Sizes, teacher: Sizes | None) -> list[dict[str, str]]:
+    """Return one row per shape field, and one for the parameters: teacher, student, how many times smaller."""
     rows = []
-    for field in [*SHAPE_NAMES, *(set(student["shape"]) - SHAPE_NAMES.keys())]:
+    for field in [*SHAPE_NAMES, *(set(student["shape"]) - SHAPE_NAMES.keys() - {"family"})]:
         if field in student["shape"]:
-            rows.append(_row(SHAPE_NAMES.get(field, visible(field)), student["shape"][field],
-                             teacher["shape"].get(field) if teacher else None, lambda n: f"{n:,}"))
-    rows.append(_row("parameters", student["n_params"], teacher["n_params"] if teacher else None, lambda n: f"{n:,}"))
+            rows.append(compared(SHAPE_NAMES.get(field, visible(field)), student["shape"][field],
+                                 teacher["shape"].get(field) if teacher else None, lambda n: f"{n:,}"))
+    rows.append(compared("parameters", student["n_params"], teacher["n_params"] if teacher else None,
+                         lambda n: f"{n:,}"))
+    return rows
+
+
+def shape_rows(report: Report) -> list[dict[str, str]]:
+    """Return the rows of the sizes, and one per held-out figure."""
+    student, teacher = report["student"], report.get("teacher")
+    rows = size_rows(student, teacher)
     full = teacher.get("full_vocabulary") if teacher else None
     whose = ", student's vocabulary" if full else ""
     for key, name in HELD_OUT_NAMES.items():
         held_out: list[Any] = [m.get("held_out") if m else None for m in (student, teacher)]
         of_student, of_teacher = (figures.get(key) if figures else None for figures in held_out)
         if of_student is not None:
-            rows.append({**_row(name + whose, of_student, of_teacher, lambda x: figure(x, 4)), "ratio": ""})
+            rows.append({**compared(name + whose, of_student, of_teacher, lambda x: figure(x, 4)), "ratio": ""})
     if full:
-        rows.append(_row(f"{HELD_OUT_NAMES['bits_per_byte']}, teacher's vocabulary", None, full["bits_per_byte"],
-                         lambda x: figure(x, 4)))
+        rows.append(compared(f"{HELD_OUT_NAMES['bits_per_byte']}, teacher's vocabulary", None, full["bits_per_byte"],
+                             lambda x: figure(x, 4)))
     return rows
 
 
-def _row(name: str, of_student: Any, of_teacher: Any, write: Callable[[Any], str]) -> dict[str, str]:
+def compared(name: str, of_student: Any, of_teacher: Any, write: Callable[[Any], str]) -> dict[str, str]:
+    """Return the cells of one figure of both models. write: formats a number."""
     def cell(value: Any) -> str:
         if isinstance(value, bool):
             return "yes" if value else "no"
         return str(write(value)) if is_number(value) else NONE if value is None else visible(value)
 
-    differs = is_number(of_student) and is_number(of_teacher) and of_student > 0 and of_student != of_teacher
+    known = is_number(of_student) and is_number(of_teacher) and of_student > 0
+    ratio = figure(of_teacher / of_student) if known else "1"
     return {"name": name, "teacher": cell(of_teacher), "student": cell(of_student),
-            "ratio": f"÷ {figure(of_teacher / of_student)}" if differs else "",
+            "ratio": f"÷ {ratio}" if ratio != "1" else "",
             "same": "same" if of_student == of_teacher else ""}
 
 

@@ -17,6 +17,7 @@ from lrc_edge.targets.fit import MARGIN, bytes_read_per_token
 from lrc_edge.targets.memory import bytes_by_group, memory_of
 from lrc_edge.targets.profile import Profile
 from lrc_edge.targets.timing.cost import CostModel
+from lrc_edge.targets.timing.measured import Measured
 
 SMALLEST = 1 / 4  # of the teacher's width, layers and neurons: below that a student keeps too little to start from
 UNITS = (256, 128, 64, 32)  # widths and neurons are multiples of one of them, the larger the model the larger
@@ -84,12 +85,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class Device:
-    """Where a student will run. model: fitted to timings; None: the profile's bandwidth bounds the speed."""
+    """Where a student will run. model: fitted to the timings; None: the profile's bandwidth bounds the speed."""
 
     profile: Profile
     format: str
     context: int
     model: CostModel | None
+    timings: Measured | None = None
 
     @property
     def is_measured(self) -> bool:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,10 +19,12 @@ from lrc_edge.machine import architecture
 from lrc_edge.pipeline import plan_trials
 from lrc_edge.pipeline.budget_check import check_budget
 from lrc_edge.pipeline.device_checks import BuildFacts
+from lrc_edge.pipeline.plan_table import pareto_front
 from lrc_edge.pipeline.plan_trials import EFFORTS, LEAST_TOKENS, MOST_TOKENS
 from lrc_edge.pipeline.planner import device_of, planned
 from lrc_edge.recipe import Budget, load_recipe
 from lrc_edge.report.devices import budget_text, failures
+from lrc_edge.report.plan_page import chosen_row, render_plan
 from lrc_edge.shape import ModelShape
 from lrc_edge.student import student_of
 from lrc_edge.targets.profile import load_profile
@@ -63,11 +66,16 @@ def test_a_budget_becomes_a_recipe_by_trials(inputs: tuple[Path, Path], tmp_path
     tried = [row for row in table["shapes"] if row["trial"]]
     best = min(tried, key=lambda row: row["trial"]["loss"])
     assert 3 < len(tried) < len(table["shapes"]) and table["chosen"] == best["shape"]
-    assert table["prediction"]["speed"] == "estimated" and "speeds are estimated from its bandwidth" in printed
+    assert "speeds are estimated from its bandwidth" in printed
     chosen = ModelShape.from_dict(table["chosen"])
     device = Device(load_profile(DEVICE), "gguf:q4_0", 256, None)
-    assert table["prediction"]["price"] == pytest.approx(asdict(device.price(chosen)))
+    assert chosen_row(table)["price"] == pytest.approx(asdict(device.price(chosen)))
     assert not Limits(file_bytes=limit * 1e6).excess(device.price(chosen))
+    assert table["teacher"]["price"]["file_bytes"] == device.price(teacher).file_bytes and table["timings"] is None
+    html = (tmp_path / "plan" / "plan.html").read_text(encoding="utf-8")
+    assert html == render_plan(table), "the page is made from plan.json alone"
+    assert f"Plan: {tmp_path / 'plan' / 'plan.html'}" in printed and table["command"] in printed
+    assert all(f"{row['trial']['loss']:.3f}" in html for row in tried)
     recipe = load_recipe(tmp_path / "plan" / "recipe.toml")
     assert student_of(recipe, teacher, "t")[0] == chosen and recipe.train.tokens == 4_000_000
     assert recipe.budget == Budget(file_size=limit, context=256)
@@ -76,7 +84,7 @@ def test_a_budget_becomes_a_recipe_by_trials(inputs: tuple[Path, Path], tmp_path
     (tmp_path / "plan" / "plan.json").unlink()  # as after a kill
     assert plan(inputs, tmp_path / "plan", *options)[0] == 0
     assert (tmp_path / "plan" / "trials.jsonl").read_text() == before, "finished trials are not repeated"
-    assert json.loads((tmp_path / "plan" / "plan.json").read_text()) == table
+    assert json.loads((tmp_path / "plan" / "plan.json").read_text()) | {"created": table["created"]} == table
 
 
 def test_without_trials_no_text_is_needed(inputs: tuple[Path, Path], tmp_path: Path) -> None:
@@ -106,6 +114,16 @@ def test_a_full_search_compares_bins_and_chooses_within_the_budget(inputs: tuple
     assert any(row["price"]["file_bytes"] < 0.8 * limit * 1e6 for row in tried)
 
 
+def test_the_front_has_what_no_other_dominates() -> None:
+    shapes = [ModelShape("llama", 512, 64 * n, 256, 2, 4, 2, 32, 256, True) for n in range(1, 9)]
+    points: list[tuple[float | None, float]] = [
+        (1.0, 5.0), (2.0, 4.0), (2.0, 4.5), (3.0, 4.0), (4.0, 3.0), (4.0, 3.0), (0.5, math.nan), (None, 1.0)]
+    on = pareto_front(dict(zip(shapes, points, strict=True)))
+    # The second is as cheap as the third and better, as good as the fourth and cheaper. Equal points are both on it.
+    assert on == {shapes[i] for i in (0, 1, 4, 5)}
+    assert pareto_front({}) == set()
+
+
 def test_trials_train_for_a_hundredth_of_the_budget() -> None:
     """But not for so long that a search takes days, nor so short that it shows nothing."""
     tokens = [EFFORTS["short"].of(load_recipe(None, [f"train.tokens={n}"])).train.tokens
@@ -122,7 +140,8 @@ def test_timings_from_the_device_give_its_speed(inputs: tuple[Path, Path], tmp_p
     budget = Budget(context=256, timings=str(tmp_path / "timings.json"))
     console = Console(file=io.StringIO(), width=200)
     device = device_of(load_profile(DEVICE), teacher, budget, console)
-    assert device.model == found.model() and device.is_measured and device.price(teacher).first_token_s is not None
+    assert device.model == found.model() and device.timings == found
+    assert device.is_measured and device.price(teacher).first_token_s is not None
     assert "12 timings on aarch64, 4 processors, Cortex-A76" in console.file.getvalue()  # type: ignore[attr-defined]
     replace(found, format="gguf:q8_0").save(tmp_path / "other.json")
     with pytest.raises(UserError, match=r"other.json: timings of gguf:q8_0; raspberry-pi-5 takes gguf:q4_0"):
@@ -201,14 +220,14 @@ def test_a_build_with_a_budget_plans_first_and_measures_what_was_asked(inputs: t
     rows = {row["limit"]: row for row in target["budget"]}
     assert rows.keys() == {"tokens_per_second", "file_size"}
     assert rows["file_size"]["asked"] == 0.4 and rows["file_size"]["measured"] == report["artifacts"][0]["bytes"] / 1e6
-    assert rows["file_size"]["predicted"] == plan["prediction"]["price"]["file_bytes"] / 1e6
+    assert rows["file_size"]["predicted"] == chosen_row(plan)["price"]["file_bytes"] / 1e6
     assert rows["tokens_per_second"]["measured"] > 1 and rows["tokens_per_second"]["predicted"] > 1
     assert sum(gate["name"] == "budget" for gate in report["gates"]) == 2
     assert "budget: \u2264 0.4 MB on disk: predicted" in printed and "kept" in (out / "report.html").read_text()
     assert "unchanged, nothing to do" in build(inputs, here, out, *budget)[1], "the same sizes are planned again"
 
     facts, [row] = BuildFacts.read(out), target["rows"]
-    assert facts.predicted == plan["prediction"] and row["state"] == "passed"
+    assert facts.predicted and facts.predicted["price"] == chosen_row(plan)["price"] and row["state"] == "passed"
     [found] = check_budget(Budget(file_size=0.1), facts.predicted, list(facts.artifacts), load_profile(str(here)),
                            facts.check_input, [row], lambda text: None)
     assert row["state"] == "failed" and re.search(r"budget: MB on disk 0\.\d+, need <= 0\.1", failures(row)[-1])

@@ -277,7 +277,7 @@ def test_a_report_that_cannot_be_rendered_leaves_the_old_one(tmp_path: Path) -> 
 
 
 def test_report_needs_no_heavy_library() -> None:
-    code = ("import sys, lrc_edge.report.report_file, lrc_edge.inspect.command\n"
+    code = ("import sys, lrc_edge.report.report_file, lrc_edge.report.plan_page, lrc_edge.inspect.command\n"
             "print({'torch', 'transformers', 'onnx', 'gguf', 'matplotlib'} & {*sys.modules})")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
@@ -287,7 +287,7 @@ def test_template_and_style_are_packaged() -> None:
     folder = root / "lrc_edge" / "report"
     table = tomllib.loads((root / "pyproject.toml").read_text())
     patterns = table["tool"]["setuptools"]["package-data"]["lrc_edge.report"]
-    for name in ("report.css", "report.html.jinja"):
+    for name in ("report.css", "report.html.jinja", "plan.css", "plan.html.jinja"):
         assert (folder / name).exists() and any(fnmatch(name, pattern) for pattern in patterns), name
 
 
