@@ -10,6 +10,7 @@ from lrc_edge.errors import UserError
 from lrc_edge.families import EMBEDDING, HEAD, Architecture, Weight, family_of, weights_of
 from lrc_edge.formats import TYPES, format_of
 from lrc_edge.gguf_names import gguf_name
+from lrc_edge.gguf_sizes import write_sizes
 from lrc_edge.shape import ModelShape
 
 SCALE = 0.01  # about that of trained weights, so that no activation overflows
@@ -22,7 +23,8 @@ def write_random_gguf(shape: ModelShape, format_: str, path: Path) -> None:
     Raises UserError for a family without a llama.cpp graph.
     """
     writer = GGUFWriter(path, _architecture(shape).name)
-    _write_hyperparameters(writer, shape)
+    writer.add_tokenizer_model("none")
+    write_sizes(writer, shape, shape.max_position_embeddings, epsilon=1e-5)
     weights = list(weights_of(shape))
     for weight in weights:
         kind = _type(weight, format_)
@@ -46,21 +48,6 @@ def _architecture(shape: ModelShape) -> Architecture:
         if not graph.square_attention or shape.q_size == shape.hidden_size:
             return graph
     raise UserError(f"{shape.family}: llama.cpp has no graph for it; time its ONNX file")
-
-
-def _write_hyperparameters(writer: GGUFWriter, shape: ModelShape) -> None:
-    writer.add_tokenizer_model("none")
-    writer.add_vocab_size(shape.vocab_size)
-    writer.add_context_length(shape.max_position_embeddings)
-    writer.add_embedding_length(shape.hidden_size)
-    writer.add_feed_forward_length(shape.intermediate_size)
-    writer.add_block_count(shape.num_hidden_layers)
-    writer.add_head_count(shape.num_attention_heads)
-    writer.add_head_count_kv(shape.num_key_value_heads)
-    writer.add_key_length(shape.head_dim)
-    writer.add_value_length(shape.head_dim)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(shape.head_dim)
 
 
 def _type(weight: Weight, format_: str) -> GGMLQuantizationType:
