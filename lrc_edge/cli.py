@@ -187,6 +187,9 @@ def plan(teacher: Teacher, out: Out, recipe: RecipeFile = None, settings: Settin
          memory: Annotated[float | None, typer.Option(help="At most this many MB of RAM.")] = None,
          file_size: Annotated[float | None, typer.Option(help="At most this many MB on disk.")] = None,
          context: Annotated[int | None, typer.Option(help="Tokens to plan for. Default: the device's.")] = None,
+         format_: Annotated[str | None, typer.Option(
+             "--format", help="Format to plan for, as in onnx:q4; one of the device's. Default: the one that it "
+                              "recommends.")] = None,
          search: Annotated[str, typer.Option(help="Trials of candidates: none, short or full.")] = "short",
          timings: Annotated[Path | None, typer.Option(
              help="Timings that `--time-anchors` made on the device.")] = None,
@@ -200,12 +203,12 @@ def plan(teacher: Teacher, out: Out, recipe: RecipeFile = None, settings: Settin
     if time_anchors:
         from lrc_edge.pipeline.target_commands import time_anchors as time_them
 
-        raise typer.Exit(time_them(Path(teacher), target or [], context, out, _plain_console()))
+        raise typer.Exit(time_them(Path(teacher), target or [], format_, context, out, _plain_console()))
     from lrc_edge.pipeline import planner
 
     budget = planner.budget_of(tokens_per_second, time_to_first_token, memory, file_size)
     raise typer.Exit(planner.plan(teacher, _recipe(recipe, settings, data, targets=target), budget, context, search,
-                                  timings, out, _console()))
+                                  timings, out, _console(), format_))
 
 
 @app.command()

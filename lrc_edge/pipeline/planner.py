@@ -16,7 +16,6 @@ from lrc_edge.console import running, stage_line
 from lrc_edge.errors import UserError
 from lrc_edge.exit_status import ExitStatus
 from lrc_edge.figures import human_bytes, human_count
-from lrc_edge.formats import format_of
 from lrc_edge.machine import threads_for
 from lrc_edge.pipeline.commands import leaving_nothing_of_a_mistake
 from lrc_edge.pipeline.plan import Plan
@@ -27,9 +26,8 @@ from lrc_edge.recipe import Recipe, to_toml
 from lrc_edge.shape import ModelShape
 from lrc_edge.shape_search import Search, search
 from lrc_edge.targets.profile import Profile
-from lrc_edge.targets.runtimes.table import is_here
 from lrc_edge.targets.timing.anchors import anchors_of
-from lrc_edge.targets.timing.measured import Measured, measured_here
+from lrc_edge.targets.timing.measured import Measured, measured_here, runtime_here
 from lrc_edge.targets.timing.price import Budget, Device, Offer, check_budget, offers
 from lrc_edge.workspace import digest
 
@@ -59,7 +57,7 @@ class Trial:
 
 
 def plan(source: str, recipe: Recipe, budget: Budget, context: int | None, effort: str, timings: Path | None, out: Path,
-         console: Console) -> ExitStatus:
+         console: Console, format_: str | None = None) -> ExitStatus:
     """Write RECIPE_FILE and PLAN_FILE in `out`. Raises UserError, also for a budget that no student has."""
     if effort not in EFFORTS:
         raise UserError(f"--search {effort}: need one of {', '.join(EFFORTS)}")
@@ -69,7 +67,7 @@ def plan(source: str, recipe: Recipe, budget: Budget, context: int | None, effor
     if budget == Budget():
         raise UserError("plan: no budget; give --tokens-per-second, --time-to-first-token, --memory or --file-size")
     check_sources(recipe)
-    device = device_of(job.profiles[0], job.source.checkpoint.shape, context, timings, console)
+    device = device_of(job.profiles[0], job.source.checkpoint.shape, context, timings, console, format_)
     check_budget(budget, device)
     found = offers(job.source.checkpoint.shape, device, budget)
     if found[0].shape == job.source.checkpoint.shape:
@@ -109,21 +107,26 @@ def _for_trials(recipe: Recipe, effort: Effort) -> Recipe:
     return replace(recipe, train=replace(recipe.train, tokens=tokens, dense_share=1.0))
 
 
-def device_of(profile: Profile, teacher: ModelShape, context: int | None, timings: Path | None, console: Console
-              ) -> Device:
-    """Return the device with a model of its speed: from `timings`, or measured if it is this machine, else none."""
-    format_ = profile.recommended
+def device_of(profile: Profile, teacher: ModelShape, context: int | None, timings: Path | None, console: Console,
+              format_: str | None = None) -> Device:
+    """Return the device with a model of its speed: from `timings`, or measured if it is this machine, else none.
+
+    format_: None: the recommended one.
+    """
+    format_ = profile.format_named(format_)
     context = min(context or profile.context, teacher.max_position_embeddings)
     if timings is not None:
         found = Measured.load(timings)
         if found.format != format_:
-            raise UserError(f"{timings}: timings of {found.format}; {profile.name} takes {format_}: measure that")
-    elif is_here(profile) and format_of(format_).kind == "gguf":
+            raise UserError(f"{timings}: timings of {found.format}, the plan is for {format_}; measure that, or give "
+                            f"--format {found.format}")
+    elif runtime := runtime_here(profile, format_):
         with running(console, "timing") as task:
             shapes = anchors_of(teacher)
-            found = measured_here(shapes, format_, context, threads_for(shapes[0]), task.update)
+            found = measured_here(runtime, shapes, format_, context, threads_for(shapes[0]), task.update)
     else:
-        stage_line(console, "timing", f"{profile.name} is not this machine: speeds are estimated from its bandwidth")
+        stage_line(console, "timing", f"{profile.runtime_of(format_)} of {profile.name} is not timed on this machine: "
+                                      "speeds are estimated from its bandwidth")
         return Device(profile, format_, context, None)
     model = found.model()
     stage_line(console, "timing", f"{len(found.timings)} timings on {found.machine}; the model is within "

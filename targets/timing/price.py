@@ -84,9 +84,9 @@ class Device:
 def check_budget(budget: Budget, device: Device) -> None:
     """Raise UserError for a limit that this device's prices do not have."""
     if budget.first_token_s is not None and not device.is_measured:
-        raise UserError(f"--time-to-first-token: {device.profile.name} is not this machine, and its profile has no "
-                        "figure for it; run `lrc-edge plan TEACHER --time-anchors` there, and give its file as "
-                        "--timings")
+        raise UserError(f"--time-to-first-token: {device.format} was not timed on {device.profile.name}, and its "
+                        "profile has no figure for it; run `lrc-edge plan TEACHER --time-anchors` there, and give its "
+                        "file as --timings")
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def test_timings_from_the_device_give_its_speed(inputs: tuple[Path, Path], tmp_p
     ((), "plan: no budget; give --tokens-per-second"),
     (("--file-size", 100), "the teacher itself is within this budget"),
     (("--file-size", 0.01), "no student of this teacher reaches --file-size 0.01 (10.0 kB) on raspberry-pi-5"),
-    (("--time-to-first-token", 1), "--time-to-first-token: raspberry-pi-5 is not this machine"),
+    (("--time-to-first-token", 1), "--time-to-first-token: gguf:q4_0 was not timed on raspberry-pi-5"),
     (("--memory", 0), "--memory 0: need a number above 0"),
     (("--file-size", 0.3, "--search", "long"), "--search long: need one of none, short, full"),
     (("--file-size", 0.3, "--timings", "nowhere.json"), "nowhere.json: not a file of timings")])
