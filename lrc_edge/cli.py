@@ -188,14 +188,14 @@ def plan(teacher: Teacher, out: Out, recipe: RecipeFile = None, settings: Settin
          file_size: Annotated[float | None, typer.Option(help="At most this many MB on disk.")] = None,
          context: Annotated[int | None, typer.Option(help="Tokens to plan for. Default: the device's.")] = None,
          format_: Annotated[str | None, typer.Option(
-             "--format", help="Format to plan for, as in onnx:q4; one of the device's. Default: the one that it "
-                              "recommends.")] = None,
+             "--format", help="Which of the device's formats to plan for or time, as in onnx:q4. Default: the "
+                              "recommended one.")] = None,
          search: Annotated[str, typer.Option(help="Trials of candidates: none, short or full.")] = "short",
          timings: Annotated[Path | None, typer.Option(
              help="Timings that `--time-anchors` made on the device.")] = None,
          time_anchors: Annotated[bool, typer.Option(
-             "--time-anchors", help="Only time shapes on this machine, and write OUT/timings.json. Needs no PyTorch; "
-                                    "of TEACHER only config.json is read.")] = False) -> None:
+             "--time-anchors", help="Only time shapes on this machine, in --format, and write OUT/timings.json. Needs "
+                                    "no PyTorch; of TEACHER only config.json is read.")] = False) -> None:
     """Choose a student's sizes for a device and a budget, and write them as a recipe for `build`.
 
     [dim]lrc-edge plan HuggingFaceTB/SmolLM2-360M --data a.jsonl --target raspberry-pi-5 --memory 300 --out plan[/]
