@@ -42,7 +42,7 @@ class Grid:
 
 Q4_0, Q8_0 = Grid("Q4_0", 4), Grid("Q8_0", 8)
 GRIDS = {grid.type: grid for grid in (Q4_0, Q8_0)}
-PLAIN_TYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16)}  # by ggml's names
+PLAIN_TYPES: dict[str, np.dtype] = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16)}  # by ggml's names
 
 
 class Source(Protocol):

@@ -62,7 +62,8 @@ def _type(weight: Weight, format_: str) -> GGMLQuantizationType:
 _BLOCKS = {GGMLQuantizationType.Q4_0: np.dtype([("scale", "<f2"), ("levels", "u1", 16)]),
            GGMLQuantizationType.Q8_0: np.dtype([("scale", "<f2"), ("levels", "u1", 32)])}
 _LARGEST = {GGMLQuantizationType.Q4_0: 8, GGMLQuantizationType.Q8_0: 127}
-_PLAIN = {GGMLQuantizationType.F32: np.dtype("<f4"), GGMLQuantizationType.F16: np.dtype("<f2")}
+_PLAIN: dict[GGMLQuantizationType, np.dtype] = {
+    GGMLQuantizationType.F32: np.dtype("<f4"), GGMLQuantizationType.F16: np.dtype("<f2")}
 
 
 def _data(weight: Weight, kind: GGMLQuantizationType) -> bytes:
