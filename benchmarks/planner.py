@@ -46,7 +46,7 @@ from lrc_edge.targets.profile import load_profile
 from lrc_edge.targets.runtimes.llamacpp import LlamaCpp
 from lrc_edge.targets.runtimes.table import native_start
 from lrc_edge.targets.timing.anchors import anchors_of, time_shapes
-from lrc_edge.targets.timing.measured import measured_here
+from lrc_edge.targets.timing.measured import measured_here, runtime_here
 from lrc_edge.targets.timing.price import Device, Limits, Price, offers
 from lrc_edge.train.data.rows import PackedRows
 from lrc_edge.train.device import choose_device, choose_precision
@@ -110,9 +110,12 @@ class Benchmark:
 
     @cached_property
     def device(self) -> Twins:
-        shape = twin(self.teacher.shape)
-        found = measured_here(anchors_of(shape), FORMAT, CONTEXT, threads_for(shape), print)
-        return Twins(load_profile(self.args.target), FORMAT, CONTEXT, found.model())
+        shape, profile = twin(self.teacher.shape), load_profile(self.args.target)
+        runtime = runtime_here(profile, FORMAT)
+        if runtime is None:
+            raise SystemExit(f"--target {profile.name}: not this machine")
+        found = measured_here(runtime, anchors_of(shape), FORMAT, CONTEXT, threads_for(shape), print)
+        return Twins(profile, FORMAT, CONTEXT, found.model())
 
     @cached_property
     def units(self) -> dict[str, list[list[int]]]:

@@ -20,7 +20,6 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +32,9 @@ from lrc_edge.machine import threads_for
 from lrc_edge.shape import ModelShape
 from lrc_edge.targets.memory import memory_of
 from lrc_edge.targets.profile import load_profile
-from lrc_edge.targets.runtimes.table import is_here, native_start
 from lrc_edge.targets.timing.anchors import anchors_of, time_shapes
 from lrc_edge.targets.timing.cost import CostModel, Timing
-from lrc_edge.targets.timing.measured import PACKAGES, machine_name
+from lrc_edge.targets.timing.measured import library_of, machine_name, runtime_here
 from lrc_edge.targets.timing.price import SMALLEST, grid
 from lrc_edge.targets.timing.random_gguf import write_random_gguf
 
@@ -97,16 +95,17 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> Runs:
     teacher = shape_of(read_table(config), config)
     profile = load_profile(args.target)
     format_ = args.format or profile.recommended
-    if not is_here(profile) or format_of(format_).kind != "gguf":
+    runtime = runtime_here(profile, format_)
+    if runtime is None or format_of(format_).kind != "gguf":
         raise SystemExit(f"{format_} on {profile.name}: only GGUF files are timed, and only devices with this "
                          "machine's kind of processor")
     anchors = anchors_of(teacher)
     shapes = [*anchors, *others_of(teacher, format_, args.shapes)]
     context = min(args.context or profile.context, teacher.max_position_embeddings)
     threads, load = args.threads or threads_for(anchors[0]), os.getloadavg()[0]
-    timings = time_shapes(shapes, format_, native_start(RUNTIME), context, threads, say, args.out)
+    timings = time_shapes(shapes, format_, runtime.start, context, threads, say, args.out)
     peaks = [peak_of(shape, format_, context, threads, args.out, say) for shape in shapes]
-    return Runs(teacher, machine_name(), f"{PACKAGES[RUNTIME]} {version(PACKAGES[RUNTIME])}",
+    return Runs(teacher, machine_name(), library_of(runtime, format_),
                 tuple(sorted(machine_features())), load, threads, format_, context, len(anchors), tuple(shapes),
                 tuple(timings), tuple(peaks))
 

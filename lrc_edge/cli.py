@@ -61,6 +61,8 @@ Context = Annotated[int | None, typer.Option(min=1, help="Tokens of context to p
 Effort = Annotated[str | None, typer.Option(
     "--search", metavar="EFFORT", help="How sizes are chosen: none (by what cuts cost elsewhere), short or full (by "
                                        "short training runs).")]
+PlannedFormat = Annotated[str | None, typer.Option(
+    "--format", help="Which of the device's formats to plan for or time, as in onnx:q4. Default: the recommended one.")]
 Timings = Annotated[Path | None, typer.Option(help="Timings that `lrc-edge plan --time-anchors` made on the device.")]
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="The --out directory of a build or an export.")]
 Chattable = Annotated[Path, typer.Argument(metavar="DIR", help="The --out directory of a build, or a .gguf file.")]
@@ -199,10 +201,10 @@ def chat(directory: Chattable, encoding: Encoding = "",
 def plan(teacher: Teacher, out: Out, recipe: RecipeFile = None, settings: Settings = None, data: Sources = None,
          target: Targets = None, tokens_per_second: TokensPerSecond = None, time_to_first_token: FirstToken = None,
          memory: Memory = None, file_size: FileSize = None, context: Context = None, search: Effort = None,
-         timings: Timings = None,
+         timings: Timings = None, format_: PlannedFormat = None,
          time_anchors: Annotated[bool, typer.Option(
-             "--time-anchors", help="Only time shapes on this machine, and write OUT/timings.json. Needs no PyTorch; "
-                                    "of TEACHER only config.json is read.")] = False) -> None:
+             "--time-anchors", help="Only time shapes on this machine, in --format, and write OUT/timings.json. Needs "
+                                    "no PyTorch; of TEACHER only config.json is read.")] = False) -> None:
     """Choose a student's sizes for a device and a budget, and write them as a recipe for `build`.
 
     [dim]lrc-edge plan HuggingFaceTB/SmolLM2-360M --data a.jsonl --target raspberry-pi-5 --memory 300 --out plan[/]
@@ -210,12 +212,12 @@ def plan(teacher: Teacher, out: Out, recipe: RecipeFile = None, settings: Settin
     if time_anchors:
         from lrc_edge.pipeline.target_commands import time_anchors as time_them
 
-        raise typer.Exit(time_them(Path(teacher), target or [], context, out, _plain_console()))
+        raise typer.Exit(time_them(Path(teacher), target or [], format_, context, out, _plain_console()))
     from lrc_edge.pipeline import planner
 
     job = _recipe(recipe, settings, data, targets=target, tokens_per_second=tokens_per_second,
                   time_to_first_token=time_to_first_token, memory=memory, file_size=file_size, context=context,
-                  search=search, timings=timings)
+                  search=search, timings=timings, format=format_)
     raise typer.Exit(planner.plan(teacher, job, out, _console()))
 
 

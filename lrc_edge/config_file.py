@@ -8,8 +8,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lrc_edge.errors import UserError, one_line
 from lrc_edge.families import family_of
 from lrc_edge.shape import ModelShape
@@ -113,6 +111,8 @@ def check_tokenizer_tables(path: Path) -> None:
 
 def front_matter(readme: Path) -> dict[str, Any]:
     """Return the scalars and lists of scalars in the YAML block of a model card; {} without valid YAML."""
+    import yaml  # which a device does not need
+
     if not readme.is_file():
         return {}
     parts = readme.read_text(encoding="utf-8", errors="replace").split("---\n", 2)

@@ -205,6 +205,7 @@ class Budget:
     memory: float = key(0.0, "most RAM, in MB", at_least=0, below=math.inf)
     file_size: float = key(0.0, "largest file, in MB", at_least=0, below=math.inf)
     context: int = key(0, "tokens of context; 0 = the device's", at_least=0)
+    format: str = key("", "format of the file that is meant, as in onnx:q4; empty = the device's recommended one")
     search: Literal["none", "short", "full"] = key(
         "short", "none = choose by what cuts cost elsewhere; short = by short training runs of about ten shapes; "
                  "full = of about a hundred, in three bins of speed or size")

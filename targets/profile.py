@@ -74,6 +74,13 @@ class Profile:
     def figures(self) -> dict[str, Figure]:
         return {name: getattr(self, name) for name in FIGURES}
 
+    def format_named(self, name: str | None) -> str:
+        """Return one of its formats by name; None: the recommended one. Raises UserError for any other name."""
+        found = self.recommended if name is None else name.strip().lower()
+        if found not in self.format_names:
+            raise UserError(f"--format {name}: {self.name} runs {', '.join(self.format_names)}; give one of them")
+        return found
+
     def runtime_of(self, format_name: str) -> str:
         """Return the first of its runtimes that reads the format."""
         readers = readers_of(format_of(format_name).kind)

@@ -17,7 +17,7 @@ from onnx import TensorProto, numpy_helper
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError, one_line
 from lrc_edge.export.audit.values import relative_error, rounded_before, sample_rows
-from lrc_edge.export.onnx.graph import rope_tables
+from lrc_edge.export.onnx.rope import rope_tables
 from lrc_edge.families import Weight, family_of
 from lrc_edge.finding import Finding, differs
 from lrc_edge.inspect.onnx_files import all_nodes, check_data_files, load_model
@@ -132,7 +132,7 @@ class _Graph:
                 n = min(len(found), len(wanted))
                 if len(found) < len(wanted):
                     yield differs("context length", len(found), len(wanted), f"positions in the table {name[:60]}")
-                error = np.abs(np.asarray(found[:n, :half], np.float32) - wanted[:n].numpy())
+                error = np.abs(np.asarray(found[:n, :half], np.float32) - wanted[:n])
                 if not (error <= _ANGLE).all():
                     position = int((~(error <= _ANGLE)).any(1).argmax())
                     yield Finding("rope tables", f"rope tables: {name[:60]} differs from position {position} on, by up "

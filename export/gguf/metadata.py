@@ -14,6 +14,7 @@ from lrc_edge.errors import UserError
 from lrc_edge.export.gguf.vocabulary import Vocabulary
 from lrc_edge.export.quantize.encodings import Encoding
 from lrc_edge.families import Architecture, family_of
+from lrc_edge.gguf_sizes import write_sizes
 from lrc_edge.student import split_name
 
 # rope_type -> its fields; all except attention_factor are required. Any other field would be dropped silently.
@@ -91,21 +92,10 @@ def llama3_rope_factors(checkpoint: DenseCheckpoint) -> torch.Tensor | None:
 
 
 def write_hyperparameters(writer: GGUFWriter, checkpoint: DenseCheckpoint, encoding: Encoding) -> None:
-    shape = checkpoint.shape
     writer.add_type("model")
     writer.add_quantization_version(GGML_QUANT_VERSION)
     writer.add_file_type(encoding.ftype)
-    writer.add_vocab_size(shape.vocab_size)
-    writer.add_context_length(checkpoint.context_length)
-    writer.add_embedding_length(shape.hidden_size)
-    writer.add_feed_forward_length(shape.intermediate_size)
-    writer.add_block_count(shape.num_hidden_layers)
-    writer.add_head_count(shape.num_attention_heads)
-    writer.add_head_count_kv(shape.num_key_value_heads)
-    writer.add_key_length(shape.head_dim)
-    writer.add_value_length(shape.head_dim)
-    writer.add_layer_norm_rms_eps(float(checkpoint.config.get("rms_norm_eps", 1e-6)))
-    writer.add_rope_dimension_count(shape.head_dim)
+    write_sizes(writer, checkpoint.shape, checkpoint.context_length, float(checkpoint.config.get("rms_norm_eps", 1e-6)))
     _write_rope(writer, checkpoint)
 
 

@@ -26,21 +26,21 @@ from lrc_edge.checkpoint_writer import copy_tokenizer
 from lrc_edge.console import QUIET, Listener
 from lrc_edge.errors import UserError
 from lrc_edge.export.fold import student_config
-from lrc_edge.export.onnx.file import SHARD_BYTES, OnnxFile
-from lrc_edge.export.onnx.genai_config import genai_config
-from lrc_edge.export.onnx.graph import ROPE_TABLES, DecoderGraph, WeightFormat, check_supported
-from lrc_edge.export.onnx.weights import GRIDS, PLAIN_TYPES, Q4_0, Q8_0, Blocks, Plain
+from lrc_edge.export.onnx.genai_config import genai_config_of
+from lrc_edge.export.onnx.rope import check_supported
+from lrc_edge.export.onnx.weights import CheckpointSource
 from lrc_edge.export.passes import Passes
 from lrc_edge.export.quantize.imatrix import check_importance
 from lrc_edge.formats import formats_of
+from lrc_edge.onnx_graph.decoder import ROPE_TABLES, DecoderGraph
+from lrc_edge.onnx_graph.file import SHARD_BYTES, OnnxFile
+from lrc_edge.onnx_graph.matrices import DEFAULT_ACCURACY_LEVEL, GRIDS, PLAIN_TYPES, matrices_of
 from lrc_edge.workspace import replace_tree
 
 ROWS = formats_of("onnx")
+TYPE_NAMES = {type: name for name, type in PLAIN_TYPES.items()}
 FILES = {encoding: row.file for encoding, row in ROWS.items()}  # the largest first
 CARRIED = ("generation_config.json", "README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", PROVENANCE_FILE)
-# int8 activations, as in llama.cpp. Measured on a trained model of 9M parameters: KL to float32 0.00197 instead of
-# 0.00192, at 7.0 times the decoding speed (2.0 times with a 4-bit head, see Blocks).
-DEFAULT_ACCURACY_LEVEL = 4
 
 
 def export_onnx(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[str], progress: Listener = QUIET,
@@ -58,12 +58,6 @@ def export_onnx(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[s
     check_supported(checkpoint)
     if importance is not None:
         check_importance(checkpoint, importance)
-    formats: dict[str, WeightFormat] = {
-        "fp32": Plain(np.dtype(np.float32)), "fp16": Plain(np.dtype(np.float16)),
-        "q8": Blocks(Q8_0, Q8_0, accuracy_level, importance, threads),
-        "q4": Blocks(Q4_0, Q8_0, accuracy_level, importance, threads) if on_grid is None else
-        # Without importance: the scales are already those that the weights were trained with.
-        Blocks(Q4_0, Q8_0, accuracy_level, None, threads, trained_on_grid=True)}
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     passes = Passes({weight.name: checkpoint.n_bytes(weight) for weight in checkpoint.weights()}, len(encodings),
@@ -74,12 +68,14 @@ def export_onnx(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequence[s
         for encoding in encodings:
             path = partial / FILES[encoding]
             passes.start(encoding)
+            # Without importance: the scales are already those that the weights were trained with.
+            source = CheckpointSource(checkpoint, importance, threads, passes.at) \
+                if on_grid is None or not ROWS[encoding].trained_on_grid else \
+                CheckpointSource(on_grid, None, threads, passes.at, trained_on_grid=True)
             with OnnxFile(path, shard_bytes) as file:
-                source = on_grid if on_grid is not None and ROWS[encoding].trained_on_grid else checkpoint
-                DecoderGraph(file, source, formats[encoding], passes.at).write()
-                file.save(checkpoint.name, _metadata(source, encoding))
-            identical = getattr(formats[encoding], "identical_blocks", None)
-            artifacts.append(_artifact(checkpoint, file, encoding, folder.name, identical))
+                DecoderGraph(file, source, matrices_of(ROWS[encoding], accuracy_level)).write()
+                file.save(checkpoint.name, _metadata(source.checkpoint, encoding))
+            artifacts.append(_artifact(checkpoint, file, encoding, folder.name, source.identical_blocks))
             n_shards[path.name] = len(file.data_paths)
         _write_sidecars(checkpoint, partial, encodings, n_shards)
         replace_tree(partial, folder)
@@ -117,9 +113,9 @@ def _inventory(checkpoint: DenseCheckpoint, written: dict[str, tuple[np.dtype, i
     left = {name: entry for name, entry in written.items() if name not in ROPE_TABLES}
     n_bytes, types = 0, Counter[str]()
     for weight in checkpoint.weights():
-        forms: dict[str, tuple[str, ...]] = {grid.qtype.name: grid.names(weight.name) for grid in GRIDS}
+        forms: dict[str, tuple[str, ...]] = {type: grid.names(weight.name) for type, grid in GRIDS.items()}
         if weight.name in left:
-            forms[PLAIN_TYPES[left[weight.name][0]]] = (weight.name,)
+            forms[TYPE_NAMES[left[weight.name][0]]] = (weight.name,)
         found = [kind for kind, names in forms.items() if all(name in left for name in names)]
         if len(found) != 1:
             raise ValueError(f"onnx: {weight.name} is in the file as {found or 'nothing'}")
@@ -154,7 +150,7 @@ def _write_sidecars(checkpoint: DenseCheckpoint, folder: Path, encodings: Sequen
     except ValueError as error:
         where = checkpoint.path / generation_file.name
         raise UserError(f"{where}: not JSON ({error}); fix it or delete it") from error
-    _write_json(folder / "genai_config.json", genai_config(checkpoint, tokenizer, generation, FILES[smallest]))
+    _write_json(folder / "genai_config.json", genai_config_of(checkpoint, tokenizer, generation, FILES[smallest]))
 
 
 def _bound_model_max_length(file: Path, context_length: int) -> None:

@@ -1,10 +1,8 @@
-"""Matrices in an ONNX graph: float32, float16, or llama.cpp's blocks in MatMulNBits.
+"""A checkpoint's weights in the forms of an ONNX graph.
 
-llama.cpp's Q4_0 and Q8_0 and MatMulNBits with 4 and 8 bits, block 32 and its default zero point are the same grids,
-w = scale * (level - zero point): only the order of the nibbles and the sign of a byte differ. The blocks come from
-llama.cpp's own quantizer, so that a GGUF of the same checkpoint and importance holds the same numbers. Matrices are
-read, converted and written some rows at a time. Shapes: O a linear's outputs, I its inputs, N = ceil(I / 32) blocks per
-row, R rows of a part.
+The blocks of Q4_0 and Q8_0 come from llama.cpp's own quantizer, so that a GGUF of the same checkpoint and importance
+holds the same numbers. Matrices are read, converted and written some rows at a time. Shapes: I a linear's inputs,
+N = ceil(I / 32) blocks per row, R rows of a part.
 """
 from __future__ import annotations
 
@@ -12,157 +10,79 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType
-from onnx import TensorProto, helper
+from transformers import AutoConfig
 
+from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
-from lrc_edge.export.onnx.file import MICROSOFT, OnnxFile
+from lrc_edge.export.onnx.rope import rope_tables
 from lrc_edge.export.quantize.encodings import quantize_matrix
+from lrc_edge.families import Weight, family_of
 from lrc_edge.formats import BLOCK
+from lrc_edge.onnx_graph.matrices import Grid
 
 PART_WEIGHTS = 1 << 20  # converted at once
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class Grid:
-    """w = scale * (level - zero_point), 0 <= level < 2^bits, in blocks of 32 that llama.cpp calls `qtype`."""
-
-    qtype: GGMLQuantizationType
-    bits: int
-
-    @property
-    def zero_point(self) -> int:
-        """Return MatMulNBits' default zero point."""
-        return 1 << (self.bits - 1)
-
-    def names(self, weight: str) -> tuple[str, str]:
-        """Return the names of a packed matrix's two initializers: levels and scales."""
-        return f"{weight}.{self.qtype.name.lower()}", f"{weight}.scales"
-
-
-Q4_0 = Grid(GGMLQuantizationType.Q4_0, 4)
-Q8_0 = Grid(GGMLQuantizationType.Q8_0, 8)
-GRIDS = (Q4_0, Q8_0)
-PLAIN_TYPES = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16"}  # as GGUF calls them
-
-
-class Plain:
-    """Every matrix in one type, float32 or float16, in which the graph then computes. Implements WeightFormat."""
-
-    def __init__(self, type: np.dtype):
-        self.type = type
-        self.onnx_type: int = helper.np_dtype_to_tensor_dtype(type)
-
-    def linear(self, file: OnnxFile, name: str, weight_OI: torch.Tensor, x: str, output: str) -> str:
-        return file.node("MatMul", [x, self._store(file, name, weight_OI.T)], output)
-
-    def embedding(self, file: OnnxFile, name: str, weight_OI: torch.Tensor, ids: str, output: str) -> str:
-        return file.node("Gather", [self._store(file, name, weight_OI), ids], output)
-
-    def head(self, file: OnnxFile, name: str, weight_OI: torch.Tensor, x: str, output: str) -> str:
-        return self.linear(file, name, weight_OI, x, output)
-
-    def tied_head(self, file: OnnxFile, name: str, shape_OI: tuple[int, ...], x: str, output: str) -> str:
-        # Transposes inside the product; a Transpose node would be folded into a second copy of the largest matrix.
-        return file.node("FusedMatMul", [x, name], output, domain=MICROSOFT, transB=1)
-
-    def _store(self, file: OnnxFile, name: str, matrix: torch.Tensor) -> str:
-        parts = (array_of(rows, self.type, name) for rows in _parts(matrix))
-        return file.weight_in_parts(name, matrix.shape, self.type, parts)
-
-
-class Blocks:
-    """Linears on one grid, embedding and LM head on another. Implements WeightFormat; the graph computes in float32.
-
-    Embedding and LM head in 4 bits cost a large part of the quality. KL to float32 on 2,048 tokens of TinyStories, with
-    both on Q4_0 and with both on Q8_0: a llama of 9M parameters 0.0057 and 0.0019; stories260K 0.142 and 0.109; a
-    student of stories260K, half as wide, 0.203 and 0.155.
-
-    `accuracy_level` is MatMulNBits' own: 0 and 1 compute in float32, 4 rounds activations to int8. 8 bits in float32
-    are exact but slow in onnxruntime 1.31: 97 ms for a head of 32,000 x 1024 and one token on one thread, against
-    0.9 ms at level 4, 3.4 ms in plain float32 and 1.3 ms with 4 bits.
+class CheckpointSource:
+    """A checkpoint as the source of a graph. Implements lrc_edge.onnx_graph.matrices.Source.
 
     `importance`: imatrix.collect's. `threads`: for quantizing; the result does not depend on their number.
-    `trained_on_grid`: count the blocks that hold exactly the trained weights (`identical_blocks`).
+    `trained_on_grid`: count the blocks that hold exactly the trained weights (`identical_blocks`). `progress`: called
+    with the name of each weight. Needs memory for one tensor as the checkpoint stores it.
     """
 
-    type: np.dtype = np.dtype(np.float32)
-    onnx_type: int = TensorProto.FLOAT
-
-    def __init__(self, linears: Grid, ends: Grid, accuracy_level: int,
-                 importance: Mapping[str, np.ndarray] | None = None, threads: int | None = None,
-                 trained_on_grid: bool = False):
-        self.trained_on_grid = trained_on_grid
+    def __init__(self, checkpoint: DenseCheckpoint, importance: Mapping[str, np.ndarray] | None, threads: int | None,
+                 progress: Callable[[str], None], trained_on_grid: bool = False):
+        self.checkpoint, self.shape, self._progress = checkpoint, checkpoint.shape, progress
+        self._config = AutoConfig.from_pretrained(checkpoint.path)
+        self.epsilon = float(self._config.rms_norm_eps)
+        self._importance, self._threads = importance or {}, threads or os.cpu_count() or 1
+        self._trained_on_grid = trained_on_grid
         self._identical: list[np.ndarray] = []
-        self.linears, self.ends, self.accuracy_level = linears, ends, accuracy_level
-        self.importance, self.threads = importance or {}, threads or os.cpu_count() or 1
 
     @property
     def identical_blocks(self) -> float | None:
-        """Share of blocks with exactly the trained weights, once all are stored; None without QAT."""
-        return float(np.concatenate(self._identical).mean()) if self.trained_on_grid else None
+        """Share of blocks with exactly the trained weights, once all are read; None without QAT."""
+        return float(np.concatenate(self._identical).mean()) if self._trained_on_grid else None
 
-    def linear(self, file: OnnxFile, name: str, weight_OI: torch.Tensor, x: str, output: str) -> str:
-        self._store(file, self.linears, name, weight_OI)
-        return self._product(file, self.linears, name, weight_OI.shape, x, output)
+    def window(self, layer: int) -> int | None:
+        return family_of(self.shape.family).window_of_layer(self._config, layer)
 
-    def embedding(self, file: OnnxFile, name: str, weight_OI: torch.Tensor, ids: str, output: str) -> str:
-        """Add an embedding that standard operators unpack, since onnxruntime-web lacks GatherBlockQuantized."""
-        packed, scales = self._store(file, self.ends, name, weight_OI)
-        bytes_ = file.node("Gather", [packed, ids], f"{output}/bytes")  # (B, T, N, 32)
-        levels = file.node("Sub", [file.node("Cast", [bytes_], f"{output}/float", to=TensorProto.FLOAT),
-                                   file.constant(float(self.ends.zero_point), np.float32)], f"{output}/levels")
-        scale = file.node("Unsqueeze", [file.node("Gather", [scales, ids], f"{output}/row_scales"),
-                                        file.constant([-1])], f"{output}/scale")
-        weights = file.node("Mul", [levels, scale], f"{output}/weights")
-        n_inputs = weight_OI.shape[1]
-        if n_inputs % BLOCK == 0:
-            return file.node("Reshape", [weights, file.constant([0, 0, n_inputs])], output)
-        padded = file.node("Reshape", [weights, file.constant([0, 0, -1])], f"{output}/padded")
-        return file.node("Slice", [padded, file.constant([0]), file.constant([n_inputs]), file.constant([2])], output)
+    def rope_tables(self) -> tuple[np.ndarray, np.ndarray]:
+        return rope_tables(self.checkpoint)
 
-    def head(self, file: OnnxFile, name: str, weight_OI: torch.Tensor, x: str, output: str) -> str:
-        self._store(file, self.ends, name, weight_OI)
-        return self._product(file, self.ends, name, weight_OI.shape, x, output)
+    def vector(self, weight: Weight, type: np.dtype) -> np.ndarray:
+        return array_of(self._read(weight), type, weight.name)
 
-    def tied_head(self, file: OnnxFile, name: str, shape_OI: tuple[int, ...], x: str, output: str) -> str:
-        return self._product(file, self.ends, name, shape_OI, x, output)
+    def rows(self, weight: Weight, type: np.dtype, transposed: bool) -> Iterator[np.ndarray]:
+        matrix = self._read(weight)
+        return (array_of(rows, type, weight.name) for rows in _parts(matrix.T if transposed else matrix))
 
-    def _product(self, file: OnnxFile, grid: Grid, name: str, shape_OI: tuple[int, ...], x: str, output: str) -> str:
-        return file.node("MatMulNBits", [x, *grid.names(name)], output, domain=MICROSOFT, N=shape_OI[0],
-                         K=shape_OI[1], bits=grid.bits, block_size=BLOCK, accuracy_level=self.accuracy_level)
-
-    def _store(self, file: OnnxFile, grid: Grid, name: str, weight_OI: torch.Tensor) -> tuple[str, str]:
-        """Write levels as they are made, then the scales (an eighth of a byte per weight)."""
-        levels_name, scales_name = grid.names(name)
-        n_outputs, n_blocks = weight_OI.shape[0], -(-weight_OI.shape[1] // BLOCK)
-        importance_I, scales_ON = self.importance.get(name), []
+    def blocks(self, weight: Weight, grid: Grid) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        importance_I = self._importance.get(weight.name)
 
         def packed(rows_RI: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-            weight_RI = array_of(rows_RI, np.dtype(np.float32), name)
+            weight_RI = array_of(rows_RI, np.dtype(np.float32), weight.name)
             try:
                 part, scales_RN = pack(weight_RI, grid, importance_I)
             except UserError as error:
-                raise UserError(f"{name}: {error}") from error
-            if self.trained_on_grid:  # rows are whole blocks then
+                raise UserError(f"{weight.name}: {error}") from error
+            if self._trained_on_grid:  # rows are whole blocks then
                 equal = unpack(part, scales_RN, grid) == weight_RI.reshape(*scales_RN.shape, BLOCK)
                 self._identical.append(equal.all(-1).reshape(-1))
             return part, scales_RN
 
-        def levels() -> Iterator[np.ndarray]:
-            for part, scales_RN in _in_order(packed, _parts(weight_OI), self.threads):
-                scales_ON.append(scales_RN)
-                yield part
+        return _in_order(packed, _parts(self._read(weight)), self._threads)
 
-        shape = (n_outputs, n_blocks, BLOCK * grid.bits // 8)
-        file.weight_in_parts(levels_name, shape, np.dtype(np.uint8), levels())
-        return levels_name, file.weight(scales_name, np.concatenate(scales_ON))
+    def _read(self, weight: Weight) -> torch.Tensor:
+        self._progress(weight.name)
+        return self.checkpoint.tensor(weight.name)
 
 
 def array_of(tensor: torch.Tensor, type: np.dtype, name: str) -> np.ndarray:
@@ -206,7 +126,7 @@ def pack(weight_RI: np.ndarray, grid: Grid, importance_I: np.ndarray | None = No
         weight_RI = np.pad(weight_RI, ((0, 0), (0, padding)))
         if importance_I is not None:  # for zeros any importance works
             importance_I = np.pad(importance_I, (0, padding), constant_values=1)
-    rows = quantize_matrix(weight_RI, grid.qtype, importance_I)
+    rows = quantize_matrix(weight_RI, GGMLQuantizationType[grid.type], importance_I)
     words = rows.view("<u2").reshape(len(rows), weight_RI.shape[1] // BLOCK, 1 + BLOCK * grid.bits // 16)
     scales = words[..., 0].copy().view(np.float16).astype(np.float32)
     if grid.bits == 8:

@@ -67,5 +67,6 @@ def _measured(runtime: Any, path: Path, check_input: CheckInput, context: int, p
               ) -> dict[str, Any]:
     prompt = check_input.reference.long_prompt(context - speed.N_DECODE - 1)
     found = speed.after_prompt(runtime.start, path, prompt, context, check_input.threads, progress)
-    return {"token_ms": found["decode"] and 1000 / found["decode"], "first_token_s": context / found["prompt"],
+    read, write = found["prompt"], found["decode"]
+    return {"token_ms": write and 1000 / write, "first_token_s": read and context / read,
             "memory_bytes": found["peak_bytes"]}

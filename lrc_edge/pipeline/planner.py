@@ -14,7 +14,6 @@ from lrc_edge.console import running, stage_line
 from lrc_edge.errors import UserError
 from lrc_edge.exit_status import ExitStatus
 from lrc_edge.figures import human_bytes, human_count
-from lrc_edge.formats import format_of
 from lrc_edge.machine import threads_for
 from lrc_edge.pipeline.plan import Plan
 from lrc_edge.pipeline.plan_table import Choice, plan_table
@@ -28,14 +27,12 @@ from lrc_edge.report.plan_schema import PlanTable
 from lrc_edge.shape import ModelShape
 from lrc_edge.shape_search import COSTS, Search
 from lrc_edge.targets.profile import Profile
-from lrc_edge.targets.runtimes.table import is_here
 from lrc_edge.targets.timing.anchors import anchors_of
-from lrc_edge.targets.timing.measured import Measured, measured_here
+from lrc_edge.targets.timing.measured import Measured, measured_here, runtime_here
 from lrc_edge.targets.timing.price import Device, Limits, Offer, offers
 from lrc_edge.workspace import digest, write_atomically
 
 RECIPE_FILE = "recipe.toml"
-PREDICTION = ("device", "format", "context")  # of plan.json
 BINS = (1.0, 0.8, 1.25)  # of a full search: shares of the budget
 
 
@@ -51,7 +48,7 @@ def plan(source: str, recipe: Recipe, out: Path, console: Console) -> ExitStatus
 
 def with_sizes(source: str, recipe: Recipe, out: Path, console: Console) -> tuple[Recipe, dict[str, Any] | None]:
     """Return the recipe of a build with the student's sizes, planned in `out` if there is a budget but no size; and
-    what the student is predicted to cost (PREDICTION and the price), None without a budget.
+    what the student is predicted to cost, with which format and context on which device; None without a budget.
 
     Raises UserError if the given sizes exceed the budget.
     """
@@ -60,7 +57,8 @@ def with_sizes(source: str, recipe: Recipe, out: Path, console: Console) -> tupl
     if not _sizes_given(recipe):
         recipe = planned(source, recipe, out, console)
         table: PlanTable = json.loads((out / PLAN_FILE).read_text())
-        return recipe, {**{key: table[key] for key in PREDICTION}, "price": chosen_row(table)["price"]}
+        return recipe, {"device": table["device"], "format": table["format"], "context": table["context"],
+                        "price": chosen_row(table)["price"]}
     job = Plan.of_build(source, recipe, writes=False)
     device = device_of(_profile_of(job), _teacher_of(job), recipe.budget, console)
     limits, price = Limits.of(recipe.budget, device), device.price(job.student)
@@ -69,8 +67,8 @@ def with_sizes(source: str, recipe: Recipe, out: Path, console: Console) -> tupl
         raise UserError(f"budget: a student of these sizes is {excess[name]:.2g} times over the limit of its "
                         f"{LIMIT_NAMES[name]} on {device.profile.name}; choose smaller sizes, or leave [student] out, "
                         "and a plan chooses them")
-    return recipe, dict(zip(PREDICTION, (device.profile.name, device.format, device.context), strict=True)) | {
-        "price": asdict(price)}
+    return recipe, {"device": device.profile.name, "format": device.format, "context": device.context,
+                    "price": asdict(price)}
 
 
 LIMIT_NAMES = {"token_ms": "time per token", "first_token_s": "time to the first token", "memory_bytes": "memory",
@@ -125,19 +123,20 @@ def _teacher_of(job: Plan) -> ModelShape:
 def device_of(profile: Profile, teacher: ModelShape, budget: Budget, console: Console) -> Device:
     """Return the device with a model of its speed: from a file of timings, or measured if it is this machine, else
     none. Raises UserError."""
-    format_ = profile.recommended
+    format_ = profile.format_named(budget.format or None)
     context = min(budget.context or profile.context, teacher.max_position_embeddings)
     if budget.timings:
         found = Measured.load(Path(budget.timings))
         if found.format != format_:
-            raise UserError(f"{budget.timings}: timings of {found.format}; {profile.name} takes {format_}: measure "
-                            "that")
-    elif is_here(profile) and format_of(format_).kind == "gguf":
+            raise UserError(f"{budget.timings}: timings of {found.format}, the plan is for {format_}; measure that, or "
+                            f"give --format {found.format}")
+    elif runtime := runtime_here(profile, format_):
         with running(console, "timing") as task:
             shapes = anchors_of(teacher)
-            found = measured_here(shapes, format_, context, threads_for(shapes[0]), task.update)
+            found = measured_here(runtime, shapes, format_, context, threads_for(shapes[0]), task.update)
     else:
-        stage_line(console, "timing", f"{profile.name} is not this machine: speeds are estimated from its bandwidth")
+        stage_line(console, "timing", f"{profile.runtime_of(format_)} of {profile.name} is not timed on this machine: "
+                                      "speeds are estimated from its bandwidth")
         return Device(profile, format_, context, None)
     model = found.model()
     stage_line(console, "timing", f"{len(found.timings)} timings on {found.machine}; the model is within "

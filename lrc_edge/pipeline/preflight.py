@@ -126,7 +126,7 @@ def _check_runtimes(plan: Plan) -> None:
             check_imatrix(ENCODINGS[encoding], plan.recipe.export.calibration_tokens > 0)
         check_gguf(model)
     if plan.writes("onnx"):
-        from lrc_edge.export.onnx.graph import check_supported
+        from lrc_edge.export.onnx.rope import check_supported
 
         check_supported(model)
 

@@ -16,8 +16,7 @@ from lrc_edge.console import running
 from lrc_edge.errors import UserError, one_line
 from lrc_edge.exit_status import ExitStatus
 from lrc_edge.figures import human_bytes, human_count
-from lrc_edge.formats import format_of
-from lrc_edge.machine import threads_for
+from lrc_edge.machine import architecture, threads_for
 from lrc_edge.recipe import Recipe
 from lrc_edge.shape import ModelShape
 from lrc_edge.student import student_of
@@ -55,27 +54,31 @@ def list_targets(console: Console) -> None:
         console.print(f"\nnote: {advice}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
-def time_anchors(model: Path, targets: Sequence[str], context: int | None, out: Path, console: Console) -> ExitStatus:
+def time_anchors(model: Path, targets: Sequence[str], format_: str | None, context: int | None, out: Path,
+                 console: Console) -> ExitStatus:
     """Time the anchors of a teacher on this machine, and write them to out/timings.json. model: a config.json, or a
-    folder with one. Raises UserError."""
+    folder with one. format_: None: the device's recommended one. Raises UserError."""
     from lrc_edge.targets.timing.anchors import anchors_of
-    from lrc_edge.targets.timing.measured import measured_here
+    from lrc_edge.targets.timing.measured import measured_here, runtime_here
 
     file = model / "config.json" if model.is_dir() else model
     shape = shape_of(read_table(file), file)
     if len(targets) != 1:
         raise UserError("--time-anchors: give this device with --target; `lrc-edge targets` lists them")
     profile = load_profile(targets[0])
-    if format_of(profile.recommended).kind != "gguf":
-        raise UserError(f"--time-anchors: {profile.name} takes {profile.recommended}; only GGUF files are timed")
+    format_ = profile.format_named(format_)
+    if (runtime := runtime_here(profile, format_)) is None:
+        timed = ", ".join(row.name for row in RUNTIMES.values() if row.python_flags)
+        raise UserError(f"--time-anchors: {profile.runtime_of(format_)} of {profile.name} ({profile.architecture}) is "
+                        f"not timed on this machine ({architecture()}); timed are {timed} on the device itself")
     shapes = anchors_of(shape)
     with running(console, "timing") as task:
-        found = measured_here(shapes, profile.recommended, min(context or profile.context,
-                                                               shape.max_position_embeddings),
+        found = measured_here(runtime, shapes, format_, min(context or profile.context, shape.max_position_embeddings),
                               threads_for(shapes[0]), task.update)
     found.save(out / "timings.json")
     console.print(f"{len(found.timings)} timings on {found.machine}, within {found.model().worst:.0%} of the model: "
-                  f"{out / 'timings.json'}\nthen, where PyTorch is: lrc-edge plan TEACHER --timings timings.json ...",
+                  f"{out / 'timings.json'}\nthen, where PyTorch is: lrc-edge plan TEACHER --timings timings.json "
+                  f"--format {format_} ...",
                   highlight=False, markup=False, soft_wrap=True)
     return ExitStatus.PASSED
 

@@ -15,11 +15,14 @@ from typing import Any
 import numpy as np
 
 from lrc_edge.families import EMBEDDING, HEAD, weights_of
+from lrc_edge.formats import Kind, format_of
 from lrc_edge.shape import ModelShape
 from lrc_edge.targets.memory import kv_bytes_per_token, weight_bytes
 
 Counts = tuple[float, ...]
 TILE = 64  # queries, and keys, that llama.cpp's attention multiplies at once (GGML_FA_TILE_Q in ggml-cpu)
+# Whether the head's product is made for every token of a prompt, as our ONNX graphs do, or only for the last one.
+_LOGITS_OF_ALL: dict[Kind, bool] = {"gguf": False, "onnx": True}
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,12 @@ def decode_counts(shape: ModelShape, format_: str, depth: float) -> Counts:
             shape.num_hidden_layers, 1.0)
 
 
-def prompt_counts(shape: ModelShape, n_prompt: int) -> Counts:
+def prompt_counts(shape: ModelShape, format_: str, n_prompt: int) -> Counts:
     """Return the same for the mean token of a prompt of n_prompt tokens. It is read in batches: no cache of bytes is
-    read again for each token, the head's product is made once, and attention computes the tiles on its diagonal in
-    full. Each layer also converts and rotates the inputs of its products, in proportion to width and queries."""
+    read again for each token, and attention computes the tiles on its diagonal in full. Each layer also converts and
+    rotates the inputs of its products, in proportion to width and queries."""
     n_weights = sum(weight.numel for weight in weights_of(shape) if weight.role.is_matrix and weight.layer is not None)
-    head = shape.vocab_size * shape.hidden_size / n_prompt
+    head = shape.vocab_size * shape.hidden_size * (1 if _LOGITS_OF_ALL[format_of(format_).kind] else 1 / n_prompt)
     return (n_weights + head, (n_prompt + TILE) / 2 * shape.num_hidden_layers * shape.q_size,
             shape.num_hidden_layers * (shape.hidden_size + shape.q_size), shape.num_hidden_layers, 1.0)
 
@@ -88,7 +91,7 @@ class CostModel:
         mine = [timing for timing in timings if timing.format == format_]
         decode, worst_decode = _fit([(decode_counts(timing.shape, format_, timing.n_prompt), 1000 / timing.decode)
                                      for timing in mine if timing.decode])
-        prompt, worst_prompt = _fit([(prompt_counts(timing.shape, timing.n_prompt), 1000 / timing.prompt)
+        prompt, worst_prompt = _fit([(prompt_counts(timing.shape, format_, timing.n_prompt), 1000 / timing.prompt)
                                      for timing in mine])
         return cls(format_, decode, prompt, len(mine), max(worst_decode, worst_prompt))
 
@@ -98,7 +101,7 @@ class CostModel:
 
     def first_token_ms(self, shape: ModelShape, n_prompt: int) -> float:
         """Return the time until the first token of the answer to a prompt of n_prompt tokens."""
-        return n_prompt * float(np.dot(self.prompt, prompt_counts(shape, n_prompt)))
+        return n_prompt * float(np.dot(self.prompt, prompt_counts(shape, self.format, n_prompt)))
 
 
 def _fit(rows: Sequence[tuple[Counts, float]]) -> tuple[tuple[float, ...], float]:

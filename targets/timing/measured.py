@@ -1,7 +1,7 @@
 """Timings of the anchors on one machine: kept in the cache, and a file that can be brought from a device.
 
-They belong to the processor, the versions of the libraries, the threads, the format and the shapes; a change in any of
-these is another measurement.
+They belong to the processor, the versions of the runtime and of lrc-edge, which writes the graphs, the threads, the
+format and the shapes; a change in any of these is another measurement.
 """
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
+from lrc_edge import __version__
 from lrc_edge.errors import UserError
+from lrc_edge.formats import format_of
 from lrc_edge.machine import architecture, processors
 from lrc_edge.shape import ModelShape
-from lrc_edge.targets.devices.kits import cache_folder, digest
-from lrc_edge.targets.runtimes.table import native_start, runtime_named
-from lrc_edge.targets.timing.anchors import time_shapes
+from lrc_edge.targets.devices.kits import Pip, cache_folder, digest
+from lrc_edge.targets.profile import Profile
+from lrc_edge.targets.runtimes.table import DeviceRuntime, runtimes_of
+from lrc_edge.targets.timing.anchors import WRITERS, time_shapes
 from lrc_edge.targets.timing.cost import CostModel, Timing
 from lrc_edge.workspace import write_atomically
-
-PACKAGES = {"llama.cpp": "llama-cpp-python"}  # runtime -> the package that carries it
 
 
 @dataclass(frozen=True)
@@ -60,22 +62,39 @@ class Measured:
                             "`lrc-edge plan --time-anchors`") from error
 
 
-def measured_here(shapes: list[ModelShape], format_: str, context: int, threads: int,
-                  progress: Callable[[str], None]) -> Measured:
-    """Return timings of GGUF files of these shapes on this machine, measured unless they are in the cache already.
+def runtime_here(profile: Profile, format_: str) -> DeviceRuntime | None:
+    """Return the profile's runtime for the format if its speed on this machine is the device's, else None."""
+    name = profile.runtime_of(format_)
+    return next((runtime for runtime in runtimes_of(profile) if runtime.name == name and runtime.timed), None)
 
-    Raises UserError for a format that is not a GGUF, WorkerFailed.
+
+def measured_here(runtime: DeviceRuntime, shapes: list[ModelShape], format_: str, context: int, threads: int,
+                  progress: Callable[[str], None]) -> Measured:
+    """Return timings of files of these shapes on this machine, measured unless they are in the cache already.
+
+    runtime: runtime_here's. Raises UserError if a package is missing, WorkerFailed.
     """
-    runtime = runtime_named("llama.cpp")
-    machine, library = machine_name(), f"{PACKAGES[runtime.name]} {version(PACKAGES[runtime.name])}"
-    key = digest(machine, library, str(threads), format_, str(context), *(json.dumps(s.as_dict()) for s in shapes))
+    machine, library = machine_name(), library_of(runtime, format_)
+    key = digest(machine, library, __version__, str(threads), format_, str(context),
+                 *(json.dumps(s.as_dict()) for s in shapes))
     file = cache_folder() / f"timings-{key}.json"
     if file.exists():
         return Measured.load(file)
-    timings = time_shapes(shapes, format_, native_start(runtime.name), context, threads, progress)
+    timings = time_shapes(shapes, format_, runtime.start, context, threads, progress)
     found = Measured(machine, library, threads, format_, tuple(timings))
     found.save(file)
     return found
+
+
+def library_of(runtime: DeviceRuntime, format_: str) -> str:
+    """Return the runtime's package and version. Raises UserError if it or the package that writes files is missing."""
+    kits = [kit for kit in runtime.kits if isinstance(kit, Pip)]
+    writer, _ = WRITERS[format_of(format_).kind]
+    absent = [kit.package for kit in kits if kit.missing()] + ([] if find_spec(writer) else [writer])
+    if absent:
+        raise UserError(f"timing {format_} in {runtime.name} needs {' and '.join(absent)}; run: pip install "
+                        f"{' '.join(absent)}")
+    return ", ".join(f"{kit.package} {version(kit.package)}" for kit in kits)
 
 
 def machine_name() -> str:

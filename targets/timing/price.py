@@ -54,9 +54,9 @@ class Limits:
         if not any((budget.tokens_per_second, budget.time_to_first_token, budget.memory, budget.file_size)):
             raise UserError("plan: no budget; give --tokens-per-second, --time-to-first-token, --memory or --file-size")
         if budget.time_to_first_token and not device.is_measured:
-            raise UserError(f"--time-to-first-token: {device.profile.name} is not this machine, and its profile has no "
-                            "figure for it; run `lrc-edge plan TEACHER --time-anchors` there, and give its file as "
-                            "--timings")
+            raise UserError(f"--time-to-first-token: {device.format} was not timed on {device.profile.name}, and its "
+                            "profile has no figure for it; run `lrc-edge plan TEACHER --time-anchors` there, and give "
+                            "its file as --timings")
         return cls(1000 / budget.tokens_per_second if budget.tokens_per_second else None,
                    budget.time_to_first_token or None, budget.memory * 1e6 or None, budget.file_size * 1e6 or None,
                    1 + device.model.worst if device.model else 1.0, MARGIN)

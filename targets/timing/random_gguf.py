@@ -10,10 +10,9 @@ from lrc_edge.errors import UserError
 from lrc_edge.families import EMBEDDING, HEAD, Architecture, Weight, family_of, weights_of
 from lrc_edge.formats import TYPES, format_of
 from lrc_edge.gguf_names import gguf_name
+from lrc_edge.gguf_sizes import write_sizes
 from lrc_edge.shape import ModelShape
-
-SCALE = 0.01  # about that of trained weights, so that no activation overflows
-PERIOD = 1 << 16  # values or blocks; a tensor repeats them
+from lrc_edge.targets.timing.random_values import PERIOD, SCALE, levels, normal
 
 
 def write_random_gguf(shape: ModelShape, format_: str, path: Path) -> None:
@@ -22,7 +21,8 @@ def write_random_gguf(shape: ModelShape, format_: str, path: Path) -> None:
     Raises UserError for a family without a llama.cpp graph.
     """
     writer = GGUFWriter(path, _architecture(shape).name)
-    _write_hyperparameters(writer, shape)
+    writer.add_tokenizer_model("none")
+    write_sizes(writer, shape, shape.max_position_embeddings, epsilon=1e-5)
     weights = list(weights_of(shape))
     for weight in weights:
         kind = _type(weight, format_)
@@ -48,21 +48,6 @@ def _architecture(shape: ModelShape) -> Architecture:
     raise UserError(f"{shape.family}: llama.cpp has no graph for it; time its ONNX file")
 
 
-def _write_hyperparameters(writer: GGUFWriter, shape: ModelShape) -> None:
-    writer.add_tokenizer_model("none")
-    writer.add_vocab_size(shape.vocab_size)
-    writer.add_context_length(shape.max_position_embeddings)
-    writer.add_embedding_length(shape.hidden_size)
-    writer.add_feed_forward_length(shape.intermediate_size)
-    writer.add_block_count(shape.num_hidden_layers)
-    writer.add_head_count(shape.num_attention_heads)
-    writer.add_head_count_kv(shape.num_key_value_heads)
-    writer.add_key_length(shape.head_dim)
-    writer.add_value_length(shape.head_dim)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(shape.head_dim)
-
-
 def _type(weight: Weight, format_: str) -> GGMLQuantizationType:
     """Return the type that llama.cpp's quantizer gives the weight: F16 where the blocks do not fit its rows."""
     if len(weight.shape) < 2:
@@ -75,20 +60,19 @@ def _type(weight: Weight, format_: str) -> GGMLQuantizationType:
 
 # Type -> numpy's type of a block; levels are centred at 8 (Q4_0) and 0 (Q8_0).
 _BLOCKS = {GGMLQuantizationType.Q4_0: np.dtype([("scale", "<f2"), ("levels", "u1", 16)]),
-           GGMLQuantizationType.Q8_0: np.dtype([("scale", "<f2"), ("levels", "i1", 32)])}
+           GGMLQuantizationType.Q8_0: np.dtype([("scale", "<f2"), ("levels", "u1", 32)])}
 _LARGEST = {GGMLQuantizationType.Q4_0: 8, GGMLQuantizationType.Q8_0: 127}
-_PLAIN = {GGMLQuantizationType.F32: "<f4", GGMLQuantizationType.F16: "<f2"}
+_PLAIN: dict[GGMLQuantizationType, np.dtype] = {
+    GGMLQuantizationType.F32: np.dtype("<f4"), GGMLQuantizationType.F16: np.dtype("<f2")}
 
 
 def _data(weight: Weight, kind: GGMLQuantizationType) -> bytes:
     """Return random values as they are stored; ones for vectors, which are mostly gains."""
-    rng = np.random.default_rng(0)
     if len(weight.shape) < 2:
         return np.ones(weight.numel, _PLAIN[kind]).tobytes()
-    n_units = weight.numel // TYPES[kind.name][0]
     if kind in _PLAIN:
-        return np.resize((rng.standard_normal(PERIOD) * SCALE).astype(_PLAIN[kind]), n_units).tobytes()
+        return normal(weight.numel, _PLAIN[kind]).tobytes()
     blocks = np.zeros(PERIOD, _BLOCKS[kind])
-    blocks["levels"] = rng.integers(-127, 128, blocks["levels"].shape).astype(blocks["levels"].dtype)
+    blocks["levels"] = levels(blocks["levels"].size).reshape(blocks["levels"].shape)
     blocks["scale"] = 2 * SCALE / _LARGEST[kind]
-    return np.resize(blocks, n_units).tobytes()
+    return np.resize(blocks, weight.numel // TYPES[kind.name][0]).tobytes()

@@ -15,7 +15,7 @@ from lrc_edge.families import FAMILIES, family_of, norm_before, parts_of, weight
 from lrc_edge.shape import ModelShape
 
 # These files write Hugging Face's names into ONNX graphs, where they are names of nodes.
-NAME_NODES = {ROOT / "export/onnx/graph.py"}
+NAME_NODES = {ROOT / "lrc_edge/onnx_graph/decoder.py"}
 HUGGING_FACE_NAME = re.compile(r"self_attn|\w_proj\b|embed_tokens|lm_head|rotary_emb|layernorm|model\.norm")
 
 

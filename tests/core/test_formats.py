@@ -26,6 +26,8 @@ from lrc_edge.report import charts
 from lrc_edge.targets import memory
 from lrc_edge.targets.memory import memory_of
 from lrc_edge.targets.runtimes.table import verifiers_of
+from lrc_edge.targets.timing import cost
+from lrc_edge.targets.timing.anchors import WRITERS
 
 NOT_OFFERED = {"mxfp4_moe", "nvfp4"}  # experts, which a dense model has none of; no quantizer
 
@@ -122,7 +124,7 @@ def test_without_a_row_nothing_predicts_writes_or_takes_its_file(tmp_path: Path,
 
 def test_every_fact_about_a_kind_of_file_is_there() -> None:
     """A new kind of file is a row in each of these tables, and a stage."""
-    for table in (charts._DOTS, memory._PADS, formats._LONGER_SCALES):
+    for table in (charts._DOTS, memory._PADS, formats._LONGER_SCALES, cost._LOGITS_OF_ALL, WRITERS):
         assert table.keys() == set(formats.KINDS)
     assert set(formats.KINDS) <= {stage.name for stage in STAGES}
     for kind in formats.KINDS:

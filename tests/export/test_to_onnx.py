@@ -12,6 +12,7 @@ import onnx
 import pytest
 import torch
 from families import FAMILIES, LLAMA3_ROPE
+from gguf import GGMLQuantizationType
 from onnx import numpy_helper
 from recorder import Recorder
 from rounded import grid_of, rounded, rounded_model
@@ -21,10 +22,11 @@ from tiny_models import make_tiny
 from lrc_edge.artifact import sha256_of
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
-from lrc_edge.export.onnx.graph import ROPE_TABLES
 from lrc_edge.export.onnx.to_onnx import FILES, export_onnx
-from lrc_edge.export.onnx.weights import GRIDS, Q4_0, Q8_0, Grid, pack
+from lrc_edge.export.onnx.weights import pack
 from lrc_edge.families import Weight
+from lrc_edge.onnx_graph.decoder import ROPE_TABLES
+from lrc_edge.onnx_graph.matrices import GRIDS, Q4_0, Q8_0, Grid
 from lrc_edge.parity import compare
 from lrc_edge.targets.proof.reference import Reference
 from lrc_edge.targets.runtimes.onnxrt import OnnxRuntime
@@ -154,13 +156,13 @@ def test_accuracy_level_4_rounds_activations(tiny_llama: Path, tmp_path: Path) -
     assert 1e-7 < compare(logits[0], logits[1], ids).kl_mean < 1e-3
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("grid", GRIDS.values())
 def test_pack_decodes_as_gguf_does(grid: Grid) -> None:
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((7, 96)).astype(np.float32) * rng.lognormal(0, 3, (7, 1)).astype(np.float32)
     weight[2, 32:64] = 0  # a block without a scale
     packed, scales = pack(weight, grid)
-    np.testing.assert_array_equal(unpacked(packed, scales, 96), rounded(weight, grid.qtype))
+    np.testing.assert_array_equal(unpacked(packed, scales, 96), rounded(weight, GGMLQuantizationType[grid.type]))
     np.testing.assert_array_equal(scales.astype(np.float16), scales)
 
 

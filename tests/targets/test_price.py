@@ -76,7 +76,7 @@ def test_an_impossible_budget_names_the_nearest_possible_one(limits: Limits, mes
 def test_the_time_to_the_first_token_needs_timings() -> None:
     budget = Budget(time_to_first_token=1.0)
     assert Limits.of(budget, MEASURED).first_token_s == 1.0
-    with pytest.raises(UserError, match=r"--time-to-first-token: raspberry-pi-5 is not this machine.*--time-anchors"):
+    with pytest.raises(UserError, match=r"first-token: gguf:q4_0 was not timed on raspberry-pi-5.*--time-anchors"):
         Limits.of(budget, ESTIMATED)
 
 

@@ -8,126 +8,67 @@ Shapes: B batch, T new tokens, P past tokens, S = P + T; O a linear's outputs, I
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from importlib import import_module
-from typing import Protocol
+from pathlib import Path
 
 import numpy as np
-import torch
 from onnx import TensorProto
-from transformers import AutoConfig, PretrainedConfig
 
-from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
-from lrc_edge.export.onnx.file import MICROSOFT, OnnxFile
-from lrc_edge.export.onnx.weights import array_of
-from lrc_edge.families import family_of
+from lrc_edge.families import Weight, weights_of
+from lrc_edge.onnx_graph.file import MICROSOFT, OnnxFile
+from lrc_edge.onnx_graph.matrices import Matrices, Source
+from lrc_edge.shape import ModelShape
 
 INT64, FLOAT = TensorProto.INT64, TensorProto.FLOAT
 ROPE_TABLES = ("rope.cos", "rope.sin")
 HEAD_DIM_MULTIPLE = 8  # GroupQueryAttention takes no other head_dim
-FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # whose angles depend on the position alone
 
 
-class WeightFormat(Protocol):
-    """How matrices are stored in the graph: plain or packed."""
-
-    type: np.dtype  # of activations, cache, biases and RoPE's tables
-    onnx_type: int  # the same as ONNX names it
-
-    def linear(self, file: OnnxFile, name: str, weight_OI: torch.Tensor, x: str, output: str) -> str:
-        """x (..., I) -> x W^T (..., O)."""
-        ...
-
-    def embedding(self, file: OnnxFile, name: str, weight_OI: torch.Tensor, ids: str, output: str) -> str:
-        """ids (...) -> rows of W (..., I)."""
-        ...
-
-    def head(self, file: OnnxFile, name: str, weight_OI: torch.Tensor, x: str, output: str) -> str:
-        """Like `linear`, for the LM head."""
-        ...
-
-    def tied_head(self, file: OnnxFile, name: str, shape_OI: tuple[int, ...], x: str, output: str) -> str:
-        """Like `head`, with the matrix that `embedding` has stored under the same name."""
-        ...
-
-
-def check_supported(checkpoint: DenseCheckpoint) -> None:
-    """Raise UserError for a model that the graph cannot represent.
-
-    Not supported: a head_dim that is not a multiple of 8, and RoPE angles that depend on the length of the text.
-    """
-    where = checkpoint.path / "config.json"
-    if checkpoint.shape.head_dim % HEAD_DIM_MULTIPLE:
-        raise UserError(f"{where}: head_dim {checkpoint.shape.head_dim} has no ONNX form: onnxruntime's attention "
-                        f"needs a multiple of {HEAD_DIM_MULTIPLE}; leave the onnx formats out")
-    scaling = checkpoint.rope.scaling
-    if scaling and scaling["rope_type"] not in FIXED_ROPE_TYPES:
-        raise UserError(f"{where}: rope_type {scaling['rope_type']!r} has no ONNX form; "
-                        f"supported: {', '.join(FIXED_ROPE_TYPES)}; leave the onnx formats out")
-
-
-def rope_tables(checkpoint: DenseCheckpoint) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cos and sin of every position, each (max_position_embeddings, head_dim / 2), from transformers' module."""
-    config = AutoConfig.from_pretrained(checkpoint.path)
-    family = config.model_type
-    module = import_module(f"transformers.models.{family}.modeling_{family}")
-    rotary = getattr(module, f"{family.capitalize()}RotaryEmbedding")(config)
-    cos, sin = rotary(torch.zeros(1), torch.arange(checkpoint.shape.max_position_embeddings)[None])
-    half = checkpoint.shape.head_dim // 2
-    return cos[0, :, :half], sin[0, :, :half]
+def check_heads(shape: ModelShape, where: Path | str) -> None:
+    """Raise UserError, whose text starts with `where`, for a head_dim that is not a multiple of 8."""
+    if shape.head_dim % HEAD_DIM_MULTIPLE:
+        raise UserError(f"{where}: head_dim {shape.head_dim} has no ONNX form: onnxruntime's attention needs a "
+                        f"multiple of {HEAD_DIM_MULTIPLE}; leave the onnx formats out")
 
 
 class DecoderGraph:
-    """Writes one checkpoint's graph into `file`. Use `write` once."""
+    """Writes the graph of one model, with the weights that it reads from `source`, into `file`. Use `write` once."""
 
-    def __init__(self, file: OnnxFile, checkpoint: DenseCheckpoint, weights: WeightFormat,
-                 progress: Callable[[str], None] | None = None):
-        self.file, self.checkpoint, self.shape, self.weights = file, checkpoint, checkpoint.shape, weights
-        self.config: PretrainedConfig = AutoConfig.from_pretrained(checkpoint.path)
-        self.progress = progress or (lambda _: None)
-        self._unplaced = {(weight.role.name, weight.layer): weight for weight in checkpoint.weights()}
+    def __init__(self, file: OnnxFile, source: Source, matrices: Matrices):
+        self.file, self.source, self.shape, self.matrices = file, source, source.shape, matrices
+        self._unplaced = {(weight.role.name, weight.layer): weight for weight in weights_of(self.shape)}
 
     def write(self) -> None:
-        """Write all inputs, nodes and outputs. Raises ValueError if a weight of the checkpoint was not used."""
+        """Write all inputs, nodes and outputs. Raises ValueError if a weight of the model was not used."""
         self._inputs()
         self._rope_tables()
-        embedding = self._unplaced[("token_embd", None)]
-        hidden = self.weights.embedding(self.file, embedding.name, self._take("token_embd", None), "input_ids",
-                                        "model.embed_tokens")
+        embedding = self._take("token_embd", None)
+        hidden = self.matrices.embedding(self.file, self.source, embedding, "input_ids", "model.embed_tokens")
         for layer in range(self.shape.num_hidden_layers):
             hidden = self._layer(hidden, layer)
         hidden = self._norm(hidden, "output_norm", None)
-        logits = "logits" if self.weights.onnx_type == FLOAT else "lm_head"
+        logits = "logits" if self.matrices.onnx_type == FLOAT else "lm_head"
         if self.shape.tied:
-            self.weights.tied_head(self.file, embedding.name, embedding.shape, hidden, logits)
+            self.matrices.tied_head(self.file, embedding, hidden, logits)
         else:
-            head = self._name("output", None)
-            self.weights.head(self.file, head, self._take("output", None), hidden, logits)
+            self.matrices.head(self.file, self.source, self._take("output", None), hidden, logits)
         if logits != "logits":
             self.file.node("Cast", [logits], "logits", to=FLOAT)
         self.file.output("logits", FLOAT, ["batch_size", "sequence_length", self.shape.vocab_size])
         for layer in range(self.shape.num_hidden_layers):
             for kind in ("key", "value"):
-                self.file.output(f"present.{layer}.{kind}", self.weights.onnx_type,
+                self.file.output(f"present.{layer}.{kind}", self.matrices.onnx_type,
                                  self._cache_shape("total_sequence_length"))
         if self._unplaced:
             raise ValueError(f"{self.file.path}: no place for {sorted(w.name for w in self._unplaced.values())}")
 
-    def _take(self, role: str, layer: int | None) -> torch.Tensor:
-        """Return the weight of this role as the checkpoint stores it. Each weight can be taken only once."""
-        weight = self._unplaced.pop((role, layer))
-        self.progress(weight.name)
-        return self.checkpoint.tensor(weight.name)
+    def _take(self, role: str, layer: int | None) -> Weight:
+        """Return the weight of this role. Each weight can be taken only once."""
+        return self._unplaced.pop((role, layer))
 
-    def _vector(self, role: str, layer: int | None, type: np.dtype) -> str:
+    def _vector(self, weight: Weight, type: np.dtype) -> str:
         """Add a norm or bias as an initializer."""
-        name = self._name(role, layer)
-        return self.file.weight(name, array_of(self._take(role, layer), type, name))
-
-    def _name(self, role: str, layer: int | None) -> str:
-        """Return Hugging Face's name of a weight that has not been taken yet."""
-        return self._unplaced[(role, layer)].name
+        return self.file.weight(weight.name, self.source.vector(weight, type))
 
     def _cache_shape(self, length: str) -> list[int | str]:
         # Numbers, not symbols: transformers.js allocates the first, empty cache from them.
@@ -141,7 +82,7 @@ class DecoderGraph:
         # Key and value alternate: ORTModelForCausalLM pairs them by order.
         for layer in range(self.shape.num_hidden_layers):
             for kind in ("key", "value"):
-                file.input(f"past_key_values.{layer}.{kind}", self.weights.onnx_type,
+                file.input(f"past_key_values.{layer}.{kind}", self.matrices.onnx_type,
                            self._cache_shape("past_sequence_length"))
         # GroupQueryAttention wants each row's S - 1, and S, both as int32.
         lengths = file.node("ReduceSum", [mask, file.constant([1])], "mask.lengths", keepdims=0)
@@ -152,8 +93,8 @@ class DecoderGraph:
         file.node("Cast", [total], "total_sequence_length.int32", to=TensorProto.INT32)
 
     def _rope_tables(self) -> None:
-        for name, table in zip(ROPE_TABLES, rope_tables(self.checkpoint), strict=True):
-            self.file.weight(name, array_of(table, self.weights.type, name))
+        for name, table in zip(ROPE_TABLES, self.source.rope_tables(), strict=True):
+            self.file.weight(name, table.astype(self.matrices.type))
 
     def _layer(self, hidden: str, layer: int) -> str:
         attention = self._attention(self._norm(hidden, "attn_norm", layer), layer)
@@ -163,33 +104,31 @@ class DecoderGraph:
 
     def _linear(self, x: str, role: str, layer: int) -> str:
         """Add x W^T, plus b if the family has that bias."""
-        name = self._name(role, layer)
-        module = name.removesuffix(".weight")
-        bias = f"{role}_bias"
-        if (bias, layer) not in self._unplaced:
-            return self.weights.linear(self.file, name, self._take(role, layer), x, module)
-        product = self.weights.linear(self.file, name, self._take(role, layer), x, f"{module}/product")
-        return self.file.node("Add", [product, self._vector(bias, layer, self.weights.type)], module)
+        weight, bias = self._take(role, layer), (f"{role}_bias", layer)
+        if bias not in self._unplaced:
+            return self.matrices.linear(self.file, self.source, weight, x, weight.module)
+        product = self.matrices.linear(self.file, self.source, weight, x, f"{weight.module}/product")
+        return self.file.node("Add", [product, self._vector(self._take(*bias), self.matrices.type)], weight.module)
 
     def _norm(self, x: str, role: str, layer: int | None) -> str:
         """Add an RMS norm over the last axis in standard operators, which onnxruntime fuses when it loads the graph.
 
         Always in float32: in float16 the square of a number above 256 is infinite.
         """
-        file = self.file
-        module = self._name(role, layer).removesuffix(".weight")
-        epsilon = file.constant(float(self.config.rms_norm_eps), np.float32)
-        is_float = self.weights.onnx_type == FLOAT
+        file, gain = self.file, self._take(role, layer)
+        module = gain.module
+        epsilon = file.constant(self.source.epsilon, np.float32)
+        is_float = self.matrices.onnx_type == FLOAT
         if not is_float:
             x = file.node("Cast", [x], f"{module}/float", to=FLOAT)
         square = file.node("Pow", [x, file.constant(2.0, np.float32)], f"{module}/square")
         mean = file.node("ReduceMean", [square, file.constant([-1])], f"{module}/mean")
         root = file.node("Sqrt", [file.node("Add", [mean, epsilon], f"{module}/mean_eps")], f"{module}/root")
         normal = file.node("Div", [x, root], f"{module}/normal")
-        factors = [normal, self._vector(role, layer, np.dtype(np.float32))]
+        factors = [normal, self._vector(gain, np.dtype(np.float32))]
         if is_float:
             return file.node("Mul", factors, module)
-        return file.node("Cast", [file.node("Mul", factors, f"{module}/scaled")], module, to=self.weights.onnx_type)
+        return file.node("Cast", [file.node("Mul", factors, f"{module}/scaled")], module, to=self.matrices.onnx_type)
 
     def _mlp(self, x: str, layer: int) -> str:
         """down(silu(gate(x)) * up(x))"""
@@ -211,7 +150,7 @@ class DecoderGraph:
              "total_sequence_length.int32"],
             [module + ".attended", f"present.{layer}.key", f"present.{layer}.value"], domain=MICROSOFT,
             num_heads=shape.num_attention_heads, kv_num_heads=shape.num_key_value_heads,
-            scale=1 / math.sqrt(shape.head_dim), local_window_size=self._window(layer))
+            scale=1 / math.sqrt(shape.head_dim), local_window_size=self.source.window(layer) or -1)
         return self._linear(attended, "attn_output", layer)
 
     def _positioned(self, x: str, kind: str, heads: int, layer: int) -> str:
@@ -227,7 +166,3 @@ class DecoderGraph:
             x = file.node("Reshape", [self._norm(split, role, layer), file.constant([0, 0, -1])], f"{module}.normal")
         return file.node("RotaryEmbedding", [x, "position_ids", *ROPE_TABLES], f"{module}.rotated",
                          domain=MICROSOFT, num_heads=heads, interleaved=0)
-
-    def _window(self, layer: int) -> int:
-        """Return how many tokens a query sees, itself included; -1 for all."""
-        return family_of(self.shape.family).window_of_layer(self.config, layer) or -1
