@@ -20,7 +20,7 @@ STAGES = (
           finish=training_stages.data_finished),
     Stage("identity", 2, training_stages.identity, training_stages.identity_inputs, is_gate=True,
           wanted=lambda plan: plan.trains),
-    Stage("start", 2, training_stages.start, training_stages.start_inputs, outputs=("start",),
+    Stage("start", 3, training_stages.start, training_stages.start_inputs, outputs=("start",),
           wanted=lambda plan: plan.trains),
     Stage("train", 4, training_stages.train, training_stages.train_inputs,
           outputs=("train/trained.safetensors", "train/metrics.jsonl", "train/training.json"),

@@ -19,9 +19,10 @@ from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.families import weights_of
 from lrc_edge.lineage import Holds
 from lrc_edge.recipe import Train, load_recipe
+from lrc_edge.shape import ModelShape
 from lrc_edge.train.clone import config_of
 from lrc_edge.train.losses import Objective
-from lrc_edge.train.start.build import Choices, Start, build_start
+from lrc_edge.train.start.build import Choices, Start, build_start, cut_first
 from lrc_edge.train.start.heads import grouping
 from lrc_edge.train.start.layers import Layers
 from lrc_edge.train.start.refit import RIDGE, LeastSquares
@@ -93,14 +94,27 @@ def test_query_heads_that_do_not_divide_the_teachers_width(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("cut", CUTS)
 def test_a_refit_starts_nearer(cut: str, tmp_path: Path) -> None:
-    """After cuts of layers and neurons; heads and width are not refitted."""
+    """After cuts of layers, neurons and query heads; key/value heads and width are not refitted."""
     teacher = teacher_of(tmp_path / "t", family="llama", tied=True)
     refitted, not_refitted = (start_of(teacher, some_ids(8), "weights", choices, **CUTS[cut])
                               for choices in (Choices(), plain()))
-    if cut in ("layers", "neurons", "all"):
+    if cut in ("layers", "neurons", "query heads", "all"):
         assert refitted.kl < not_refitted.kl
     else:
         assert refitted.kl == not_refitted.kl
+
+
+@pytest.mark.parametrize(("family", "sizes", "first"), [
+    ("llama", {"num_attention_heads": 4}, 4),
+    ("llama", {"num_attention_heads": 4, "num_key_value_heads": 2}, 4),
+    ("llama", {"num_attention_heads": 6, "num_key_value_heads": 2}, 8),  # 6 heads do not divide among 4 groups
+    ("qwen3", {"num_attention_heads": 4}, 4),
+    ("qwen3", {"num_attention_heads": 4, "num_key_value_heads": 2}, 8)])  # groups go with their query heads
+def test_query_heads_are_cut_first_where_they_can_be(family: str, sizes: dict[str, int], first: int) -> None:
+    teacher = ModelShape(family, 64, 128, 256, 3, 8, 4, 16, 64, True)
+    student = teacher.resized({**sizes, "hidden_size": 96, "num_hidden_layers": 2, "intermediate_size": 128})
+    assert cut_first(teacher, student) == teacher.resized({
+        "num_hidden_layers": 2, "intermediate_size": 128, "num_attention_heads": first})
 
 
 def test_least_squares_are_those_of_the_closed_form() -> None:

@@ -29,7 +29,7 @@ from lrc_edge.train.start.streams import Streams
 from lrc_edge.train.start.width import Width, principal_components
 
 Progress = Callable[[str], None]
-REFITTED = ("num_hidden_layers", "intermediate_size")  # the axes whose cuts are followed by a refit
+REFITTED = ("num_hidden_layers", "intermediate_size", "num_attention_heads")  # axes whose cuts a refit follows
 
 
 @dataclass(frozen=True)
@@ -95,16 +95,28 @@ def build_start(teacher: Layers, student: ModelShape, rows_BL: torch.Tensor, fol
                 choices: Choices | None = None, progress: Progress = lambda text: None) -> Start:
     """Return the start of a student of this shape. rows_BL: ids of calibration text. folder: for temporary files.
 
-    Layers and neurons are cut first, and what remains is refitted. Then heads and width are cut without a refit: after
-    these cuts it brings the student nearer at the start, but training then takes it less far (docs/LOG.md).
+    Layers, neurons and query heads are cut first, and what remains is refitted. Then key/value heads and width are cut
+    without a refit: after these cuts it brings the student nearer at the start, but training then takes it less far
+    (docs/LOG.md).
     """
     choices = choices or Choices()
-    shape = teacher.shape.resized({field: getattr(student, field) for field in REFITTED})
+    shape = cut_first(teacher.shape, student)
     if holds == "projections" or not choices.refits or choices.refits_all or shape in (teacher.shape, student):
         return _cut(teacher, student, rows_BL, folder, holds, choices, progress)
     first = _cut(teacher, shape, rows_BL, folder, holds, choices, progress)
     second = _cut(first.model(teacher), student, rows_BL, folder, holds, choices, progress)
     return first.then(second, teacher, rows_BL, folder)
+
+
+def cut_first(teacher: ModelShape, student: ModelShape) -> ModelShape:
+    """Return the teacher with those sizes of the student whose cuts are refitted. Query heads are not among them if
+    they do not divide among the teacher's groups, or if whole groups are dropped with theirs."""
+    sizes = {field: getattr(student, field) for field in REFITTED}
+    same_groups = student.num_key_value_heads == teacher.num_key_value_heads
+    if student.num_attention_heads % teacher.num_key_value_heads or not (
+            same_groups or not family_of(teacher.family).normalizes_heads):
+        del sizes["num_attention_heads"]
+    return teacher.resized(sizes)
 
 
 def _cut(teacher: Layers, student: ModelShape, rows_BL: torch.Tensor, folder: Path, holds: Holds, choices: Choices,
@@ -114,8 +126,7 @@ def _cut(teacher: Layers, student: ModelShape, rows_BL: torch.Tensor, folder: Pa
     layers = choices.layers(teacher, statistics, student.num_hidden_layers, rows_BL, folder, progress)
     lineage = Lineage(teacher.shape, student, layers, _maps(teacher, student, layers, statistics, choices))
     width = choices.width(statistics, lineage, choices.seed)
-    only_refitted = student == teacher.shape.resized({field: getattr(student, field) for field in REFITTED})
-    refits = width.is_linear and choices.refits and (choices.refits_all or only_refitted)
+    refits = width.is_linear and choices.refits and (choices.refits_all or student == cut_first(teacher.shape, student))
     return Assembly(teacher, lineage, width, holds, streams, refits).run(rows_BL, progress)
 
 
