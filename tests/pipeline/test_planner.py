@@ -16,12 +16,12 @@ from tiny_models import TEXT, make_tiny
 from lrc_edge.checkpoint import DenseCheckpoint
 from lrc_edge.errors import UserError
 from lrc_edge.machine import architecture
-from lrc_edge.pipeline import plan_trials
+from lrc_edge.pipeline import plan_trials, planner
 from lrc_edge.pipeline.budget_check import check_budget
 from lrc_edge.pipeline.device_checks import BuildFacts
 from lrc_edge.pipeline.plan_table import pareto_front
 from lrc_edge.pipeline.plan_trials import EFFORTS, LEAST_TOKENS, MOST_TOKENS
-from lrc_edge.pipeline.planner import device_of, planned
+from lrc_edge.pipeline.planner import device_of
 from lrc_edge.recipe import Budget, load_recipe
 from lrc_edge.report.devices import budget_text, failures
 from lrc_edge.report.plan_page import chosen_row, render_plan
@@ -56,12 +56,26 @@ def file_limit(teacher: Path) -> float:
     return 0.7 * Device(load_profile(DEVICE), "gguf:q4_0", 256, None).price(shape).file_bytes / 1e6
 
 
+@pytest.fixture
+def short_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_trials, "LEAST_TOKENS", 5_120)
+    monkeypatch.setitem(plan_trials.EFFORTS, "full", replace(EFFORTS["full"], rounds=1, per_round=2))
+
+
+def plan_here(inputs: tuple[Path, Path], out: Path, **budget: object) -> str:
+    """Plan in this process; return what is printed."""
+    recipe = load_recipe(None, ["train.seq_len=64"], data={"sources": [str(inputs[1])]}, budget={
+        "context": 256, **budget}, export={"targets": [DEVICE]})
+    console = Console(file=io.StringIO(), width=200)
+    planner.plan(str(inputs[0]), recipe, out, console)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("short_trials")
 def test_a_budget_becomes_a_recipe_by_trials(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     teacher, limit = DenseCheckpoint.open(inputs[0]).shape, file_limit(inputs[0])
-    options = ("--file-size", limit, "--set", "train.tokens=4000000")
-    status, printed, errors = plan(inputs, tmp_path / "plan", *options)
-    assert status == 0, errors
-    assert re.search(r"at most 9 shapes, 51,200 tokens each: about \d", printed)
+    printed = plan_here(inputs, tmp_path / "plan", file_size=limit)
+    assert re.search(r"at most 9 shapes, 5,120 tokens each: about \d", printed)
     table = json.loads((tmp_path / "plan" / "plan.json").read_text())
     tried = [row for row in table["shapes"] if row["trial"]]
     best = min(tried, key=lambda row: row["trial"]["loss"])
@@ -77,12 +91,12 @@ def test_a_budget_becomes_a_recipe_by_trials(inputs: tuple[Path, Path], tmp_path
     assert f"Plan: {tmp_path / 'plan' / 'plan.html'}" in printed and table["command"] in printed
     assert all(f"{row['trial']['loss']:.3f}" in html for row in tried)
     recipe = load_recipe(tmp_path / "plan" / "recipe.toml")
-    assert student_of(recipe, teacher, "t")[0] == chosen and recipe.train.tokens == 4_000_000
+    assert student_of(recipe, teacher, "t")[0] == chosen and recipe.train.tokens == 0
     assert recipe.budget == Budget(file_size=limit, context=256)
     before = (tmp_path / "plan" / "trials.jsonl").read_text()
-    assert "is of the same inputs, nothing to do" in plan(inputs, tmp_path / "plan", *options)[1]
+    assert "is of the same inputs, nothing to do" in plan_here(inputs, tmp_path / "plan", file_size=limit)
     (tmp_path / "plan" / "plan.json").unlink()  # as after a kill
-    assert plan(inputs, tmp_path / "plan", *options)[0] == 0
+    plan_here(inputs, tmp_path / "plan", file_size=limit)
     assert (tmp_path / "plan" / "trials.jsonl").read_text() == before, "finished trials are not repeated"
     assert json.loads((tmp_path / "plan" / "plan.json").read_text()) | {"created": table["created"]} == table
 
@@ -97,15 +111,11 @@ def test_without_trials_no_text_is_needed(inputs: tuple[Path, Path], tmp_path: P
     assert table["chosen"] == min(table["shapes"], key=lambda row: row["expected"])["shape"]
 
 
-def test_a_full_search_compares_bins_and_chooses_within_the_budget(inputs: tuple[Path, Path], tmp_path: Path,
-                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("short_trials")
+def test_a_full_search_compares_bins_and_chooses_within_the_budget(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     """A larger student than the budget allows is tried, to show what a larger budget would give, and never chosen."""
-    monkeypatch.setitem(plan_trials.EFFORTS, "full", replace(EFFORTS["full"], rounds=1, per_round=2))
-    monkeypatch.setattr(plan_trials, "LEAST_TOKENS", 5_120)
     limit = file_limit(inputs[0])
-    recipe = load_recipe(None, ["train.seq_len=64"], data={"sources": [str(inputs[1])]}, budget={
-        "file_size": limit, "context": 256, "search": "full"}, export={"targets": [DEVICE]})
-    planned(str(inputs[0]), recipe, tmp_path / "plan", Console(file=io.StringIO()))
+    plan_here(inputs, tmp_path / "plan", file_size=limit, search="full")
     table = json.loads((tmp_path / "plan" / "plan.json").read_text())
     tried = [row for row in table["shapes"] if row["trial"]]
     assert {row["within"] for row in tried} == {True, False}
@@ -182,7 +192,8 @@ def test_no_text_is_said_before_anything_is_written(inputs: tuple[Path, Path], t
 def test_what_cannot_be_timed_here_is_said(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     browser = load_profile("browser-phone")
     console = Console(file=io.StringIO(), width=200)
-    assert not device_of(browser, DenseCheckpoint.open(inputs[0]).shape, 256, None, console, "gguf:q8_0").is_measured
+    budget = Budget(context=256, format="gguf:q8_0")
+    assert not device_of(browser, DenseCheckpoint.open(inputs[0]).shape, budget, console).is_measured
     assert "wllama of browser-phone is not timed on this machine" in console.file.getvalue()  # type: ignore[attr-defined]
     for format_, message in ((browser.recommended, "timed are llama.cpp, onnxruntime-genai, onnxruntime on the device"),
                              ("onnx:q4", "--format onnx:q4: browser-phone runs gguf:q4_0, gguf:q8_0; give one")):
