@@ -96,8 +96,7 @@ def build_start(teacher: Layers, student: ModelShape, rows_BL: torch.Tensor, fol
     """Return the start of a student of this shape. rows_BL: ids of calibration text. folder: for temporary files.
 
     Layers, neurons and query heads are cut first, and what remains is refitted. Then key/value heads and width are cut
-    without a refit: after these cuts it brings the student nearer at the start, but training then takes it less far
-    (docs/LOG.md).
+    without a refit, after which the student would start lower, but end equal or worse (docs/LOG.md).
     """
     choices = choices or Choices()
     shape = cut_first(teacher.shape, student)
