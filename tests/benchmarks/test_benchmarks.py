@@ -19,6 +19,7 @@ from paths import ROOT
 from tiny_models import TEXT
 from transformers import Qwen2Config
 
+from lrc_edge.machine import architecture
 from lrc_edge.recipe import load_recipe
 from lrc_edge.shape import ModelShape
 from lrc_edge.targets import speed
@@ -164,10 +165,11 @@ def test_timing_compares_predictions_with_shapes_that_were_not_fitted(tmp_path: 
         model_type="llama", vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=384, tie_word_embeddings=True)))
     monkeypatch.setattr(speed, "ROUNDS", 1)
-    monkeypatch.setattr(timing, "is_here", lambda profile: True)
+    target = f"laptop-{'x86' if architecture() == 'x86_64' else 'arm64'}"
     monkeypatch.setattr(timing, "anchors_of", lambda teacher: anchors_of(teacher)[:3])
     out = tmp_path / "out"
-    arguments = ["timing.py", "--teacher", str(tmp_path / "config.json"), "--shapes", "2", "--out", str(out)]
+    arguments = ["timing.py", "--teacher", str(tmp_path / "config.json"), "--target", target, "--shapes", "2", "--out",
+                 str(out)]
     monkeypatch.setattr(sys, "argv", arguments)
     timing.main()
     text, runs = (out / "table.md").read_text(), timing.Runs.load_from(out / "runs.json")
