@@ -88,7 +88,7 @@ def sizes_that_work(field: str, shape: ModelShape, teacher: ModelShape, block: i
     of `block`, and that transformers reads."""
     found = (shape.resized({field: size}) for size in range(1, getattr(teacher, field) + 1))
     return [getattr(other, field) for other in found if row_lengths(other)[field] % block == 0
-            and _can_be_read(other) and other.num_attention_heads in _query_heads(other, teacher)]
+            and can_be_read(other) and other.num_attention_heads in _query_heads(other, teacher)]
 
 
 def _check_smaller(shape: ModelShape, teacher: ModelShape, name: str) -> None:
@@ -101,7 +101,7 @@ def _check_smaller(shape: ModelShape, teacher: ModelShape, name: str) -> None:
                         f"need a smaller student: lower one of {', '.join(f'student.{field}' for field in SIZES)}")
 
 
-def _can_be_read(shape: ModelShape) -> bool:
+def can_be_read(shape: ModelShape) -> bool:
     """Whether transformers reads a config of this shape."""
     return shape.hidden_size % _unit(shape) == 0
 
@@ -120,7 +120,7 @@ def _half_width(teacher: ModelShape) -> int:
 
 def _check_width(shape: ModelShape, teacher: ModelShape) -> None:
     """Check that transformers reads a config of this shape."""
-    if not _can_be_read(shape):
+    if not can_be_read(shape):
         works = sizes_that_work("hidden_size", shape, teacher, BLOCK) or sizes_that_work(
             "hidden_size", shape, teacher, 1)
         raise UserError(f"student.hidden_size = {shape.hidden_size}: transformers' {shape.family} needs a multiple of "

@@ -117,6 +117,15 @@ def test_query_heads_are_cut_first_where_they_can_be(family: str, sizes: dict[st
         "num_hidden_layers": 2, "intermediate_size": 128, "num_attention_heads": first})
 
 
+def test_a_width_that_transformers_refuses_is_not_built_on_the_way(tmp_path: Path) -> None:
+    """It would with the student's query heads, which divide the student's width but not the teacher's."""
+    teacher = teacher_of(tmp_path / "t", family="llama", tied=True, hidden_size=64, heads=4, kv_heads=1)
+    sizes = {"num_attention_heads": 3, "hidden_size": 48, "num_hidden_layers": 2}
+    assert cut_first(teacher.shape, teacher.shape.resized(sizes)).num_attention_heads == 4
+    start = start_of(teacher, some_ids(), "weights", **sizes)
+    assert start.lineage.student.num_attention_heads == 3 and start.kl > 0
+
+
 def test_least_squares_are_those_of_the_closed_form() -> None:
     generator = torch.Generator().manual_seed(SEED)
     x, y, w0 = (torch.randn(*size, generator=generator) for size in ((50, 6), (50, 3), (3, 6)))

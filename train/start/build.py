@@ -18,6 +18,7 @@ from lrc_edge.block_map import BlockMap
 from lrc_edge.families import EMBEDDING, FINAL_NORM, Role, Weight, family_of, weights_of
 from lrc_edge.lineage import Holds, Lineage, compose
 from lrc_edge.shape import ModelShape
+from lrc_edge.student import can_be_read
 from lrc_edge.train.clone import Clone, config_of
 from lrc_edge.train.phases import CLONE, DENSE, Phase
 from lrc_edge.train.start import depth, heads, neurons
@@ -109,13 +110,14 @@ def build_start(teacher: Layers, student: ModelShape, rows_BL: torch.Tensor, fol
 
 def cut_first(teacher: ModelShape, student: ModelShape) -> ModelShape:
     """Return the teacher with those sizes of the student whose cuts are refitted. Query heads are not among them if
-    they do not divide among the teacher's groups, or if whole groups are dropped with theirs."""
-    sizes = {field: getattr(student, field) for field in REFITTED}
-    same_groups = student.num_key_value_heads == teacher.num_key_value_heads
-    if student.num_attention_heads % teacher.num_key_value_heads or not (
-            same_groups or not family_of(teacher.family).normalizes_heads):
-        del sizes["num_attention_heads"]
-    return teacher.resized(sizes)
+    they do not divide among the teacher's groups, if whole groups are dropped with theirs, or if transformers refuses
+    the teacher's width with so few."""
+    shape = teacher.resized({field: getattr(student, field) for field in REFITTED})
+    drops_groups = family_of(teacher.family).normalizes_heads and \
+        student.num_key_value_heads < teacher.num_key_value_heads
+    if shape.num_attention_heads % teacher.num_key_value_heads or drops_groups or not can_be_read(shape):
+        return shape.resized({"num_attention_heads": teacher.num_attention_heads})
+    return shape
 
 
 def _cut(teacher: Layers, student: ModelShape, rows_BL: torch.Tensor, folder: Path, holds: Holds, choices: Choices,
