@@ -15,7 +15,8 @@ import numpy as np
 
 from lrc_edge.shape import ModelShape
 
-# Axis -> nats per token that a halving costs after training, about the means of benchmarks/axes.py (docs/LOG.md).
+# Axis -> nats per token that a halving costs after training: roughly the means of the teachers in benchmarks/axes.py
+# and, for the width, sample_efficiency.py (docs/LOG.md).
 COSTS = {"hidden_size": 0.07, "num_hidden_layers": 0.20, "intermediate_size": 0.08, "num_attention_heads": 0.20,
          "num_key_value_heads": 0.02}
 RIDGE = 0.01  # of the model: squared noise of a trial (0.01 nats) / squared uncertainty of COSTS (0.1 nats)
